@@ -1,0 +1,25 @@
+"""What can go wrong, by who can mend it.
+
+DropposError
+├── ConfigError      fix the recipe or the command line
+├── DataError        fix the pictures, the shards or the storage they are on
+└── TrainingError    the run itself: a checkpoint that does not fit, a stream out of step
+
+Every message names the thing, the value it had, what was expected and what to do.
+"""
+
+
+class DropposError(Exception):
+    """Base of every error meant for a person; the command line prints it without a traceback."""
+
+
+class ConfigError(DropposError):
+    """A setting is out of its range, or two settings contradict each other."""
+
+
+class DataError(DropposError):
+    """Pictures, shards or storage are missing, unreadable or not what they claim to be."""
+
+
+class TrainingError(DropposError):
+    """A run cannot go on, or cannot go on from where it was asked to."""

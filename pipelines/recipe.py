@@ -1,0 +1,207 @@
+"""A recipe: all that one run is told, in one frozen value.
+
+YAML file, command-line flag and Tune trial all make this same class, so a typo or an
+impossible value gets the same answer wherever it stood (:mod:`pipelines.cli`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from droppos.config import Compute, Counts, Method, Model, Optim
+from droppos.errors import ConfigError
+
+
+def _require(ok: bool, name: str, value: object, expected: str, way_out: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}, got {value!r}; {way_out}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Which pictures, how they are cut and in what order they come."""
+
+    path: str | None = None
+    """Prepared data set (a folder with manifest.json, from `droppos prepare`): path or s3:// URI."""
+    holdout: str | None = None
+    """Prepared data set of pictures kept out of training, to measure on; none measures nothing."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Smallest and largest area of a random crop, as a fraction of the picture's."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    window: int = 4096
+    """Images that are shuffled together, from row groups all over the data set; a decode task
+    holds one window's encoded bytes, and a resumed run re-reads at most one."""
+    decode_cpus: int | None = None
+    """CPUs that read and decode, over the whole cluster; none takes all that training leaves."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _require(
+            0 < low <= high <= 1,
+            "data.crop_scale",
+            self.crop_scale,
+            "two fractions of the area, 0 < smallest <= largest <= 1",
+            "the paper takes 0.2 1.0",
+        )
+        _require(self.window > 0, "data.window", self.window, "positive", "4096 shuffles well")
+        _require(
+            self.decode_cpus is None or self.decode_cpus > 0,
+            "data.decode_cpus",
+            self.decode_cpus,
+            "positive, or none",
+            "without a CPU to decode, training would wait for ever",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Where a run lives, what it is called, and how often it speaks and saves."""
+
+    name: str = "droppos"
+    """Name of the run: its folder below storage, and its name in MLflow."""
+    storage: str = "droppos-runs"
+    """Folder or s3:// URI below which runs keep their checkpoints."""
+    seed: int = 0
+    """Seed of weights, order, crops and masks."""
+    workers: int = 1
+    """Training workers; on a GPU cluster, one each GPU."""
+    cpus_per_worker: int = 1
+    """CPUs reserved for each training worker."""
+    log_every: int = 10
+    """Optimizer steps between two lines of metrics."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between two checkpoints; the last step always has one."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints to keep."""
+    max_failures: int = 3
+    """Times the workers may be lost and started again from the newest checkpoint."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name not in {"", ".", ".."} and "/" not in self.name,
+            "run.name",
+            self.name,
+            "one folder name without /",
+            "put the folders into run.storage",
+        )
+        for name, least in (
+            ("workers", 1),
+            ("cpus_per_worker", 1),
+            ("log_every", 1),
+            ("checkpoint_every", 1),
+            ("keep_checkpoints", 1),
+            ("max_failures", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            _require(value >= least, f"run.{name}", value, f"{least} or more", "see --help")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """The fixed protocol by which runs are compared: held-out pictures, same masks for all.
+
+    Its ratios stay what they are when method.mask_ratio is searched; otherwise an easier
+    task would look like a better model.
+    """
+
+    every_epochs: int = 10
+    """Epochs between two measurements on the held-out pictures; the end always has one."""
+    mask_ratio: float = 0.75
+    """Fraction of patches hidden while measuring, in [0, 1)."""
+    position_mask_ratio: float = 0.75
+    """Fraction of visible patches whose position is dropped while measuring, in (0, 1]."""
+    pictures: int = 1024
+    """At most so many held-out pictures."""
+    seed: int = 0
+    """Seed of the masks."""
+
+    def __post_init__(self) -> None:
+        Method(mask_ratio=self.mask_ratio, position_mask_ratio=self.position_mask_ratio)
+        _require(self.every_epochs > 0, "measure.every_epochs", self.every_epochs, "positive", "10")
+        _require(self.pictures > 0, "measure.pictures", self.pictures, "positive", "1024")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tracking:
+    """Where MLflow is."""
+
+    uri: str | None = None
+    """Tracking server or database; none takes MLFLOW_TRACKING_URI, else an SQLite file in the
+    run's storage (beside it, when that is s3://)."""
+    experiment: str = "droppos"
+    """MLflow experiment."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """What `droppos search` tries. Only that job reads this section."""
+
+    space: dict[str, list[float]] = field(
+        default_factory=lambda: {
+            "method.position_mask_ratio": [0.5, 0.75, 0.9],
+            "method.mask_ratio": [0.5, 0.75],
+            "method.sigma": [0.0, 1.0, 2.0],
+        }
+    )
+    """Dotted field name to the values it may take."""
+    algorithm: Literal["grid", "random"] = "random"
+    """grid tries every combination; random draws `trials` of them."""
+    trials: int = 4
+    """Trials of a random search."""
+    max_concurrent: int = 1
+    """Trials at once."""
+
+    def __post_init__(self) -> None:
+        _require(self.trials > 0, "search.trials", self.trials, "positive", "4 is a start")
+        _require(
+            self.max_concurrent > 0, "search.max_concurrent", self.max_concurrent, "positive", "1"
+        )
+        for name, values in self.space.items():
+            _require(len(values) > 0, f"search.space {name}", values, "a list of values", "add one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One pre-training run."""
+
+    model: Model = field(default_factory=Model)
+    method: Method = field(default_factory=Method)
+    optim: Optim = field(default_factory=Optim)
+    compute: Compute = field(default_factory=Compute)
+    data: Data = field(default_factory=Data)
+    run: Run = field(default_factory=Run)
+    measure: Measure = field(default_factory=Measure)
+    tracking: Tracking = field(default_factory=Tracking)
+    search: Search = field(default_factory=Search)
+
+    def __post_init__(self) -> None:
+        self.method.counts(self.model.grid)
+        ranks = self.run.workers * self.optim.accumulate
+        _require(
+            self.optim.global_batch % ranks == 0,
+            "optim.global_batch",
+            self.optim.global_batch,
+            f"a multiple of run.workers * optim.accumulate = {ranks}",
+            f"take {max(1, self.optim.global_batch // ranks) * ranks}",
+        )
+        if self.compute.strategy == "single" and self.run.workers > 1:
+            raise ConfigError(
+                f"compute.strategy single trains on one worker, got run.workers={self.run.workers}; "
+                "take ddp or fsdp2, or one worker"
+            )
+
+    @property
+    def counts(self) -> Counts:
+        """Patches of one training image by part."""
+        return self.method.counts(self.model.grid)
+
+    @property
+    def worker_batch(self) -> int:
+        """Images of one micro-batch on one worker."""
+        return self.optim.global_batch // (self.run.workers * self.optim.accumulate)
+
+    @property
+    def home(self) -> str:
+        """Folder of the run: storage/name."""
+        return f"{self.run.storage.rstrip('/')}/{self.run.name}"
