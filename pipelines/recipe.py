@@ -21,9 +21,9 @@ class Data:
     """Which pictures, how they are cut and in what order they come."""
 
     path: str | None = None
-    """Prepared data set (a folder with manifest.json, from `droppos prepare`): path or s3:// URI."""
+    """Prepared data set (what `droppos prepare` wrote, with manifest.json): path or s3:// URI."""
     holdout: str | None = None
-    """Prepared data set of pictures kept out of training, to measure on; none measures nothing."""
+    """Prepared data set kept out of training, to measure on; none measures nothing."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the picture's."""
     flip: bool = True
@@ -187,7 +187,7 @@ class Recipe:
         )
         if self.compute.strategy == "single" and self.run.workers > 1:
             raise ConfigError(
-                f"compute.strategy single trains on one worker, got run.workers={self.run.workers}; "
+                f"compute.strategy single has one worker, got run.workers={self.run.workers}; "
                 "take ddp or fsdp2, or one worker"
             )
 
