@@ -1,0 +1,1 @@
+"""Pictures that a person understands: each function takes plain arrays and writes a PNG."""

@@ -1,0 +1,1 @@
+"""The way out: trained weights in the formats that people load."""

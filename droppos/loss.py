@@ -1,0 +1,158 @@
+"""Losses: how far the named cells are from the true ones, and the pixels from the hidden ones.
+
+Axes in this file
+    B  images on this rank
+    N  cells in the patch grid
+    V  visible patches of an image; H = N - V hidden ones
+    P  pixels of a patch, times 3
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from droppos.config import Counts, Method
+from droppos.masking import Draw
+from droppos.model import Prediction, exact, take
+from droppos.targets import attentive_weights
+
+
+class Metrics(NamedTuple):
+    """What a batch scored. 0-d tensors on the device: whoever reads one waits for it."""
+
+    loss: Tensor
+    """What is minimised."""
+    position_loss: Tensor
+    """Weighted cross-entropy in nats; ln(N) is a uniform guess, the target's entropy is perfect."""
+    position_excess: Tensor
+    """Nats above the entropy of the target: 0 is perfect at any sigma."""
+    position_accuracy: Tensor
+    """Share of scored patches placed in their very cell. Compare with ``Counts.chance``. Under
+    the reference's conformance it is weighted as the loss is."""
+    pixel_loss: Tensor
+    """Mean squared error per pixel; 1 is a guess of each patch's mean when pixels are normalised.
+    """
+    ignored: Tensor
+    """Share of scored patches left out as confident (method.ignore_confident)."""
+
+
+def pretraining_loss(
+    method: Method,
+    prediction: Prediction,
+    draw: Draw,
+    targets: Float[Tensor, "N N"],
+    images: Float[Tensor, "B 3 rows columns"],
+    patch_size: int,
+) -> Metrics:
+    """Score a prediction by the method's objective.
+
+    Args:
+        method: Objective, weights and conformance.
+        prediction: Of the model for this draw.
+        draw: The masks.
+        targets: Row i is the target of a patch from cell i (:func:`smoothed_targets`).
+        images: Normalised images, for the pixel task.
+        patch_size: Side of a patch in pixels.
+    """
+    zero = images.new_zeros((), dtype=torch.float32)
+    metrics = Metrics(*[zero] * len(Metrics._fields))
+    if prediction.logits is not None:
+        metrics = _position_metrics(
+            method, prediction.logits, prediction.similarity, draw, targets, metrics
+        )
+    if prediction.pixels is None:
+        return metrics._replace(loss=metrics.position_loss)
+    pixel_loss = _pixel_loss(method, prediction.pixels, draw, images, patch_size)
+    loss = method.position_weight * metrics.position_loss + pixel_loss
+    return metrics._replace(loss=loss, pixel_loss=pixel_loss)
+
+
+def _position_metrics(
+    method: Method,
+    logits: Float[Tensor, "B V N"],
+    similarity: Float[Tensor, "B V"] | None,
+    draw: Draw,
+    targets: Float[Tensor, "N N"],
+    metrics: Metrics,
+) -> Metrics:
+    logits = exact(logits)
+    wanted = targets.to(logits.dtype)[draw.visible]
+    log_probability = logits.log_softmax(dim=-1)
+    nats = -(wanted * log_probability).sum(dim=-1)
+    hit = logits.argmax(dim=-1) == draw.visible
+
+    scored = draw.dropped
+    if method.ignore_confident:
+        scored = scored & ~_confident(log_probability.detach(), draw, targets)
+    weights = _weights(method, similarity, scored, nats.dtype)
+    entropy = torch.special.entr(wanted).sum(dim=-1)
+
+    counted = draw.dropped.to(nats.dtype)
+    if method.conformance == "paper":
+        accuracy = (hit * counted).sum() / counted.sum()
+    else:
+        accuracy = (hit * weights).sum()  # the reference weighs it as its loss
+    return metrics._replace(
+        position_loss=(weights * nats).sum(),
+        position_excess=(weights * (nats - entropy)).sum().detach(),
+        position_accuracy=accuracy,
+        ignored=1 - scored.sum() / counted.sum(),
+    )
+
+
+def _confident(
+    log_probability: Float[Tensor, "B V N"], draw: Draw, targets: Float[Tensor, "N N"]
+) -> Bool[Tensor, "B V"]:
+    """Find patches placed at least as surely as the target, at its peak, asks for."""
+    true = log_probability.gather(2, draw.visible[..., None]).squeeze(2)
+    return true.exp() >= targets.diagonal().to(true.dtype)[draw.visible]
+
+
+def _weights(
+    method: Method,
+    similarity: Float[Tensor, "B V"] | None,
+    scored: Bool[Tensor, "B V"],
+    dtype: torch.dtype,
+) -> Float[Tensor, "B V"]:
+    """Share a total of 1 among the scored patches of the batch, 0 elsewhere.
+
+    Paper: each image has 1/B (an image with nothing left to score gives its share up, so the
+    loss falls towards 0 and is never NaN). Reference: weights are shared among all visible
+    patches of an image first, so that images count unequally.
+    """
+    paper = method.conformance == "paper"
+    alike = torch.zeros_like(scored, dtype=dtype) if similarity is None else similarity.to(dtype)
+    if paper:
+        return attentive_weights(alike, scored, method.tau) / len(scored)
+    weights = scored * attentive_weights(alike, torch.ones_like(scored), method.tau)
+    return weights / weights.sum().clamp(min=torch.finfo(dtype).tiny)
+
+
+def _pixel_loss(
+    method: Method,
+    pixels: Float[Tensor, "B H P"],
+    draw: Draw,
+    images: Float[Tensor, "B 3 rows columns"],
+    patch_size: int,
+) -> Tensor:
+    wanted = take(patchify(images, patch_size), draw.hidden)
+    if method.normalise_pixels:
+        mean = wanted.mean(dim=-1, keepdim=True)
+        wanted = (wanted - mean) / (wanted.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return F.mse_loss(exact(pixels), wanted)
+
+
+def patchify(images: Float[Tensor, "B 3 rows columns"], patch_size: int) -> Float[Tensor, "B N P"]:
+    """Cut images into patches, cells row by row, pixels row by row with channels last."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.view(batch, channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+def skill(accuracy: float, counts: Counts) -> float:
+    """Correct an accuracy for chance: 0 is the best guess without looking, 1 is perfect."""
+    return (accuracy - counts.chance) / (1 - counts.chance)

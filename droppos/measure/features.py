@@ -1,0 +1,62 @@
+"""Frozen features of pictures: what k-NN, probe and effective rank look at.
+
+Axes in this file
+    P  pictures, B of them in a batch
+    D  channels of a token
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from droppos.errors import DataError
+from droppos.model import normalise
+
+
+class Features(NamedTuple):
+    """Two summaries of each picture, float32 on the CPU."""
+
+    class_token: Float[Tensor, "P D"]
+    """The class token after the last norm."""
+    patch_mean: Float[Tensor, "P D"]
+    """Mean of the patch tokens after the last norm."""
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: VisionTransformer,
+    pictures: UInt8[Tensor, "P rows columns 3"],
+    *,
+    batch: int = 64,
+) -> Features:
+    """Run whole pictures through the encoder, on its device, in eval mode.
+
+    Args:
+        encoder: Any timm vision transformer with a class token; its mode is put back after.
+        pictures: Pictures of the encoder's size.
+        batch: Pictures at a time; changes nothing but memory and time.
+
+    Raises:
+        DataError: If there are no pictures.
+    """
+    if len(pictures) == 0:
+        raise DataError("there are no pictures to take features of; is the data set empty?")
+    device = next(encoder.parameters()).device
+    training = encoder.training
+    encoder.eval()
+    try:
+        parts = [_summaries(encoder, part.to(device)) for part in pictures.split(batch)]
+    finally:
+        encoder.train(training)
+    class_tokens, patch_means = zip(*parts, strict=True)
+    return Features(torch.cat(class_tokens), torch.cat(patch_means))
+
+
+def _summaries(
+    encoder: VisionTransformer, pictures: UInt8[Tensor, "B rows columns 3"]
+) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
+    tokens = encoder.forward_features(normalise(pictures)).float()
+    return tokens[:, 0].cpu(), tokens[:, encoder.num_prefix_tokens :].mean(dim=1).cpu()

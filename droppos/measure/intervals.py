@@ -1,0 +1,59 @@
+"""A proportion never stands alone: it comes with its 95 % interval."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+from droppos.errors import DataError
+
+Z_95 = 1.959963984540054
+"""Half-width of the central 95 % of a standard normal."""
+
+
+def wilson(hits: float, total: float) -> tuple[float, float]:
+    """Bound a proportion with 95 % confidence.
+
+    Wilson's score interval (1927): unlike value ± 1.96 standard errors it stays inside
+    [0, 1] and is honest for few observations and for 0 or all hits.
+
+    Args:
+        hits: Successes among ``total``; fractions are allowed (see `Proportion`).
+        total: Independent observations, above 0.
+    """
+    value = hits / total
+    shrink = 1 + Z_95**2 / total
+    centre = (value + Z_95**2 / (2 * total)) / shrink
+    half = Z_95 / shrink * sqrt(value * (1 - value) / total + (Z_95 / (2 * total)) ** 2)
+    # At 0 and at 1 a bound equals the value but for rounding; it must not pass it.
+    return min(max(0.0, centre - half), value), max(min(1.0, centre + half), value)
+
+
+@dataclass(frozen=True, slots=True)
+class Proportion:
+    """Hits among observations. Prints as ``61.2 % (60.1 to 62.3)``."""
+
+    hits: int
+    total: int
+    design_effect: float = 1.0
+    """Observations it takes to tell as much as one independent one. Patches of one picture
+    are easy or hard together, so their interval is wider than their number says."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hits <= self.total or self.total == 0:
+            raise DataError(
+                f"a proportion needs 0 <= hits <= total and a total above 0, got {self.hits} of "
+                f"{self.total}; was anything measured?"
+            )
+
+    @property
+    def value(self) -> float:
+        """Hits per observation, in [0, 1]."""
+        return self.hits / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper bound of the 95 % interval, in [0, 1]."""
+        return wilson(self.hits / self.design_effect, self.total / self.design_effect)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

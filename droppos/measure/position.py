@@ -1,0 +1,227 @@
+"""Position accuracy under one fixed protocol, so that runs can be compared.
+
+Training accuracy depends on the ratios a run trains with; this measure does not: the same
+pictures, the same masks, the same ratios, no smoothing and no weights, for every run.
+
+Axes in this file
+    P  pictures, B of them in a batch
+    N  cells in the patch grid (rows * columns)
+    V  visible patches of a picture
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+from droppos.config import Counts, Grid
+from droppos.errors import ConfigError, TrainingError
+from droppos.masking import Draw, draw_patches
+from droppos.measure.intervals import Proportion
+from droppos.model import DropPos, normalise
+
+Predict = Callable[[UInt8[Tensor, "B rows columns 3"], Draw], Float[Tensor, "B V N"]]
+"""Position logits of each visible patch, on the device of the pictures given."""
+
+
+def protocol_draw(
+    counts: Counts, pictures: range, seed: int, device: torch.device | str = "cpu"
+) -> Draw:
+    """Draw the masks of some pictures; picture i has the same ones in any batch.
+
+    Args:
+        counts: Patches of a picture by part.
+        pictures: Numbers of the pictures in the measured set.
+        seed: Seed of the masks.
+        device: Where they are wanted; they are the same on all.
+
+    Returns:
+        The draw with wrong positions: a model that was trained with them needs them, others
+        ignore them.
+    """
+    noise = torch.empty(len(pictures), 2 * counts.cells + counts.visible, dtype=torch.float64)
+    for row, picture in zip(noise, pictures, strict=True):
+        # SeedSequence spreads neighbouring (seed, picture) pairs over all generators.
+        state = np.random.SeedSequence((seed, picture)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0] >> 1))
+        torch.rand(row.shape, generator=generator, out=row)
+    patches, positions, wrong = noise.to(device).split(
+        [counts.cells, counts.visible, counts.cells], dim=1
+    )
+    draw = draw_patches(counts, patches, positions)
+    return draw._replace(wrong=wrong.argsort(dim=1).gather(1, draw.visible))
+
+
+@dataclass(frozen=True, slots=True)
+class PositionReport:
+    """How well dropped positions were found."""
+
+    accuracy: Proportion
+    """Scored patches put into exactly their cell; its interval allows for patches of one
+    picture being easy or hard together."""
+    near: Proportion
+    """Scored patches put into their cell or one that touches it, corners included."""
+    cross_entropy: float
+    """Nats per scored patch, unsmoothed and unweighted; ln N is a uniform guess."""
+    chance: float
+    """Accuracy of the best guess that looks at no picture: any cell not already taken."""
+    offsets: Int[np.ndarray, "2*R-1 2*C-1"]
+    """Scored patches by (predicted - true) row and column; the centre is right."""
+
+    @property
+    def skill(self) -> float:
+        """(accuracy - chance) / (1 - chance): 0 looks at no picture, 1 is always right.
+
+        0 as well where one cell only is left over, so that nothing can be told apart.
+        """
+        return 0.0 if self.chance == 1 else (self.accuracy.value - self.chance) / (1 - self.chance)
+
+    def metrics(self) -> dict[str, float]:
+        """Name the figures for a ledger."""
+        low, high = self.accuracy.interval
+        return {
+            "position/accuracy": self.accuracy.value,
+            "position/accuracy_low_95": low,
+            "position/accuracy_high_95": high,
+            "position/accuracy_within_one_cell": self.near.value,
+            "position/skill": self.skill,
+            "position/cross_entropy_nats": self.cross_entropy,
+            "position/chance": self.chance,
+        }
+
+
+class PositionMeter:
+    """Sums over scored patches that can be added up over batches and over ranks.
+
+    All-reduce (sum) each tensor of ``state`` in place before ``report``. Nothing here waits
+    for the device until then.
+    """
+
+    def __init__(self, grid: Grid, counts: Counts, device: torch.device | str = "cpu") -> None:
+        """Start from nothing.
+
+        Raises:
+            ConfigError: If no position is asked for.
+        """
+        if counts.scored < 1:
+            raise ConfigError(
+                f"measure.position_mask_ratio drops the position of none of the {counts.visible} "
+                "visible patches, so there is nothing to measure; raise it"
+            )
+        self.grid, self.counts = grid, counts
+        shape = (2 * grid.rows - 1, 2 * grid.columns - 1)
+        self.offsets = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.hits_squared = torch.zeros((), dtype=torch.int64, device=device)
+        """Sum over pictures of (right patches)², for the spread between pictures."""
+        self.nats = torch.zeros((), dtype=torch.float64, device=device)
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The tensors to add up over ranks."""
+        return [self.offsets, self.hits_squared, self.nats]
+
+    def update(self, logits: Float[Tensor, "B V N"], draw: Draw) -> None:
+        """Count a batch."""
+        # Every picture drops the same number of positions, so a mask keeps rows rectangular.
+        shape = (len(logits), self.counts.scored)
+        true = draw.visible[draw.dropped].view(shape)
+        scored = logits[draw.dropped].view(*shape, -1)
+        predicted = scored.argmax(dim=-1)
+        rows, columns = self.grid
+        down = predicted // columns - true // columns + rows - 1
+        right = predicted % columns - true % columns + columns - 1
+        flat = (down * (2 * columns - 1) + right).flatten()
+        self.offsets += torch.bincount(flat, minlength=self.offsets.numel()).view_as(self.offsets)
+        self.hits_squared += (predicted == true).sum(dim=1).square().sum()
+        self.nats += F.cross_entropy(
+            scored.flatten(0, 1).float(), true.flatten(), reduction="sum"
+        ).double()
+
+    def report(self) -> PositionReport:
+        """Read the sums.
+
+        Raises:
+            DataError: If no picture was counted.
+            TrainingError: If a logit was not finite.
+        """
+        offsets = self.offsets.cpu().numpy()
+        row, column = self.grid.rows - 1, self.grid.columns - 1
+        total, hits = int(offsets.sum()), int(offsets[row, column])
+        near = int(offsets[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2].sum())
+        effect = self._design_effect(hits, total)
+        accuracy, nearby = Proportion(hits, total, effect), Proportion(near, total, effect)
+        nats = self.nats.item() / total
+        if not np.isfinite(nats):
+            raise TrainingError(
+                f"cross-entropy of positions is {nats} over {total} patches; the model diverged: "
+                "go back to an earlier checkpoint and lower optim.lr_per_256"
+            )
+        return PositionReport(accuracy, nearby, nats, self.counts.chance, offsets)
+
+    def _design_effect(self, hits: int, total: int) -> float:
+        """Compare the spread of right answers between pictures with independent patches'."""
+        scored = self.counts.scored
+        pictures = total // scored
+        if pictures < 2 or hits in (0, total):
+            return 1.0
+        mean = hits / pictures
+        spread = (int(self.hits_squared) / pictures - mean**2) * pictures / (pictures - 1)
+        independent = mean * (1 - mean / scored)
+        return min(max(1.0, spread / independent), float(scored))
+
+
+def position_predictor(model: DropPos, device: torch.device | str = "cpu") -> Predict:
+    """Ask a model, on its device, for position logits; it must be in eval mode.
+
+    Raises:
+        ConfigError: If the model has no position head.
+    """
+    if not model.method.predicts_positions:
+        raise ConfigError(
+            f"method.objective {model.method.objective} trains no position head, so has no "
+            "position accuracy; measure k-NN, probe or effective rank instead"
+        )
+
+    def predict(pictures: UInt8[Tensor, "B rows columns 3"], draw: Draw) -> Tensor:
+        logits = model(normalise(pictures.to(device)), draw).logits
+        assert logits is not None
+        return logits
+
+    return predict
+
+
+@torch.no_grad()
+def measure_positions(
+    predict: Predict,
+    pictures: UInt8[Tensor, "P rows columns 3"],
+    meter: PositionMeter,
+    *,
+    seed: int,
+    batch: int = 64,
+    first: int = 0,
+) -> PositionMeter:
+    """Ask for the positions of every picture and count the answers.
+
+    Args:
+        predict: What answers: see `position_predictor`.
+        pictures: Pictures of the grid's size, on any device.
+        meter: Where answers are counted; its counts are the ratios that are asked.
+        seed: Seed of the masks.
+        batch: Pictures at a time; changes nothing but memory and time.
+        first: Number of the first picture in the measured set, where this rank has a part of
+            it. With a sharded model all ranks must have equally many batches: its forward
+            pass is collective, so an odd one out would wait for ever.
+
+    Returns:
+        The meter, for ``measure_positions(...).report()``.
+    """
+    for start in range(0, len(pictures), batch):
+        part = pictures[start : start + batch]
+        numbers = range(first + start, first + start + len(part))
+        draw = protocol_draw(meter.counts, numbers, seed, meter.offsets.device)
+        meter.update(predict(part, draw), draw)
+    return meter

@@ -1,0 +1,110 @@
+"""Spreading a model over devices: the one visible place for strategy, precision and memory.
+
+The same model code serves all strategies. They are applied in this order: activation
+checkpointing (inside a block), compilation (of a block), sharding or replication (around it).
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from droppos.config import Compute, Method, Model
+from droppos.errors import ConfigError
+from droppos.model import DropPos
+
+
+def resolve_device(compute: Compute) -> torch.device:
+    """Choose the device of this process; a launcher shows each process only its own GPU.
+
+    Raises:
+        ConfigError: If a GPU is asked for and this process sees none.
+    """
+    available = torch.cuda.is_available()
+    if compute.device == "cuda" and not available:
+        raise ConfigError(
+            "compute.device is cuda, but this process sees no GPU; give each worker one "
+            "(a cluster with GPU nodes), or take compute.device=auto"
+        )
+    return torch.device("cuda" if available and compute.device != "cpu" else "cpu")
+
+
+def build(
+    model: Model, method: Method, compute: Compute, seed: int, device: torch.device
+) -> nn.Module:
+    """Make the model with the same first weights on every rank, then spread it.
+
+    ``ddp`` and ``fsdp2`` need an initialised process group; in a group of one they are what
+    they are in a larger one, so nothing changes when a run grows.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole = DropPos(model, method)
+    whole.to(device)
+    blocks = transformer_blocks(whole)
+    if compute.activation_checkpointing:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if compute.compile:
+        for block in blocks:
+            block.compile()
+    if compute.strategy == "ddp":
+        return DistributedDataParallel(whole, broadcast_buffers=False)
+    if compute.strategy == "fsdp2":
+        _shard(whole, blocks, compute, device)
+    return whole
+
+
+def transformer_blocks(model: DropPos) -> list[nn.Module]:
+    """List the blocks of encoder and decoders: the units of compilation and sharding."""
+    blocks = list(model.encoder.blocks)
+    for decoder in (model.position_decoder, model.pixel_decoder):
+        if decoder is not None:
+            blocks += decoder.blocks
+    return blocks
+
+
+def _shard(model: DropPos, blocks: list[nn.Module], compute: Compute, device: torch.device) -> None:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    half = compute.precision == "bf16"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None,
+        reduce_dtype=torch.float32,  # small gradients survive the sum over ranks
+    )
+    for block in blocks:
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=compute.reshard_after_forward
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def precision(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
+    """Open the arithmetic of a forward pass; FSDP2 casts by its own policy."""
+    if compute.precision == "float32" or compute.strategy == "fsdp2":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
+    """Keep gradients on this rank until the last micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    local = isinstance(model, DistributedDataParallel) and not last
+    with cast(DistributedDataParallel, model).no_sync() if local else nullcontext():
+        yield
+
+
+def unwrap(model: nn.Module) -> DropPos:
+    """Give the model inside a wrapper, for its attributes; call the wrapper for a forward."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    assert isinstance(inner, DropPos)
+    return inner
