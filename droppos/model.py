@@ -8,6 +8,7 @@ Axes in this file
     B  images on this rank
     N  cells in the patch grid (rows * columns)
     V  visible patches of an image; H = N - V hidden ones
+    T  tokens of an image: the class token and its patches
     D  channels of a token in the encoder
     P  pixels of a patch, times 3
 """
@@ -50,7 +51,7 @@ def normalise(images: UInt8[Tensor, "B rows columns 3"]) -> Float[Tensor, "B 3 r
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-def sincos_positions(grid: Grid, width: int) -> Float[Tensor, "1 N+1 width"]:
+def sincos_positions(grid: Grid, width: int) -> Float[Tensor, "1 T width"]:
     """Build fixed 2-D positions, row 0 for the class token (zeros).
 
     The first half of the channels tells the column, the second the row; in each, sines then
@@ -164,14 +165,14 @@ class DropPos(nn.Module):
         return take(patches, draw.visible) + positions
 
     @property
-    def _all_positions(self) -> Float[Tensor, "1 N+1 D"]:
+    def _all_positions(self) -> Float[Tensor, "1 T D"]:
         assert self.encoder.pos_embed is not None
         return self.encoder.pos_embed
 
     def _positions(self, cells: Int[Tensor, "B V"]) -> Float[Tensor, "B V D"]:
         return self._all_positions[0][cells + 1]
 
-    def _encode(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T+1 D"]:
+    def _encode(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B S D"]:
         assert self.encoder.cls_token is not None
         first = self.encoder.cls_token + self._all_positions[:, :1]
         tokens = torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
@@ -196,7 +197,7 @@ class PositionDecoder(nn.Module):
         self.norm = _layer_norm(model.decoder_width)
         self.head = nn.Linear(model.decoder_width, model.grid.cells)
 
-    def forward(self, tokens: Float[Tensor, "B V+1 D"]) -> Float[Tensor, "B V N"]:
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B V N"]:
         """Give the logits of every visible patch, the class token's left out."""
         tokens = self.embed(tokens)
         for block in self.blocks:
@@ -220,7 +221,7 @@ class PixelDecoder(nn.Module):
             "positions", sincos_positions(model.grid, model.decoder_width), persistent=False
         )
 
-    def forward(self, tokens: Float[Tensor, "B V+1 D"], draw: Draw) -> Float[Tensor, "B H P"]:
+    def forward(self, tokens: Float[Tensor, "B T D"], draw: Draw) -> Float[Tensor, "B H P"]:
         """Give the pixels of the hidden patches, in the order of ``draw.hidden``."""
         tokens = self.embed(tokens)
         masks = self.mask_token.expand(*draw.hidden.shape, -1)

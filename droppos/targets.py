@@ -66,8 +66,8 @@ def _bump(grid: Grid, sigma: float) -> Float[Tensor, "N N"]:
     rows = torch.arange(grid.rows, dtype=torch.float64)
     columns = torch.arange(grid.columns, dtype=torch.float64)
     cells = torch.cartesian_prod(rows, columns).view(-1, 2)
-    squared = (cells[:, None] - cells[None]).square().sum(dim=-1)
-    return torch.exp(-squared / sigma**2)
+    distance = torch.cdist(cells, cells)
+    return torch.exp(-((distance / sigma) ** 2))  # sigma alone, squared, could vanish
 
 
 def attentive_weights(

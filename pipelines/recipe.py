@@ -137,16 +137,15 @@ class Tracking:
 class Search:
     """What `droppos search` tries. Only that job reads this section."""
 
-    space: dict[str, list[float]] = field(
-        default_factory=lambda: {
-            "method.position_mask_ratio": [0.5, 0.75, 0.9],
-            "method.mask_ratio": [0.5, 0.75],
-            "method.sigma": [0.0, 1.0, 2.0],
-        }
+    space: tuple[str, ...] = (
+        "method.position_mask_ratio=choice(0.5, 0.75, 0.9)",
+        "method.mask_ratio=choice(0.5, 0.75)",
+        "method.sigma=choice(0, 1, 2)",
     )
-    """Dotted field name to the values it may take."""
+    """What each field may be: FIELD=choice(...), grid(...), uniform(low, high) or
+    loguniform(low, high)."""
     algorithm: Literal["grid", "random"] = "random"
-    """grid tries every combination; random draws `trials` of them."""
+    """grid tries every combination of grid(...) fields; random draws."""
     trials: int = 4
     """Trials of a random search."""
     max_concurrent: int = 1
@@ -157,8 +156,6 @@ class Search:
         _require(
             self.max_concurrent > 0, "search.max_concurrent", self.max_concurrent, "positive", "1"
         )
-        for name, values in self.space.items():
-            _require(len(values) > 0, f"search.space {name}", values, "a list of values", "add one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

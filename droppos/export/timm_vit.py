@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from droppos import config
+from droppos.config import Method, Model
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.model import IMAGENET_MEAN, IMAGENET_STD, DropPos, timm_arguments
 
@@ -67,11 +67,11 @@ class Export:
     """In eval mode, on the CPU."""
     droppos: DropPos | None
     """The same encoder with its position head; None if the run trained none (pixels)."""
-    model: config.Model
-    method: config.Method
+    model: Model
+    method: Method
 
 
-def export(model: DropPos, config: config.Model, out: Path) -> ExportReport:
+def export(model: DropPos, config: Model, out: Path) -> ExportReport:
     """Write the encoder for timm, load it back in both ways, and compare.
 
     The folder appears at once and complete, or not at all; a previous export there is
@@ -127,8 +127,8 @@ def load_export(path: Path) -> Export:
             "is it another thing, or from another version? Export again from the checkpoint"
         )
     try:
-        model = config.Model(**{**own["model"], "image_size": tuple(own["model"]["image_size"])})
-        method = config.Method(**own["method"])
+        model = Model(**{**own["model"], "image_size": tuple(own["model"]["image_size"])})
+        method = Method(**own["method"])
     except (KeyError, TypeError, ConfigError) as error:
         raise DataError(
             f"{path / OWN_CONFIG} does not describe a model ({error}); "
@@ -148,7 +148,7 @@ def load_export(path: Path) -> Export:
     return Export(droppos.encoder, droppos if method.predicts_positions else None, model, method)
 
 
-def _write(model: DropPos, config: config.Model, folder: Path) -> None:
+def _write(model: DropPos, config: Model, folder: Path) -> None:
     encoder, others = {}, {}
     for name, value in model.state_dict().items():
         # Safetensors refuses memory that is shared or strided.
@@ -165,7 +165,7 @@ def _write(model: DropPos, config: config.Model, folder: Path) -> None:
     _write_json(folder / OWN_CONFIG, own)
 
 
-def _timm_config(config: config.Model) -> dict[str, Any]:
+def _timm_config(config: Model) -> dict[str, Any]:
     architecture, arguments = timm_arguments(config)
     return {
         "architecture": architecture,
@@ -192,7 +192,7 @@ def _timm_config(config: config.Model) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _verify(encoder: VisionTransformer, config: config.Model, folder: Path) -> float:
+def _verify(encoder: VisionTransformer, config: Model, folder: Path) -> float:
     """Compare all tokens of two random pictures over both ways of loading."""
     architecture, arguments = timm_arguments(config)
     device = next(encoder.parameters()).device
@@ -214,7 +214,7 @@ def _verify(encoder: VisionTransformer, config: config.Model, folder: Path) -> f
 
 def _tokens(
     encoder: VisionTransformer, pictures: Float[Tensor, "B 3 rows columns"]
-) -> Float[Tensor, "B N+1 D"]:
+) -> Float[Tensor, "B tokens D"]:
     training = encoder.training
     try:
         return encoder.eval().forward_features(pictures).float()
@@ -235,7 +235,10 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _put_in_place(draft: Path, out: Path) -> None:
-    """Swap folders by renaming, the only step that cannot be half done."""
+    """Swap folders by renaming, the one step that cannot be half done.
+
+    Killed between the two renames, the previous export still lies beside, under a hidden name.
+    """
     previous = draft.with_name(f"{draft.name}-previous")
     if out.exists():
         out.rename(previous)

@@ -69,7 +69,7 @@ class PositionReport:
     """Nats per scored patch, unsmoothed and unweighted; ln N is a uniform guess."""
     chance: float
     """Accuracy of the best guess that looks at no picture: any cell not already taken."""
-    offsets: Int[np.ndarray, "2*R-1 2*C-1"]
+    offsets: Int[np.ndarray, "down right"]
     """Scored patches by (predicted - true) row and column; the centre is right."""
 
     @property

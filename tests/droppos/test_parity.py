@@ -29,9 +29,7 @@ CASES = {
     "smooth": Method(conformance="reference", sigma=1, attentive=False),
     "attentive": Method(conformance="reference", sigma=1),
     "half_sigma_attentive": Method(conformance="reference", sigma=0.5),
-    "zeros_token": Method(
-        conformance="reference", sigma=1, attentive=False, dropped_token="zeros"
-    ),
+    "zeros_token": Method(conformance="reference", sigma=1, attentive=False, dropped_token="zeros"),
     "multi_task": Method(conformance="reference", sigma=1, objective="position_pixels"),
 }
 RELATIVE = 1e-5

@@ -1,0 +1,49 @@
+# Everything a person types first. Needs Python 3.11 or newer, with venv, and nothing else.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help demo test fast format lint types check clean
+
+help:
+	@echo "make demo    pre-train on embedded photographs, in about four minutes"
+	@echo "make test    run all tests"
+	@echo "make fast    run the tests that take seconds"
+	@echo "make check   format, lint and types, as CI does before the tests"
+
+demo: $(READY)
+	@$(BIN)/droppos demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint types
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/basedpyright
+
+format: $(READY)
+	$(BIN)/ruff format .
+
+# The lock pins every version; uv installs it in a fraction of pip's time.
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "droppos needs Python 3.11 or newer; set PYTHON=python3.11, say" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { echo "Python's venv module is missing; on Debian: apt install python3-venv" >&2; exit 1; }
+	@echo "installing about 7 GB into .venv, once (torch brings CUDA)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

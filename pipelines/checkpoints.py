@@ -1,0 +1,293 @@
+"""Checkpoints: which ones a run has, which of them count, and how long they stay.
+
+Layout below a run's home::
+
+    checkpoints/step-00000120/
+        part-00000.safetensors   tensors, or shards of them, that rank 0 wrote
+        part-00001.safetensors   ...
+        index.json               which tensor is made of which shards, and all that is no tensor
+        complete.json            written last, by rank 0, when every part is there: step, cursor,
+                                 facts, and size and sha256 of every file above
+
+Without its complete.json, or with a file of another size than that names, a checkpoint does
+not count: it is never loaded, and goes with the next save. :mod:`pipelines.parts` has the
+files, and why they are not torch's own.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+
+from droppos.errors import DataError, DropposError, TrainingError
+from pipelines.parts import INDEX, PartReader, PartWriter
+from pipelines.state_index import FileRecord, PartLoadPlanner, PartSavePlanner, put
+from pipelines.storage import Place, open_place
+
+FOLDER = "checkpoints"
+COMPLETE = "complete.json"
+FORMAT = "droppos-checkpoint/1"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that counts: its last file is there, and every file has the size it names."""
+
+    place: Place
+    """Folder of the checkpoint."""
+    step: int
+    """Optimizer steps taken when it was saved."""
+    cursor: Mapping[str, int]
+    """Where the stream goes on: epoch, batch, step."""
+    files: Mapping[str, FileRecord]
+    """Every file but complete.json."""
+    record: Mapping[str, Any]
+    """All of complete.json: besides these, world size, versions, time, and `save`'s facts."""
+    sha256: str
+    """Hash of complete.json, which names the hash of every other file."""
+
+    @property
+    def uri(self) -> str:
+        """Folder of the checkpoint."""
+        return self.place.uri
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files but complete.json."""
+        return sum(file.bytes for file in self.files.values())
+
+
+def save(
+    home: Place, step: int, state: dict[str, Any], facts: Mapping[str, Any], keep: int
+) -> Saved:
+    """Write a checkpoint; every rank of the default process group calls this, or one process.
+
+    A checkpoint of the same step is replaced. Afterwards older ones beyond `keep` are deleted,
+    and what interrupted saves left.
+
+    Args:
+        home: Folder of the run.
+        step: Optimizer steps taken.
+        state: Nested dicts of tensors (sharded ones too), numbers, strings, booleans, None,
+            lists and tuples, as torch.distributed.checkpoint.state_dict makes them.
+        facts: What complete.json tells besides, as JSON: `cursor` (epoch, batch, step),
+            digests of recipe and manifest, seed, global batch.
+        keep: Newest checkpoints to keep, this one included.
+
+    Raises:
+        DataError: If storage refuses.
+        TrainingError: If the state holds something that cannot be kept.
+    """
+    place = home / FOLDER / f"step-{step:08d}"
+
+    def finished(files: dict[str, FileRecord], world_size: int) -> bytes:
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "cursor": {},
+            **facts,
+            "world_size": world_size,
+            "code": f"droppos {version('droppos')}",
+            "torch": torch.__version__,
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": {name: file._asdict() for name, file in files.items()},
+        }
+        text = json.dumps(record, indent=1).encode() + b"\n"
+        (place / COMPLETE).write_bytes(text)
+        return text
+
+    with _one_error(f"checkpoint {place} cannot be written"):
+        metadata = state_dict_saver.save(
+            state, storage_writer=PartWriter(place, finished), planner=PartSavePlanner()
+        )
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        prune(home, keep)
+    return _parse(place, metadata.storage_data)
+
+
+def load(saved: Saved, state: dict[str, Any]) -> None:
+    """Read a checkpoint into `state`, in place, at this world size; every rank calls this.
+
+    A file is hashed while it is read, so a wrong one is found after its tensors were copied:
+    when this raises, `state` is a mixture, to be thrown away or loaded again.
+
+    Args:
+        saved: What to read.
+        state: As given to `save`, with this run's shapes and sharding. Top-level keys that
+            are left out are not read.
+
+    Raises:
+        DataError: If storage refuses.
+        TrainingError: If a file is not what was written, or the state does not fit.
+    """
+    with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
+        reader = PartReader(saved.place, saved.files)
+        state_dict_loader.load(state, storage_reader=reader, planner=PartLoadPlanner())
+
+
+def load_full(saved: Saved, only: Collection[str] | None = None) -> dict[str, Any]:
+    """Read whole tensors onto the CPU of this one process, whatever the world size that saved.
+
+    Args:
+        saved: What to read.
+        only: Top-level keys to read, such as `{"model"}`; all when none.
+
+    Returns:
+        The nested state that was saved.
+
+    Raises:
+        DataError: If storage refuses.
+        TrainingError: If a file is not what was written.
+    """
+    with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
+        reader = PartReader(saved.place, saved.files)
+        paths = {
+            name: path
+            for name, path in reader.index.metadata.planner_data.items()
+            if only is None or path[0] in only
+        }
+        flat: dict[str, Any] = {name: reader.index.empty(name) for name in paths}
+        # no_dist: one rank of a group may read without the others.
+        state_dict_loader.load(flat, storage_reader=reader, planner=PartLoadPlanner(), no_dist=True)
+    tree: dict[str, Any] = {}
+    for name, path in paths.items():
+        put(tree, path, flat[name])
+    return tree
+
+
+def newest(home: Place) -> Saved | None:
+    """Find a run's newest checkpoint that counts; newer ones that don't are named in the log."""
+    for place in _folders(home):
+        try:
+            return _open(place)
+        except TrainingError as error:
+            _log.warning("checkpoint passed over: %s", error)
+    return None
+
+
+def at(uri: str) -> Saved:
+    """Find the checkpoint a person means: its folder, a run's home, or the folder between.
+
+    Raises:
+        DataError: If there is none that counts; the message says what is there instead.
+    """
+    place = open_place(uri)
+    found = place.children()
+    if COMPLETE in found or INDEX in found or re.fullmatch(r"step-\d+", place.name):
+        try:
+            return _open(place)
+        except TrainingError as error:
+            raise DataError(f"{error}; take an older checkpoint of the run") from error
+    home = open_place(place.uri.removesuffix(f"/{FOLDER}"))
+    saved = newest(home)
+    if saved is None:
+        unfinished = [folder.name for folder in _folders(home)]
+        listed = ", ".join((unfinished or found)[:5]) or "nothing"
+        raise DataError(
+            f"{uri} has no checkpoint: found {'only unfinished ' * bool(unfinished)}{listed}; "
+            f"expected a run's folder with {FOLDER}/ in it, or one folder of that with {COMPLETE}"
+        )
+    return saved
+
+
+def prune(home: Place, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and everything that does not count.
+
+    Only a run's one writer may call this, and not during a save. Storage that refuses is a
+    warning: a checkpoint too many is better than a run less.
+    """
+    kept = 0
+    for place in _folders(home):
+        try:
+            if kept < keep and _counts(place):
+                kept += 1
+                continue
+            # The last file goes first: a deletion cut short must not leave what looks whole.
+            (place / COMPLETE).delete()
+            place.delete()
+        except DataError as error:
+            _log.warning("old checkpoint stays: %s", error)
+
+
+def _folders(home: Place) -> list[Place]:
+    """Folders of checkpoints, newest first, whether they count or not."""
+    folder = home / FOLDER
+    steps = [name for name in folder.children() if re.fullmatch(r"step-\d+", name)]
+    return [folder / name for name in sorted(steps, key=lambda name: int(name[5:]), reverse=True)]
+
+
+def _open(place: Place) -> Saved:
+    """Read complete.json and hold it against the listing.
+
+    Raises:
+        TrainingError: If the checkpoint does not count.
+    """
+    sizes = {entry.name: entry.size for entry in place.files()}
+    if COMPLETE not in sizes:
+        raise TrainingError(f"{place} is unfinished: it has no {COMPLETE}")
+    saved = _parse(place, (place / COMPLETE).read_bytes())
+    for name, expected in saved.files.items():
+        if sizes.get(name) != expected.bytes:
+            raise TrainingError(
+                f"{place / name} is damaged: expected {expected.bytes} bytes, "
+                f"got {sizes.get(name, 'no file')}"
+            )
+    return saved
+
+
+def _parse(place: Place, text: bytes) -> Saved:
+    try:
+        record = json.loads(text)
+        if record["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        return Saved(
+            place=place,
+            step=int(record["step"]),
+            cursor=dict(record["cursor"]),
+            files={name: FileRecord(**file) for name, file in record["files"].items()},
+            record=record,
+            sha256=hashlib.sha256(text).hexdigest(),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{place / COMPLETE} is damaged: {error!r}") from error
+
+
+def _counts(place: Place) -> bool:
+    try:
+        _open(place)
+    except TrainingError:
+        return False
+    return True
+
+
+@contextmanager
+def _one_error(what: str) -> Iterator[None]:
+    """Turn torch's bundle of every rank's failures into the one error a person needs."""
+    try:
+        with warnings.catch_warnings():
+            # One process without a group is a way to run, not an oversight.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, DropposError):
+                raise type(cause)(f"{what}: {cause}") from None
+        # A BaseException such as KeyboardInterrupt passes as what it is.
+        if not isinstance(causes[0], Exception):
+            raise causes[0] from error
+        raise TrainingError(f"{what}: {type(causes[0]).__name__}: {causes[0]}") from error

@@ -1,0 +1,185 @@
+"""The command line: each sub-command is a job's function, its arguments the job's.
+
+A recipe's YAML becomes flags before the command line's own, so both go through one parser.
+Jobs are imported when they are called: `droppos --help` should not wait for torch and Ray.
+"""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from droppos.errors import DropposError
+from pipelines import recipe_file
+from pipelines.recipe import Measure, Recipe
+
+DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."
+
+RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
+RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
+
+console = Console(stderr=True)
+"""For people; results that a script may want go to standard output."""
+
+
+def prepare(
+    source: tyro.conf.Positional[str],
+    dest: tyro.conf.Positional[str],
+    shard_mb: float = 64,
+    group_rows: int = 100,
+) -> None:
+    """Pack pictures into shards that stream from object storage.
+
+    Args:
+        source: Folder of pictures (class sub-folders are labels), a tar, a zip or a parquet
+            with an image column; path or s3:// URI.
+        dest: Folder of the prepared data set; path or s3:// URI.
+        shard_mb: Encoded megabytes of a shard.
+        group_rows: Pictures that are read at once.
+    """
+    from pipelines.prepare import prepare as job
+    from pipelines.report import show_prepare
+    from pipelines.screen import progress
+
+    with progress(console, "packing") as on_progress:
+        report = job(
+            source,
+            dest,
+            shard_bytes=int(shard_mb * 1e6),
+            group_rows=group_rows,
+            on_progress=on_progress,
+        )
+    show_prepare(console, report, dest)
+
+
+def pretrain(
+    file: RecipeName = "",
+    resume: bool = False,
+    allow_changes: bool = False,
+    recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
+) -> None:
+    """Pre-train a vision transformer; Ctrl-C saves a last checkpoint and ends.
+
+    Args:
+        file: A YAML file, or the name of a recipe that is shipped.
+        resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
+        allow_changes: Resume even if data or recipe differ from the checkpoint's.
+        recipe: Fields given here override the file's.
+    """
+    from pipelines.pretrain import pretrain as job
+    from pipelines.report import show_outcome
+    from pipelines.screen import Screen
+
+    with Screen(recipe, console) as screen:
+        outcome = job(recipe, resume=resume, allow_changes=allow_changes, on_event=screen.event)
+    show_outcome(console, recipe, outcome)
+    if not outcome.finished:
+        sys.exit(130)
+
+
+def export(checkpoint: tyro.conf.Positional[str], out: tyro.conf.Positional[str]) -> None:
+    """Write a backbone that timm loads, compared with the trained model before it says done.
+
+    Args:
+        checkpoint: Folder of a checkpoint, or of a run (its newest).
+        out: Folder to write; path or s3:// URI.
+    """
+    from pipelines.export import export_checkpoint
+    from pipelines.report import show_export
+
+    show_export(console, export_checkpoint(checkpoint, out), out)
+
+
+def evaluate(
+    backbone: tyro.conf.Positional[str],
+    data: tyro.conf.Positional[str],
+    train: str | None = None,
+    pictures: int | None = None,
+    measure: MeasureFlags = Measure(),  # noqa: B008 - frozen
+) -> None:
+    """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run.
+        data: Prepared data set to measure on.
+        train: Labelled data set to learn from; without it four fifths of `data`.
+        pictures: Pictures to take of each data set, from all over it; all when not given.
+        measure: Protocol of position accuracy.
+    """
+    from pipelines.evaluate import evaluate as job
+    from pipelines.report import show_evaluation
+
+    with console.status("measuring"):
+        evaluation = job(backbone, data, train=train, measure=measure, limit=pictures)
+    show_evaluation(console, evaluation)
+
+
+def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa: B008 - frozen
+    """Run the whole job on embedded photographs: prepare, pretrain, export, evaluate.
+
+    Args:
+        resume: Go on with the last demo instead of refusing to overwrite it.
+        recipe: Fields given here override the demo recipe's.
+    """
+    from pipelines.demo import demo as job
+    from pipelines.report import show_demo
+    from pipelines.screen import Screen
+
+    with Screen(recipe, console) as screen:
+        report = job(recipe, resume=resume, say=screen.say, on_event=screen.event)
+    show_demo(console, report)
+    if not report.outcome.finished:
+        sys.exit(130)
+
+
+COMMANDS = {
+    "demo": demo,
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "export": export,
+    "evaluate": evaluate,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a sub-command; an error meant for a person is printed without a traceback."""
+    quiet()
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="droppos", description=DESCRIPTION, args=with_recipe(argv)
+        )
+    except DropposError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+
+
+def with_recipe(argv: list[str]) -> list[str]:
+    """Put a recipe's fields, as flags, before the command line's own; the last one counts."""
+    match argv:
+        case ["demo", *rest]:
+            return ["demo", *recipe_file.flags(recipe_file.read("demo")), *rest]
+        case [("pretrain" | "search") as command, name, *rest] if not name.startswith("-"):
+            return [command, name, *recipe_file.flags(recipe_file.read(name)), *rest]
+    return argv
+
+
+def quiet() -> None:
+    """Keep other projects' notices off the screen; warnings and errors of ours stay."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("ray.train", "ray.data", "ray.tune", "py.warnings"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

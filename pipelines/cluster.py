@@ -1,0 +1,94 @@
+"""The Ray cluster a job runs on: one that stands, or a private one on this machine."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import ray
+import ray._private.state
+
+from droppos.errors import ConfigError
+from pipelines.recipe import Recipe
+
+OBJECT_STORE_BYTES = 512 * 1024**2
+"""Of a private cluster. What is in flight is bounded by windows and prefetching, not by this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """CPUs of one run: training and decoding must not wait for each other's."""
+
+    training: int
+    decoding: int
+
+    @property
+    def total(self) -> int:
+        """CPUs the run needs at once."""
+        return self.training + self.decoding
+
+
+def share_of(recipe: Recipe, cpus: int) -> Share:
+    """Part so many CPUs between the training workers and the decode tasks.
+
+    Raises:
+        ConfigError: If training would leave no CPU to decode with: it would wait for ever.
+    """
+    training = recipe.run.workers * recipe.run.cpus_per_worker
+    decoding = recipe.data.decode_cpus or cpus - training
+    share = Share(training, max(decoding, 1))
+    if share.total > cpus:
+        raise ConfigError(
+            f"the run needs {share.total} CPUs (run.workers {recipe.run.workers} x "
+            f"run.cpus_per_worker {recipe.run.cpus_per_worker} to train, {share.decoding} to "
+            f"decode), the cluster has {cpus}; lower run.workers, or add {share.total - cpus} CPUs"
+        )
+    return share
+
+
+def connect(recipe: Recipe) -> Share:
+    """Join the cluster named by RAY_ADDRESS, or start a private one on this machine.
+
+    A private cluster has as many logical CPUs as the run needs, even on a smaller machine: the
+    processes share the cores then, and nothing waits for ever.
+
+    Raises:
+        ConfigError: If the run does not fit the cluster, at the largest it can grow to.
+    """
+    if not ray.is_initialized():
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=False)
+        else:
+            _start_private(recipe)
+    return share_of(recipe, _most_cpus())
+
+
+def _start_private(recipe: Recipe) -> None:
+    training = recipe.run.workers * recipe.run.cpus_per_worker
+    cores = os.cpu_count() or 1
+    decoding = recipe.data.decode_cpus or max(1, cores - training)
+    ray.init(
+        num_cpus=training + decoding,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _most_cpus() -> int:
+    """Count the cluster's CPUs, at its largest where an autoscaler stands behind it."""
+    # Ray's own libraries ask here, too; there is no public way to learn an autoscaler's limits.
+    limits = ray._private.state.state.get_max_resources_from_cluster_config()
+    now = ray.cluster_resources().get("CPU", 0)
+    return int(max(now, (limits or {}).get("CPU", 0)))
+
+
+def gpu_workers(recipe: Recipe) -> bool:
+    """Tell whether each training worker is to have a GPU.
+
+    With compute.device auto it has one if the cluster shows any now; a cluster that scales GPUs
+    from zero shows none yet, so its recipes say cuda.
+    """
+    if recipe.compute.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) >= recipe.run.workers
+    return recipe.compute.device == "cuda"

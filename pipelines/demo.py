@@ -1,0 +1,91 @@
+"""The demo: the whole main job, small but real, on photographs that come with our dependencies."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+
+from droppos.export.timm_vit import ExportReport
+from pipelines.demo_pictures import write_demo_pictures
+from pipelines.evaluate import Evaluation, evaluate
+from pipelines.export import export_checkpoint
+from pipelines.prepare import PrepareReport, prepare
+from pipelines.pretrain import OnEvent, Outcome, pretrain
+from pipelines.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """What the demo did."""
+
+    recipe: Recipe
+    train: PrepareReport
+    holdout: PrepareReport
+    outcome: Outcome
+    export: ExportReport | None
+    """None when training was stopped before its first checkpoint."""
+    evaluation: Evaluation | None
+    seconds: dict[str, float]
+    """Wall time of each part."""
+
+
+def demo(
+    recipe: Recipe,
+    *,
+    resume: bool,
+    say: Callable[[str], None],
+    on_event: OnEvent | None = None,
+) -> DemoReport:
+    """Prepare photographs, pre-train on them, export the backbone and measure it.
+
+    Args:
+        recipe: The shipped demo recipe, with whatever was overridden.
+        resume: Go on with the demo's last run.
+        say: Told what begins.
+        on_event: Hears of training's progress.
+    """
+    clock = _Clock()
+    folder = Path(recipe.run.storage)
+    say("cutting photographs into tiles, and packing them into shards")
+    with clock.time("prepare"):
+        pictures = write_demo_pictures(folder / "pictures")
+        train = prepare(str(pictures.train), str(folder / "data" / "train"))
+        holdout = prepare(str(pictures.holdout), str(folder / "data" / "holdout"))
+    data = replace(
+        recipe.data, path=str(folder / "data" / "train"), holdout=str(folder / "data" / "holdout")
+    )
+    recipe = replace(recipe, data=data)
+    say("pre-training: Ray Data streams, Ray Train steps, MLflow listens")
+    with clock.time("pretrain"):
+        outcome = pretrain(recipe, resume=resume, on_event=on_event)
+    if outcome.checkpoint is None:
+        return DemoReport(recipe, train, holdout, outcome, None, None, clock.seconds)
+    say("exporting the backbone, and comparing it with the trained model")
+    with clock.time("export"):
+        export = export_checkpoint(outcome.checkpoint.uri, f"{outcome.home}/backbone")
+    say("measuring it on photographs it has never seen")
+    with clock.time("evaluate"):
+        assert data.holdout is not None
+        measured = evaluate(str(export.path), data.holdout, measure=recipe.measure)
+    return DemoReport(recipe, train, holdout, outcome, export, measured, clock.seconds)
+
+
+class _Clock:
+    """Wall time of named parts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, name: str) -> "_Part":
+        return _Part(self.seconds, name)
+
+
+class _Part:
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._started = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._name] = perf_counter() - self._started

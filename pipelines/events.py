@@ -1,0 +1,152 @@
+"""Events: the way from the training workers to the driver, which alone writes the ledger.
+
+A small actor beside the driver holds a bounded queue. A worker's `send` hands over and goes
+on: it never waits for the actor, and a lost event is counted, not raised. Events of one
+sender arrive in the order they were sent. The other way goes one bit: please stop.
+"""
+
+import logging
+import pickle
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Self
+
+import ray
+from ray.exceptions import PendingCallsLimitExceeded, RayActorError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+Event = Mapping[str, Any]
+
+_PENDING = 1000
+"""Calls a sender may have under way before it drops: a driver that hangs must not fill memory."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Mailbox:
+    """Runs in the actor. Events stay pickled here, or it would import torch to hold them."""
+
+    def __init__(self, capacity: int) -> None:
+        self.events: deque[bytes] = deque(maxlen=capacity)
+        self.overflowed = 0
+        self.stop = False
+
+    def put(self, event: bytes) -> None:
+        self.overflowed += len(self.events) == self.events.maxlen
+        self.events.append(event)
+
+    def drain(self, stop: bool) -> tuple[list[bytes], int]:
+        self.stop = stop
+        events, overflowed = list(self.events), self.overflowed
+        self.events.clear()
+        self.overflowed = 0
+        return events, overflowed
+
+    def stop_requested(self) -> bool:
+        return self.stop
+
+
+class Events:
+    """One queue. The driver starts and drains it; a copy in a worker sends."""
+
+    def __init__(self, mailbox: Any) -> None:
+        """Join a queue that runs; `start` makes one.
+
+        Args:
+            mailbox: Handle of the actor.
+        """
+        self._mailbox = mailbox
+        self._under_way: deque[ray.ObjectRef] = deque()
+        self._dropped = 0
+        self._stop = False
+
+    @classmethod
+    def start(cls, capacity: int = 100_000) -> Self:
+        """Start the actor on this process's node; it ends with this process.
+
+        Args:
+            capacity: Events held between two drains; then the oldest make room.
+        """
+        here = ray.get_runtime_context().get_node_id()
+        return cls(
+            ray.remote(_Mailbox)
+            .options(
+                num_cpus=0,
+                max_restarts=-1,
+                max_pending_calls=_PENDING,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            )
+            .remote(capacity)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Events, (self._mailbox,)
+
+    def send(self, event: Event) -> None:
+        """Hand an event over without waiting; what cannot be delivered is counted.
+
+        Args:
+            event: Values that pickle; of a device tensor that would cost a synchronisation.
+        """
+        try:
+            self._under_way.append(self._mailbox.put.remote(pickle.dumps(event)))
+        except (PendingCallsLimitExceeded, RayError):
+            self._dropped += 1
+        self._settle(0)
+
+    def flush(self, timeout_s: float) -> int:
+        """Wait until all that was sent has arrived, a worker's last act.
+
+        Returns:
+            Events this sender lost so far.
+        """
+        self._settle(timeout_s)
+        return self._dropped + len(self._under_way)
+
+    @property
+    def dropped(self) -> int:
+        """Events this sender knows to be lost."""
+        self._settle(0)
+        return self._dropped
+
+    def stop_requested(self) -> bool:
+        """Ask whether the driver wants the run to stop; takes about a millisecond.
+
+        False when the actor does not answer within a second: training then goes on.
+        """
+        try:
+            return ray.get(self._mailbox.stop_requested.remote(), timeout=1)
+        except RayError:
+            return False
+
+    def request_stop(self) -> None:
+        """Ask the workers to stop; they are told at the next `drain`.
+
+        Only a flag, so that a signal handler may call it, whatever Ray is doing just then.
+        """
+        self._stop = True
+
+    def drain(self, timeout_s: float = 10) -> list[Event]:
+        """Take all events that arrived since the last call; none, with a warning, on trouble."""
+        try:
+            events, overflowed = ray.get(self._mailbox.drain.remote(self._stop), timeout=timeout_s)
+        except RayError as error:
+            _log.warning("metrics of the workers cannot be fetched now: %s", error)
+            return []
+        if overflowed:
+            _log.warning("%d events of the workers were lost: they came too fast", overflowed)
+        return [pickle.loads(event) for event in events]
+
+    def _settle(self, timeout_s: float) -> None:
+        """Forget calls that are done, and count those that failed."""
+        if not self._under_way:
+            return
+        done, _ = ray.wait(
+            list(self._under_way), num_returns=len(self._under_way), timeout=timeout_s
+        )
+        for ref in done:
+            self._under_way.remove(ref)
+            try:
+                ray.get(ref)
+            except RayActorError:
+                self._dropped += 1

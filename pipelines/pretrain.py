@@ -1,0 +1,352 @@
+"""The main job: pictures stream in, a vision transformer comes out.
+
+The driver starts the workers (:mod:`pipelines.worker`), hears of their progress and keeps the
+ledger. A job is a function of its recipe: the command line, a Tune trial, a test and a
+submitted Ray job call the same one.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import ray.data
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from droppos.errors import ConfigError, DropposError, TrainingError
+from pipelines import checkpoints
+from pipelines.backbone import from_checkpoint
+from pipelines.cluster import Share, connect, gpu_workers
+from pipelines.events import Events
+from pipelines.gallery import draw_gallery
+from pipelines.holdout import load_pictures
+from pipelines.ledger import Ledger, local_folder
+from pipelines.order import Schedule
+from pipelines.recipe import Recipe
+from pipelines.recipe_file import flatten, to_yaml
+from pipelines.shards import load_manifest
+from pipelines.storage import open_place
+from pipelines.stream import data_config, make_dataset
+from pipelines.windows import Crop
+from pipelines.worker import Job, train_worker
+
+logger = logging.getLogger(__name__)
+
+FIXED = ("model", "method", "optim", "data.window", "data.crop_scale", "data.flip", "run.seed")
+"""What must not change under a resumed run, or it is another run."""
+
+POLL_S = 0.2
+"""Seconds between two looks at what the workers said."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+"""Told of each event in order, in the driver: a live line, a Tune report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Where a run ended."""
+
+    home: str
+    checkpoint: checkpoints.Saved | None
+    """Newest complete one."""
+    steps: int
+    """Steps the whole run has."""
+    metrics: dict[str, float]
+    """Last value of each, of what this process heard."""
+    pictures: list[Path]
+    """Files drawn at the end, on this machine."""
+    tracking_run: str
+    """Identifier of the MLflow run."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done and kept."""
+        return self.checkpoint is not None and self.checkpoint.step == self.steps
+
+
+def pretrain(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    on_event: OnEvent | None = None,
+    parent_run: str | None = None,
+) -> Outcome:
+    """Run, or go on with, one pre-training.
+
+    Ctrl-C or SIGTERM asks the workers for one more checkpoint and ends the run there; a second
+    one ends it at once.
+
+    Args:
+        recipe: The run.
+        resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
+        allow_changes: Resume even if data or recipe differ from the checkpoint's.
+        on_event: Hears of progress.
+        parent_run: MLflow run that this one is shown under.
+
+    Raises:
+        ConfigError: If the recipe cannot be run here.
+        DataError: If data or storage cannot be read.
+        TrainingError: If the workers failed more often than run.max_failures.
+    """
+    recipe = located(recipe)
+    schedule = plan(recipe)
+    home = open_place(recipe.home)
+    home.check_reachable()
+    saved = checkpoints.newest(home)
+    check_resume(recipe, schedule, saved, resume=resume, allow_changes=allow_changes)
+    (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())
+    share = connect(recipe)
+    with Ledger.open(
+        recipe, schedule.manifest.digest, resume=resume, parent_run=parent_run
+    ) as ledger:
+        heard = Heard(ledger, on_event)
+        heard.event({"kind": "plan", "step": saved.step if saved else 0, "steps": schedule.steps})
+        if saved is None or saved.step < schedule.steps:
+            fit(recipe, schedule, share, heard)
+        newest = checkpoints.newest(home)
+        pictures = draw_run(recipe, newest, ledger) if newest else []
+        for picture in pictures:
+            ledger.picture(picture, f"pictures/{picture.name}")
+        finished = newest is not None and newest.step == schedule.steps
+        ledger.finish("FINISHED" if finished else "KILLED")
+    return Outcome(recipe.home, newest, schedule.steps, heard.last, pictures, ledger.run_id)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """Spell out every place: workers have another current folder than the driver."""
+
+    def spelt(uri: str | None) -> str | None:
+        return None if uri is None else open_place(uri).uri
+
+    return replace(
+        recipe,
+        data=replace(recipe.data, path=spelt(recipe.data.path), holdout=spelt(recipe.data.holdout)),
+        run=replace(recipe.run, storage=open_place(recipe.run.storage).uri),
+    )
+
+
+def plan(recipe: Recipe) -> Schedule:
+    """Lay out the whole run: every batch of every epoch.
+
+    Raises:
+        ConfigError: If no data is named, or a batch is larger than the data.
+        DataError: If the data set cannot be read.
+    """
+    if recipe.data.path is None:
+        raise ConfigError(
+            "data.path is not set; name a prepared data set: `droppos prepare PICTURES DATA`, "
+            "then `droppos pretrain --data.path DATA`"
+        )
+    if recipe.data.holdout is not None:
+        load_manifest(open_place(recipe.data.holdout))  # missing now is better than missing later
+    return Schedule(
+        manifest=load_manifest(open_place(recipe.data.path)),
+        seed=recipe.run.seed,
+        global_batch=recipe.optim.global_batch,
+        window=recipe.data.window,
+        epochs=recipe.optim.epochs,
+    )
+
+
+def check_resume(
+    recipe: Recipe,
+    schedule: Schedule,
+    saved: checkpoints.Saved | None,
+    *,
+    resume: bool,
+    allow_changes: bool,
+) -> None:
+    """Refuse to overwrite a run, or to go on with one as if it were another.
+
+    Raises:
+        ConfigError: Naming the run or each difference, and the way out.
+    """
+    if saved is None:
+        return
+    if not resume:
+        raise ConfigError(
+            f"run {recipe.home} already has a checkpoint at step {saved.step}; add --resume to go "
+            "on with it, or choose another run.name"
+        )
+    ours = {**flatten(recipe), "data (manifest digest)": schedule.manifest.digest}
+    theirs = {**flatten(saved.record["recipe"]), "data (manifest digest)": saved.record["manifest"]}
+    fixed = (*FIXED, "data (manifest digest)")
+    changed = [
+        f"{name}: {theirs.get(name)!r} in the checkpoint, {value!r} now"
+        for name, value in ours.items()
+        if name.startswith(fixed) and theirs.get(name) != value
+    ]
+    if changed and not allow_changes:
+        raise ConfigError(
+            f"run {recipe.home} was made with other settings; "
+            + "; ".join(changed)
+            + "; put them back, choose another run.name, or accept with --allow-changes"
+        )
+    if changed:
+        logger.warning("resuming with changes: %s", "; ".join(changed))
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """Makes the stream of what is left of a run; Ray Train calls it for each group of workers."""
+
+    recipe: Recipe
+    schedule: Schedule
+    decode_cpus: int
+
+    def __call__(self) -> ray.data.Dataset:
+        """Start where the newest checkpoint stands, as the workers do."""
+        recipe = self.recipe
+        saved = checkpoints.newest(open_place(recipe.home))
+        assert recipe.data.path is not None
+        return make_dataset(
+            self.schedule,
+            open_place(recipe.data.path),
+            Crop(recipe.model.image_size, recipe.data.crop_scale, recipe.data.flip),
+            worker_batch=recipe.worker_batch,
+            start_step=saved.step if saved else 0,
+            decode_cpus=self.decode_cpus,
+        )
+
+
+def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> None:
+    """Train on the cluster until the last step, a request to stop, or too many failures.
+
+    Raises:
+        TrainingError: If the workers failed more often than run.max_failures.
+        DropposError: As raised in a worker.
+    """
+    home = open_place(recipe.home)
+    on_gpu = gpu_workers(recipe)
+    events = Events.start()
+    trainer = TorchTrainer(
+        partial(train_worker, Job(recipe, schedule, events)),
+        datasets={"train": Remaining(recipe, schedule, share.decoding)},
+        dataset_config=data_config(),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.run.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": recipe.run.cpus_per_worker, "GPU": int(on_gpu)},
+        ),
+        run_config=RunConfig(
+            name="ray",  # Ray's own bookkeeping; ours is in checkpoints/
+            storage_path=home.path,
+            storage_filesystem=home.fs,
+            failure_config=FailureConfig(max_failures=recipe.run.max_failures),
+        ),
+    )
+    # fit() in a thread: on the main one it would take Ctrl-C for itself and drop the last steps.
+    with ThreadPoolExecutor(1, "fit") as pool, stop_on_signal(events) as abort:
+        running = pool.submit(trainer.fit)
+        while not running.done() and not abort.is_set():
+            heard.drain(events)
+            sleep(POLL_S)
+        if abort.is_set():
+            ray.shutdown()
+    heard.drain(events)
+    error = running.exception()
+    if isinstance(error, TrainingFailedError):
+        raise cause_of(error) from error
+    if error is not None and not abort.is_set():
+        raise error
+
+
+def draw_run(recipe: Recipe, saved: checkpoints.Saved, ledger: Ledger) -> list[Path]:
+    """Draw what the newest checkpoint makes of the held-out pictures, if there are any."""
+    if recipe.data.holdout is None or not recipe.method.predicts_positions:
+        return []
+    model = from_checkpoint(saved).droppos
+    assert model is not None
+    pictures = load_pictures(recipe.data.holdout, recipe.model.image_size, recipe.measure.pictures)
+    folder = local_folder(recipe) / recipe.run.name / "pictures"
+    return draw_gallery(model, recipe.measure, pictures, ledger.history, folder)[1]
+
+
+class Heard:
+    """Takes what workers say to the ledger and to whoever listens."""
+
+    def __init__(self, ledger: Ledger, on_event: OnEvent | None) -> None:
+        self._ledger = ledger
+        self._on_event = on_event
+        self.last: dict[str, float] = {}
+        """Last value of each metric."""
+
+    def drain(self, events: Events) -> None:
+        """Take all that has arrived."""
+        for event in events.drain():
+            self.event(event)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take one event."""
+        match event["kind"]:
+            case "metrics":
+                self.last |= event["values"]
+                self._ledger.log(event["step"], event["values"])
+            case "checkpoint":
+                self._ledger.checkpoint(event["saved"])
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+@contextmanager
+def stop_on_signal(events: Events) -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into a request for one more checkpoint; the second one aborts.
+
+    Only a main thread is sent signals; elsewhere (a Tune trial) nothing changes.
+
+    Yields:
+        An event that is set when the run is to end at once.
+    """
+    abort = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield abort
+        return
+    asked = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            abort.set()
+            return
+        asked = True
+        logger.warning(
+            "%s: saving a last checkpoint, then ending; once more ends at once, without it",
+            signal.Signals(number).name,
+        )
+        events.request_stop()
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield abort
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cause_of(error: TrainingFailedError) -> DropposError:
+    """Find our own error in what the workers raised; the others only saw a peer go."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    failures.append(getattr(error, "controller_failure", error))
+    for failure in failures:
+        link: BaseException | None = failure
+        while link is not None:
+            if isinstance(link, DropposError):
+                return link
+            link = getattr(link, "cause", None) or link.__cause__
+    last = str(failures[0]).strip().splitlines()[-1]
+    return TrainingError(
+        f"the workers failed more often than run.max_failures allows; the last time: {last}; "
+        "the newest checkpoint is kept, --resume goes on from it"
+    )

@@ -1,0 +1,111 @@
+"""Recipes as files: YAML in, YAML out, and the flags they become.
+
+A YAML file becomes flags and goes through the command line's parser, so a typo in a file gets
+the same answer as one on the command line, with the right name suggested.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from droppos.errors import ConfigError
+from pipelines.recipe import Recipe
+
+SHIPPED = files("droppos") / "recipes"
+
+
+def shipped() -> list[str]:
+    """Name the recipes that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in SHIPPED.iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read a recipe by its file, or by the name of a shipped one.
+
+    Raises:
+        ConfigError: If there is none, or it is no YAML of sections and fields.
+    """
+    path = Path(name)
+    if not path.is_file() and name in shipped():
+        path = Path(str(SHIPPED / f"{name}.yaml"))
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no recipe {name}; give a YAML file, or one that is shipped: "
+            + ", ".join(shipped())
+        )
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(s, dict) for s in content.values()):
+        raise ConfigError(
+            f"{name} must hold sections with fields, such as `method:` and below it "
+            "`  mask_ratio: 0.75`"
+        )
+    return content
+
+
+def flags(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Turn sections and fields into the flags that mean the same."""
+    for name, value in content.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from flags(value, f"{dotted}.")
+            continue
+        yield f"--{dotted.replace('_', '-')}"
+        yield from map(str, value if isinstance(value, list | tuple) else [value])
+
+
+def flatten(recipe: Recipe | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """List every field by its dotted name; tuples as lists, as JSON has them."""
+    content = asdict(recipe) if is_dataclass(recipe) else recipe
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Write a recipe that :func:`read` reads and `droppos pretrain` takes as it is."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False)
+
+
+def from_dict(content: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of what :func:`dataclasses.asdict` or JSON made of one.
+
+    Raises:
+        ConfigError: If a field is unknown here (another version wrote it) or out of its range.
+    """
+    try:
+        return Recipe(
+            **{
+                section.name: section.type(  # pyright: ignore[reportCallIssue]
+                    **{
+                        name: tuple(value) if isinstance(value, list) else value
+                        for name, value in content.get(section.name, {}).items()
+                    }
+                )
+                for section in fields(Recipe)
+            }
+        )
+    except TypeError as error:
+        raise ConfigError(
+            f"the recipe was written by another version of droppos: {error}; use that version"
+        ) from error

@@ -1,0 +1,153 @@
+"""Results on the terminal: tables a person reads, in plain words.
+
+The jobs are named for their types only: `droppos prepare` should not wait for torch and Ray.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.screen import clock
+
+if TYPE_CHECKING:
+    from droppos.export.timm_vit import ExportReport
+    from pipelines.demo import DemoReport
+    from pipelines.evaluate import Evaluation
+    from pipelines.prepare import PrepareReport
+    from pipelines.pretrain import Outcome
+    from pipelines.recipe import Recipe
+
+Row = tuple[str, str]
+
+
+def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
+    """Tell what became of a source."""
+    if report.nothing_to_do:
+        console.print(f"{escape(dest)} is complete already: nothing to do", highlight=False)
+    _table(console, "Data set", prepare_rows(report))
+    if report.set_aside:
+        console.print(f"each file set aside is named in {escape(dest)}/set_aside.jsonl")
+    _next(console, f"droppos pretrain --data.path {shlex.quote(dest)}")
+
+
+def prepare_rows(report: PrepareReport) -> list[Row]:
+    """Write the counts of a data set."""
+    rows = [
+        ("pictures", f"{report.pictures:,}"),
+        ("shards", f"{report.shards:,} ({report.bytes / 1e6:,.1f} MB)"),
+        ("classes", f"{len(report.classes):,}" if report.classes else "none"),
+    ]
+    aside = ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.set_aside.items()))
+    return [*rows, ("set aside", aside or "none")]
+
+
+def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:
+    """Tell where a run ended, and what to do next."""
+    rows: list[Row] = []
+    if outcome.checkpoint is not None:
+        rows.append(("checkpoint", outcome.checkpoint.uri))
+    for name, label in (("train/loss", "loss"), ("data/images_per_s", "images/s")):
+        if name in outcome.metrics:
+            rows.append((label, f"{outcome.metrics[name]:,.3g}"))
+    if "holdout/position/accuracy" in outcome.metrics:
+        accuracy = outcome.metrics["holdout/position/accuracy"]
+        chance = outcome.metrics["holdout/position/chance"]
+        rows.append(("held out, placed right", f"{accuracy:.1%} (chance {chance:.1%})"))
+    rows += [("picture", str(picture)) for picture in outcome.pictures]
+    done = outcome.checkpoint.step if outcome.checkpoint else 0
+    title = "Run" if outcome.finished else f"Run, stopped at step {done:,} of {outcome.steps:,}"
+    _table(console, title, rows)
+    if not outcome.finished:
+        _next(console, "the same command with --resume goes on from there")
+    elif outcome.checkpoint is not None:
+        _next(console, f"droppos export {shlex.quote(outcome.home)} OUT")
+    _mlflow(console, recipe)
+
+
+def show_export(console: Console, report: ExportReport, out: str) -> None:
+    """Tell what was written, and how to load it."""
+    _table(console, "Backbone", [*export_rows(report), ("folder", out)])
+    if str(report.path) == out:
+        _next(console, report.command)
+
+
+def export_rows(report: ExportReport) -> list[Row]:
+    """Write the facts of an export."""
+    return [
+        ("architecture", report.architecture),
+        ("parameters", f"{report.parameters / 1e6:,.2f} million"),
+        ("difference from the trained model", f"{report.largest_difference:.1e} at most"),
+    ]
+
+
+def show_evaluation(console: Console, evaluation: Evaluation) -> None:
+    """Tell what a backbone is worth, with what could not be measured."""
+    _table(console, "Evaluation", evaluation_rows(evaluation))
+    for note in evaluation.notes:
+        console.print(f"[dim]not measured: {escape(note)}[/]", highlight=False)
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[Row]:
+    """Write the figures, accuracies with their 95 % interval."""
+    rows = [("pictures", f"{evaluation.pictures:,}")]
+    if evaluation.position is not None:
+        position = evaluation.position
+        times = position.accuracy.value / position.chance
+        rows += [
+            ("placed right", str(position.accuracy)),
+            ("  against chance", f"{times:.1f} times {position.chance:.2%}"),
+            ("placed within one cell", str(position.near)),
+        ]
+    if evaluation.knn is not None:
+        rows.append(("20 nearest neighbours", str(evaluation.knn)))
+    if evaluation.probe is not None:
+        rows.append(("linear probe", str(evaluation.probe)))
+    rank = f"{evaluation.effective_rank:.1f} of {evaluation.width}"
+    return [*rows, ("effective rank of features", rank)]
+
+
+def show_demo(console: Console, report: DemoReport) -> None:
+    """Tell all of the demo's results in one table."""
+    if report.export is None or report.evaluation is None:
+        show_outcome(console, report.recipe, report.outcome)
+        return
+    outcome = report.outcome
+    sets = f"{report.train.pictures:,} to train, {report.holdout.pictures:,} held out"
+    rows = [
+        ("pictures", f"{sets} (other photographs)"),
+        ("steps", f"{outcome.steps:,} of {report.recipe.optim.global_batch} images"),
+        ("training", f"{outcome.metrics.get('data/images_per_s', 0):,.0f} images/s"),
+        *evaluation_rows(report.evaluation)[1:],
+        *export_rows(report.export),
+        ("time", ", ".join(f"{name} {clock(s)}" for name, s in report.seconds.items())),
+        ("backbone", str(report.export.path)),
+        *[("picture", str(picture)) for picture in outcome.pictures],
+    ]
+    _table(console, "DropPos on held-out photographs", rows)
+    _next(console, report.export.command)
+    _mlflow(console, report.recipe)
+
+
+def _table(console: Console, title: str, rows: list[Row]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    console.print(table, highlight=False)
+
+
+def _next(console: Console, text: str) -> None:
+    console.print(f"[dim]next:[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _mlflow(console: Console, recipe: Recipe) -> None:
+    from pipelines.ledger import open_command, tracking_uri
+
+    command = open_command(tracking_uri(recipe))
+    console.print(f"[dim]metrics in MLflow:[/] {escape(command)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""What tests of several folders share: photographs, and a real S3 server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import skimage
+from PIL import Image
+
+# jaxtyping, told to check with tests.typechecker.check, imports only `tests` by itself.
+import tests.typechecker  # noqa: F401
+from tests.s3_server import S3Server, s3_server
+
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "motorcycle": "motorcycle_left.png",
+    "rocket": "rocket.jpg",
+}
+"""Colour photographs that are in skimage's wheel, by what they show."""
+
+TILE = 160
+"""Side of a tile, in pixels."""
+TILES = 12
+"""Tiles of each photograph, and thus pictures of each class."""
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of 72 JPEG tiles in six classes, cut from the photographs in skimage's wheel."""
+    folder = tmp_path_factory.mktemp("photographs")
+    # By path: skimage.data's functions may fetch what the wheel doesn't hold.
+    source = Path(skimage.__file__).parent / "data"
+    for name, file in PHOTOGRAPHS.items():
+        _cut(source / file, folder / name)
+    return folder
+
+
+def _cut(photograph: Path, folder: Path) -> None:
+    folder.mkdir()
+    with Image.open(photograph) as file:
+        image = file.convert("RGB")
+    columns, rows = TILES // 3, 3
+    for i in range(TILES):
+        left = (image.width - TILE) * (i % columns) // (columns - 1)
+        top = (image.height - TILE) * (i // columns) // (rows - 1)
+        tile = image.crop((left, top, left + TILE, top + TILE))
+        tile.save(folder / f"{i:02d}.jpg", quality=90)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, started when the first test asks for it."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3_env(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with the standard variables set to reach it for the length of a test."""
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    return s3

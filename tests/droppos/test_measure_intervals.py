@@ -1,0 +1,43 @@
+from math import isclose
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droppos.errors import DataError
+from droppos.measure.intervals import Proportion, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    [  # Newcombe (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_gives_the_published_values(hits: int, total: int, low: float, high: float) -> None:
+    assert wilson(hits, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_holds_the_value_and_stays_a_share(counts: tuple[int, int]) -> None:
+    proportion = Proportion(*counts)
+    low, high = proportion.interval
+    assert 0 <= low <= proportion.value <= high <= 1
+
+
+def test_alike_observations_widen_the_interval_as_fewer_independent_ones_would() -> None:
+    widened = Proportion(300, 1000, design_effect=10).interval
+    assert all(map(isclose, widened, Proportion(30, 100).interval))
+
+
+def test_a_proportion_prints_with_its_interval() -> None:
+    assert str(Proportion(612, 1000)) == "61.2 % (58.1 to 64.2)"
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (2, 1), (-1, 1)])
+def test_impossible_counts_are_refused(counts: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match="0 <= hits <= total"):
+        Proportion(*counts)

@@ -1,0 +1,62 @@
+import time
+
+import pytest
+import ray
+
+from pipelines.events import Events
+
+pytestmark = pytest.mark.slow
+
+
+@ray.remote(num_cpus=0)
+def _send(events: Events, name: str, count: int) -> int:
+    for i in range(count):
+        events.send({"from": name, "i": i})
+    return events.flush(timeout_s=30)
+
+
+def test_events_of_each_sender_arrive_once_and_in_order(ray_cluster: None) -> None:
+    events = Events.start()
+    lost = ray.get([_send.remote(events, name, 300) for name in "ab"])
+    arrived = events.drain()
+    assert lost == [0, 0]
+    for name in "ab":
+        assert [event["i"] for event in arrived if event["from"] == name] == list(range(300))
+    assert events.drain() == []
+
+
+def test_a_full_queue_loses_its_oldest_and_says_how_many(
+    ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = Events.start(capacity=10)
+    ray.get(_send.remote(events, "a", 25))
+    assert [event["i"] for event in events.drain()] == list(range(15, 25))
+    assert "15 events" in caplog.text
+
+
+def test_a_request_to_stop_reaches_the_workers_at_the_next_drain(ray_cluster: None) -> None:
+    events = Events.start()
+    in_worker = ray.remote(num_cpus=0)(Events.stop_requested)
+    assert not ray.get(in_worker.remote(events))
+    events.request_stop()
+    events.drain()
+    assert ray.get(in_worker.remote(events))
+
+
+def test_sending_survives_that_the_actor_is_gone_and_does_not_wait(
+    ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    events = Events.start()
+    events.send({"i": 0})
+    assert events.flush(timeout_s=30) == 0
+    ray.kill(events._mailbox, no_restart=True)
+    took = []
+    for i in range(20):
+        start = time.perf_counter()
+        events.send({"i": i})
+        took.append(time.perf_counter() - start)
+    assert max(took) < 0.05
+    assert events.flush(timeout_s=30) == 20
+    assert not events.stop_requested()
+    assert events.drain() == []
+    assert "cannot be fetched" in caplog.text
