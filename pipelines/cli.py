@@ -7,6 +7,8 @@ Jobs are imported when they are called: `droppos --help` should not wait for tor
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import tyro
@@ -82,6 +84,33 @@ def pretrain(
         sys.exit(130)
 
 
+def search(
+    file: RecipeName = "",
+    resume: bool = False,
+    recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
+) -> None:
+    """Try a recipe with other settings (search.space), and write the best one as a recipe.
+
+    Args:
+        file: A YAML file, or the name of a recipe that is shipped.
+        resume: Go on with the search of run.storage/run.name; finished trials stay as they are.
+        recipe: Fields given here override the file's.
+    """
+    from pipelines.report import show_search
+    from pipelines.search import search as job
+    from pipelines.search_screen import SearchScreen
+
+    # Tune tells of each trial that did not complete; the table does, too.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    with SearchScreen(console) as screen:
+        outcome = job(recipe, resume=resume, on_event=screen.event)
+    show_search(console, recipe, outcome)
+    if not outcome.finished:
+        sys.exit(130)
+    if outcome.best is None:
+        sys.exit(1)
+
+
 def export(checkpoint: tyro.conf.Positional[str], out: tyro.conf.Positional[str]) -> None:
     """Write a backbone that timm loads, compared with the trained model before it says done.
 
@@ -141,6 +170,7 @@ COMMANDS = {
     "demo": demo,
     "prepare": prepare,
     "pretrain": pretrain,
+    "search": search,
     "export": export,
     "evaluate": evaluate,
 }
@@ -151,15 +181,27 @@ def main(argv: list[str] | None = None) -> None:
     quiet()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="droppos", description=DESCRIPTION, args=with_recipe(argv)
-        )
+        flags = with_recipe(argv)
+        with _recipe_named(argv if flags != argv else []):
+            run = tyro.extras.subcommand_cli_from_dict
+            run(COMMANDS, prog="droppos", description=DESCRIPTION, args=flags)
     except DropposError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)
+
+
+@contextmanager
+def _recipe_named(argv: list[str]) -> Iterator[None]:
+    """Add to the parser's complaint that the flag may stand in a file, as a field."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == 2 and len(argv) > 1:
+            console.print(f"the recipe {escape(argv[1])} is read as flags, too: look there as well")
+        raise
 
 
 def with_recipe(argv: list[str]) -> list[str]:

@@ -27,15 +27,26 @@ class Share:
         return self.training + self.decoding
 
 
-def share_of(recipe: Recipe, cpus: int) -> Share:
+def share_of(recipe: Recipe, cpus: int, at_once: int = 1) -> Share:
     """Part so many CPUs between the training workers and the decode tasks.
+
+    Args:
+        recipe: The run.
+        cpus: CPUs of the whole cluster.
+        at_once: Such runs at the same time, as a search has them; the share is that of one.
 
     Raises:
         ConfigError: If training would leave no CPU to decode with: it would wait for ever.
     """
     training = recipe.run.workers * recipe.run.cpus_per_worker
-    decoding = recipe.data.decode_cpus or cpus - training
+    decoding = recipe.data.decode_cpus or cpus // at_once - training
     share = Share(training, max(decoding, 1))
+    if share.total * at_once > cpus >= share.total:
+        raise ConfigError(
+            f"search.max_concurrent {at_once} trials need {share.total} CPUs each ({training} to "
+            f"train, {share.decoding} to decode), the cluster has {cpus}; lower "
+            f"search.max_concurrent to {cpus // share.total}"
+        )
     if share.total > cpus:
         raise ConfigError(
             f"the run needs {share.total} CPUs (run.workers {recipe.run.workers} x "
@@ -45,11 +56,15 @@ def share_of(recipe: Recipe, cpus: int) -> Share:
     return share
 
 
-def connect(recipe: Recipe) -> Share:
+def connect(recipe: Recipe, at_once: int = 1) -> Share:
     """Join the cluster named by RAY_ADDRESS, or start a private one on this machine.
 
     A private cluster has as many logical CPUs as the run needs, even on a smaller machine: the
     processes share the cores then, and nothing waits for ever.
+
+    Args:
+        recipe: The run.
+        at_once: Such runs at the same time, as a search has them; the share is that of one.
 
     Raises:
         ConfigError: If the run does not fit the cluster, at the largest it can grow to.
@@ -58,16 +73,16 @@ def connect(recipe: Recipe) -> Share:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:
-            _start_private(recipe)
-    return share_of(recipe, _most_cpus())
+            _start_private(recipe, at_once)
+    return share_of(recipe, _most_cpus(), at_once)
 
 
-def _start_private(recipe: Recipe) -> None:
+def _start_private(recipe: Recipe, at_once: int) -> None:
     training = recipe.run.workers * recipe.run.cpus_per_worker
     cores = os.cpu_count() or 1
-    decoding = recipe.data.decode_cpus or max(1, cores - training)
+    decoding = recipe.data.decode_cpus or max(1, cores // at_once - training)
     ray.init(
-        num_cpus=training + decoding,
+        num_cpus=at_once * (training + decoding),
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,

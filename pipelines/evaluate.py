@@ -23,7 +23,7 @@ from droppos.measure.position import (
 from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from pipelines.backbone import open_backbone
-from pipelines.holdout import Pictures, load_pictures, protocol, spread
+from pipelines.holdout import Pictures, load_pictures, protocol
 from pipelines.recipe import Measure
 
 KNOWN_SHARE = 0.8
@@ -80,8 +80,9 @@ def evaluate(
     else:
         meter = PositionMeter(trained.model.grid, protocol(measure).counts(trained.model.grid))
         predict = position_predictor(trained.droppos)
-        asked = pictures.pixels[spread(len(pictures.pixels), measure.pictures)]
-        position = measure_positions(predict, asked, meter, seed=measure.seed).report()
+        # The pictures that a run is measured on while it trains, so the figures are the same.
+        held = load_pictures(data, trained.model.image_size, measure.pictures).pixels
+        position = measure_positions(predict, held, meter, seed=measure.seed).report()
 
     knn = probe = None
     if pictures.labels is None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-import ray.data
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
@@ -35,8 +34,7 @@ from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
-from pipelines.stream import data_config, make_dataset
-from pipelines.windows import Crop
+from pipelines.stream import Remaining, data_config
 from pipelines.worker import Job, train_worker
 
 logger = logging.getLogger(__name__)
@@ -109,7 +107,7 @@ def pretrain(
     (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())
     share = connect(recipe)
     with Ledger.open(
-        recipe, schedule.manifest.digest, resume=resume, parent_run=parent_run
+        recipe, schedule.manifest.digest, resume=saved is not None, parent_run=parent_run
     ) as ledger:
         heard = Heard(ledger, on_event)
         heard.event({"kind": "plan", "step": saved.step if saved else 0, "steps": schedule.steps})
@@ -196,29 +194,6 @@ def check_resume(
         )
     if changed:
         logger.warning("resuming with changes: %s", "; ".join(changed))
-
-
-@dataclass(frozen=True, slots=True)
-class Remaining:
-    """Makes the stream of what is left of a run; Ray Train calls it for each group of workers."""
-
-    recipe: Recipe
-    schedule: Schedule
-    decode_cpus: int
-
-    def __call__(self) -> ray.data.Dataset:
-        """Start where the newest checkpoint stands, as the workers do."""
-        recipe = self.recipe
-        saved = checkpoints.newest(open_place(recipe.home))
-        assert recipe.data.path is not None
-        return make_dataset(
-            self.schedule,
-            open_place(recipe.data.path),
-            Crop(recipe.model.image_size, recipe.data.crop_scale, recipe.data.flip),
-            worker_batch=recipe.worker_batch,
-            start_step=saved.step if saved else 0,
-            decode_cpus=self.decode_cpus,
-        )
 
 
 def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> None:

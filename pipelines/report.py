@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipelines.prepare import PrepareReport
     from pipelines.pretrain import Outcome
     from pipelines.recipe import Recipe
+    from pipelines.search import SearchOutcome
 
 Row = tuple[str, str]
 
@@ -66,6 +67,35 @@ def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:
         _next(console, "the same command with --resume goes on from there")
     elif outcome.checkpoint is not None:
         _next(console, f"droppos export {shlex.quote(outcome.home)} OUT")
+    _mlflow(console, recipe)
+
+
+def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> None:
+    """Tell how the trials compare, the best first, and what to do next."""
+    table = Table(title="Trials, by position skill on held-out pictures", title_justify="left")
+    fields = list(outcome.trials[0].point)
+    for column in ("trial", *(name.rpartition(".")[2] for name in fields), "skill", "state"):
+        table.add_column(column, overflow="fold")
+    for number, trial in sorted(
+        enumerate(outcome.trials),
+        key=lambda entry: (entry[1].objective is None, -(entry[1].objective or 0)),
+    ):
+        values = [
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+            for value in trial.point.values()
+        ]
+        skill = "" if trial.objective is None else f"{trial.objective:.4f}"
+        table.add_row(f"{number:03d}", *values, skill, trial.state)
+    console.print(table, highlight=False)
+    for trial in outcome.trials:
+        if trial.error is not None:
+            console.print(f"{escape(trial.name)}: {escape(trial.error)}", highlight=False)
+    if outcome.best is not None:
+        _table(console, "Best", [("checkpoint", outcome.best.checkpoint or "")])
+    if not outcome.finished:
+        _next(console, "the same command with --resume goes on from there")
+    elif outcome.best_recipe is not None:
+        _next(console, f"droppos pretrain {shlex.quote(str(outcome.best_recipe))}")
     _mlflow(console, recipe)
 
 

@@ -33,8 +33,10 @@ from ray.train import DataConfig
 from torch import Tensor
 
 from droppos.errors import TrainingError
+from pipelines import checkpoints
 from pipelines.order import Schedule
-from pipelines.storage import Place
+from pipelines.recipe import Recipe
+from pipelines.storage import Place, open_place
 from pipelines.windows import Crop, Windows, read_window
 
 Columns = dict[str, np.ndarray]
@@ -123,6 +125,33 @@ def make_dataset(
     dataset.context.print_on_execution_start = False
     dataset.context.execution_options = _execution_options()
     return dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """Makes the stream of what is left of a run; Ray Train calls it for each group of workers.
+
+    It stands here and not beside the job: Train's controller unpickles it before any worker can
+    start, and importing the job would cost it timm and torchvision, six seconds of CPU.
+    """
+
+    recipe: Recipe
+    schedule: Schedule
+    decode_cpus: int
+
+    def __call__(self) -> ray.data.Dataset:
+        """Start where the newest checkpoint stands, as the workers do."""
+        recipe = self.recipe
+        saved = checkpoints.newest(open_place(recipe.home))
+        assert recipe.data.path is not None
+        return make_dataset(
+            self.schedule,
+            open_place(recipe.data.path),
+            Crop(recipe.model.image_size, recipe.data.crop_scale, recipe.data.flip),
+            worker_batch=recipe.worker_batch,
+            start_step=saved.step if saved else 0,
+            decode_cpus=self.decode_cpus,
+        )
 
 
 def data_config() -> DataConfig:

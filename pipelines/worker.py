@@ -4,6 +4,7 @@ Every rank runs this. Where it starts is decided by storage alone: the newest co
 checkpoint, which the stream's factory (:mod:`pipelines.pretrain`) reads alike.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -46,7 +47,15 @@ def train_worker(job: Job) -> None:
     recipe, schedule = job.recipe, job.schedule
     state = create_state(recipe, schedule.steps_per_epoch)
     restore(state, checkpoints.newest(job.home))
-    job.events.send({"kind": "started", "step": state.step, "workers": dist.get_world_size()})
+    job.events.send(
+        {
+            "kind": "started",
+            "step": state.step,
+            "rank": dist.get_rank(),
+            "workers": dist.get_world_size(),
+            "pid": os.getpid(),
+        }
+    )
 
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None

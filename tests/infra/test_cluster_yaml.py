@@ -1,0 +1,110 @@
+"""cluster.yaml: what Ray and EC2 would say of it, without either."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+from jsonschema import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from pipelines import recipe_file
+
+FILE = Path(__file__).parents[2] / "cluster.yaml"
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return yaml.safe_load(FILE.read_text())
+
+
+def ec2_complaints(node_config: dict[str, Any]) -> str:
+    """Hold a node's settings against the shape of RunInstances, as botocore does before it sends.
+
+    SubnetIds is Ray's: it sends one of them at a time.
+    """
+    ec2 = botocore.session.get_session().get_service_model("ec2")
+    shape = ec2.operation_model("RunInstances").input_shape
+    request = {**node_config, "MinCount": 1, "MaxCount": 1}
+    request["SubnetId"] = request.pop("SubnetIds")[0]
+    return ParamValidator().validate(request, shape).generate_report()
+
+
+def test_ray_takes_it(config: dict[str, Any]) -> None:
+    validate_config(prepare_config(config))
+
+
+def test_ec2_takes_every_machine(config: dict[str, Any]) -> None:
+    for name, node in config["available_node_types"].items():
+        assert ec2_complaints(node["node_config"]) == "", name
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        ("max_workers", "many"),
+        ("idle_timeout", 5),
+        ("head_node_type", "haed"),
+        ("available_node_types.gpu.min_worker", 0),
+        ("available_node_types.head.resources.CPU", -1),
+    ],
+)
+def test_ray_refuses_what_is_wrong(config: dict[str, Any], at: str, value: object) -> None:
+    *path, last = at.split(".")
+    inner = config
+    for name in path:
+        inner = inner[name]
+    inner[last] = value
+    with pytest.raises((ValidationError, ValueError)):
+        validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("InstanceMarketOptions", {"SpotOption": {}}, "Unknown parameter in InstanceMarketOptions"),
+        ("InstanceTyp", "g6e.2xlarge", "Unknown parameter in input"),
+        ("SecurityGroupIds", "sg-1", "Invalid type for parameter SecurityGroupIds"),
+    ],
+)
+def test_ec2_refuses_what_is_wrong(
+    config: dict[str, Any], field: str, value: object, complaint: str
+) -> None:
+    machine = deepcopy(config["available_node_types"]["gpu"]["node_config"])
+    assert complaint in ec2_complaints({**machine, field: value})
+
+
+def test_nothing_runs_on_the_head_and_nothing_else_stays(config: dict[str, Any]) -> None:
+    nodes = dict(config["available_node_types"])
+    head = nodes.pop(config["head_node_type"])
+    assert head["resources"]["CPU"] == 0
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert all(node["min_workers"] == 0 for node in nodes.values())
+    assert sum(node["max_workers"] for node in nodes.values()) == config["max_workers"]
+    gpu = nodes["gpu"]["node_config"]["InstanceMarketOptions"]
+    assert gpu["MarketType"] == "spot"
+    assert config["provider"]["cache_stopped_nodes"] is False
+    assert config["provider"]["use_internal_ips"] is True
+
+
+def test_machines_are_closed(config: dict[str, Any]) -> None:
+    for node in config["available_node_types"].values():
+        machine = node["node_config"]
+        assert machine["SecurityGroupIds"]
+        assert machine["MetadataOptions"]["HttpTokens"] == "required"
+        assert all(disk["Ebs"]["Encrypted"] for disk in machine["BlockDeviceMappings"])
+    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    assert not any("0.0.0.0" in command for command in starts)
+
+
+@pytest.mark.parametrize("name", ["vit_base_imagenet", "vit_large_imagenet"])
+def test_the_shipped_recipes_fit(config: dict[str, Any], name: str) -> None:
+    recipe = recipe_file.read(name)
+    nodes = config["available_node_types"].values()
+    gpus = sum(n["resources"].get("GPU", 0) * n.get("max_workers", 1) for n in nodes)
+    cpus = sum(n["resources"].get("CPU", 0) * n.get("max_workers", 1) for n in nodes)
+    assert recipe["run"]["workers"] <= gpus
+    assert recipe["run"]["workers"] * recipe["run"]["cpus_per_worker"] < cpus

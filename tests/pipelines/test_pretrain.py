@@ -1,0 +1,235 @@
+"""The main job on a real Ray, a real S3 server and a real MLflow: whole, killed, stopped, resumed.
+
+All runs here train the same model on the same pictures, so every one must tell the same losses.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from droppos.config import Compute, Method, Model, Optim
+from droppos.errors import ConfigError
+from pipelines import checkpoints
+from pipelines.evaluate import evaluate
+from pipelines.export import export_checkpoint
+from pipelines.prepare import prepare
+from pipelines.pretrain import Outcome, pretrain
+from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
+from pipelines.storage import open_place
+from tests.s3_server import S3Server
+
+pytestmark = [
+    pytest.mark.slow,
+    # Notices of Ray, MLflow and SQLAlchemy about themselves.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+STEPS = 24
+"""72 pictures in batches of 12, for 4 epochs."""
+
+
+@dataclass
+class Heard:
+    """What a run said, and what to do at a step."""
+
+    at_step: int | None = None
+    do: Any = None
+    losses: dict[int, float] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "started":
+            self.pids[event["rank"]] = event["pid"]
+            if event["rank"] == 0:
+                self.starts.append(event["step"])
+        if event["kind"] == "metrics" and "train/loss" in event["values"]:
+            self.losses[event["step"]] = event["values"]["train/loss"]
+            if event["step"] == self.at_step:
+                self.at_step = None
+                self.do(self)
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: S3Server, photographs: Path) -> str:
+    """A bucket with the photographs as a prepared data set, put there over HTTP."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.env.items():
+            patch.setenv(name, value)
+        bucket = s3.bucket("pretrain")
+        report = prepare(str(photographs), f"{bucket}/data", group_rows=10)
+    assert report.pictures == 72
+    return bucket
+
+
+@pytest.fixture
+def recipe(bucket: str, s3_env: S3Server, ray_cluster: None, tmp_path: Path) -> Recipe:
+    return Recipe(
+        model=Model(
+            size="tiny",
+            image_size=(32, 48),
+            patch_size=8,
+            width=48,
+            depth=2,
+            heads=4,
+            decoder_width=32,
+            decoder_heads=4,
+        ),
+        method=Method(mask_ratio=0.25),
+        optim=Optim(epochs=4, global_batch=12, warmup_epochs=1, lr_per_256=2e-2),
+        compute=Compute(strategy="fsdp2", precision="float32", device="cpu"),
+        data=Data(path=f"{bucket}/data", holdout=f"{bucket}/data", window=24, decode_cpus=2),
+        run=Run(
+            name="whole",
+            storage=f"{bucket}/runs",
+            workers=2,
+            log_every=1,
+            checkpoint_every=8,
+            keep_checkpoints=2,
+        ),
+        measure=Measure(every_epochs=2, mask_ratio=0.25, pictures=20),
+        tracking=Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db"),
+    )
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, dict[int, float]]:
+    """Losses of the undisturbed run, for the tests after it."""
+    return {}
+
+
+def history(recipe: Recipe, outcome: Outcome, metric: str) -> list[tuple[int, float]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=recipe.tracking.uri)
+    found = client.get_metric_history(outcome.tracking_run, metric)
+    return sorted((point.step, point.value) for point in found)
+
+
+def named(recipe: Recipe, name: str, **changes: Any) -> Recipe:
+    return replace(recipe, run=replace(recipe.run, name=name, **changes))
+
+
+def test_from_pictures_to_a_backbone_over_s3(
+    recipe: Recipe, kept: dict[str, dict[int, float]], tmp_path: Path, bucket: str
+) -> None:
+    heard = Heard()
+    outcome = pretrain(recipe, on_event=heard)
+
+    assert outcome.finished and outcome.steps == STEPS
+    assert sorted(heard.losses) == list(range(1, STEPS + 1))
+    kept["whole"] = heard.losses
+    home = open_place(recipe.home)
+    assert (home / "checkpoints").children() == ["step-00000016", "step-00000024"]
+    assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
+    assert [step for step, _ in history(recipe, outcome, "holdout/position/accuracy")] == [12, 24]
+    assert {path.name for path in outcome.pictures} == {
+        "reassembly.png", "confusion.png", "curves.png"
+    }  # fmt: skip
+    assert not any((tmp_path / "mlruns").glob("*"))
+
+    report = export_checkpoint(recipe.home, str(tmp_path / "backbone"))
+    assert report.largest_difference <= 1e-5
+    measured = evaluate(str(report.path), f"{bucket}/data", measure=recipe.measure)
+    assert measured.knn is not None and measured.probe is not None
+    assert measured.position is not None
+    assert measured.position.accuracy.value == pytest.approx(
+        outcome.metrics["holdout/position/accuracy"], abs=1e-6
+    )
+    plain = (
+        "import sys, timm; model = timm.create_model(sys.argv[1], pretrained=True); "
+        "assert 'droppos' not in sys.modules; print(model.num_features)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", plain, f"local-dir:{report.path}"], capture_output=True, text=True
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.strip() == "48"
+
+    with pytest.raises(ConfigError, match="--resume"):
+        pretrain(recipe)
+
+
+def test_a_worker_killed_with_9_costs_no_bit(
+    recipe: Recipe, kept: dict[str, dict[int, float]]
+) -> None:
+    heard = Heard(at_step=11, do=lambda heard: os.kill(heard.pids[1], signal.SIGKILL))
+    recipe = named(recipe, "killed")
+    outcome = pretrain(recipe, on_event=heard)
+
+    assert outcome.finished
+    assert heard.starts == [0, 8]
+    assert heard.losses == kept["whole"]  # to the last bit
+    assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
+
+
+def test_stopped_and_resumed_with_one_worker_and_with_more(
+    recipe: Recipe, kept: dict[str, dict[int, float]]
+) -> None:
+    recipe = named(recipe, "stopped")
+    heard = Heard(at_step=5, do=lambda _: os.kill(os.getpid(), signal.SIGINT))
+    outcome = pretrain(recipe, on_event=heard)
+    assert not outcome.finished
+    assert outcome.checkpoint is not None
+    assert 5 <= (stopped := outcome.checkpoint.step) < STEPS
+
+    changed = replace(recipe, method=replace(recipe.method, sigma=2.0))
+    with pytest.raises(ConfigError, match=r"method\.sigma: 1\.0 in the checkpoint, 2\.0 now"):
+        pretrain(changed, resume=True)
+
+    alone = named(recipe, "stopped", workers=1)
+    again = Heard()
+    first, outcome = outcome, pretrain(alone, resume=True, on_event=again)
+    assert outcome.finished
+    assert again.starts == [stopped]
+    losses = heard.losses | again.losses
+    assert losses == pytest.approx(kept["whole"], rel=1e-4)
+    assert outcome.tracking_run == first.tracking_run
+    assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
+
+    record = json.loads((outcome.checkpoint.place / "complete.json").read_bytes())
+    assert record["cursor"] == {"epoch": 4, "batch": 0, "step": STEPS}
+    assert checkpoints.newest(open_place(recipe.home)) is not None
+
+
+def test_the_demo_stopped_by_ctrl_c_names_its_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "pipelines.cli", "demo"),
+        *("--run.storage", str(tmp_path / "demo"), "--run.log-every", "1"),
+        *("--optim.epochs", "1", "--optim.warmup-epochs", "0.1"),
+    ]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    first = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**environment, "DROPPOS_PLAIN_EVERY_S": "0"},
+    )
+    assert first.stdout is not None
+    said = ""
+    for line in first.stdout:
+        said += line
+        if line.startswith("step") and "loss" in line:
+            first.send_signal(signal.SIGINT)
+            break
+    said += first.stdout.read()
+    assert first.wait(timeout=120) == 130, said
+    assert "Traceback" not in said
+    assert "checkpoint" in said and "--resume" in said
+
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for words in ("placed right", "chance", "backbone", "reassembly.png", "mlflow ui"):
+        assert words in done.stderr
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,234 @@
+"""Searches: on a real Ray, trials are real runs; what is refused is refused before any begins."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+
+from droppos.config import Compute, Method, Model, Optim
+from droppos.errors import ConfigError
+from pipelines import checkpoints, recipe_file
+from pipelines.cluster import share_of
+from pipelines.ledger import tracking_uri
+from pipelines.prepare import prepare
+from pipelines.pretrain import plan
+from pipelines.recipe import Data, Measure, Recipe, Run, Search
+from pipelines.search import begin, best_recipe, search, shared_tracking
+from pipelines.search_screen import SearchScreen
+from pipelines.storage import open_place
+from pipelines.trials import list_trials
+
+pytestmark = [
+    # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning"),
+]
+
+SPACE = ("method.sigma=choice(0, 1)", "method.mask_ratio=uniform(0.4, 0.6)")
+
+
+@pytest.fixture(scope="module")
+def data(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    dest = str(tmp_path_factory.mktemp("data") / "photographs")
+    prepare(str(photographs), dest, group_rows=16)
+    return dest
+
+
+@pytest.fixture
+def tiny(data: str, tmp_path: Path) -> Recipe:
+    """Four steps of a model of 30,000 parameters."""
+    return Recipe(
+        model=Model(
+            size="tiny",
+            image_size=(32, 32),
+            patch_size=8,
+            width=32,
+            depth=1,
+            heads=2,
+            decoder_width=32,
+            decoder_depth=1,
+            decoder_heads=2,
+        ),
+        method=Method(attentive=False),
+        optim=Optim(epochs=1, global_batch=16, warmup_epochs=0),
+        compute=Compute(strategy="ddp", precision="float32", device="cpu"),
+        data=Data(path=data, holdout=data, decode_cpus=1),
+        run=Run(name="ratios", storage=str(tmp_path / "runs"), log_every=1, checkpoint_every=2),
+        measure=Measure(pictures=16),
+        search=Search(space=SPACE, trials=2, max_concurrent=2),
+    )
+
+
+def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+
+
+def steps_logged(client: MlflowClient, run: str) -> list[tuple[int, int]]:
+    history = client.get_metric_history(run, "train/loss")
+    return [(metric.step, metric.timestamp) for metric in history]
+
+
+def test_the_list_of_trials_is_the_same_whenever_it_is_asked_for(tiny: Recipe) -> None:
+    schedule = plan(tiny)
+    two = list_trials(tiny, schedule)
+    four = list_trials(changed(tiny, "search", trials=4), schedule)
+    assert two == list_trials(tiny, schedule) == four[:2]
+    assert len({trial.recipe.run.name for trial in four}) == 4
+
+
+def test_a_trials_name_tells_its_values(tiny: Recipe) -> None:
+    grid = ("method.sigma=grid(0, 1.5)", "method.attentive=choice(true, false)")
+    tiny = changed(tiny, "search", space=grid, algorithm="grid")
+    trials = list_trials(tiny, plan(tiny))
+    assert [trial.recipe.run.name for trial in trials] == [
+        "ratios-000-sigma=0-attentive=True",
+        "ratios-001-sigma=0-attentive=False",
+        "ratios-002-sigma=1.5-attentive=True",
+        "ratios-003-sigma=1.5-attentive=False",
+    ]
+    assert all(trial.recipe.run.storage == tiny.home for trial in trials)
+
+
+def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:
+    trial = list_trials(tiny, plan(tiny))[0]
+    best = best_recipe(tiny, trial)
+    assert (best.run.name, best.run.storage) == ("ratios-best", tiny.run.storage)
+    assert best.method == trial.recipe.method
+    assert best.search == Search()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "complaint"),
+    [
+        ("data", {"path": None}, r"data\.path is not set"),
+        ("data", {"holdout": None}, r"data\.holdout is not set; a search compares"),
+        ("method", {"objective": "pixels"}, "has no positions; a search compares"),
+        ("measure", {"mask_ratio": 0.99}, "leaves no visible patch"),
+        (
+            "search",
+            {"space": ("method.objective=choice(position, pixels)",), "trials": 9},
+            "pixels",
+        ),
+        ("search", {"space": ("optim.global_batch=choice(16, 1600)",), "trials": 9}, "larger than"),
+        ("search", {"algorithm": "grid"}, r"grid needs grid\(\.\.\.\) or choice"),
+        ("search", {"space": ("data.path=choice(a, b)",)}, "may not vary"),
+    ],
+)
+def test_what_could_not_be_compared_or_run_is_refused_before_the_start(
+    tiny: Recipe, section: str, values: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        search(changed(tiny, section, **values))
+    assert not Path(tiny.home).exists()
+
+
+def test_another_patch_grid_is_another_figure(tiny: Recipe) -> None:
+    tiny = changed(tiny, "model", image_size=(224, 224), patch_size=None, width=None, heads=None)
+    sizes = ("model.size=choice(base, huge)",)
+    tiny = changed(changed(tiny, "model", size="base"), "search", space=sizes, trials=9)
+    with pytest.raises(ConfigError, match=r"model\.size huge has a patch grid of \(16, 16\)"):
+        list_trials(tiny, plan(tiny))
+
+
+def test_cpus_are_shared_out_among_trials_or_the_number_to_change_is_named(tiny: Recipe) -> None:
+    assert share_of(tiny, 4, at_once=2).total == 2
+    assert share_of(changed(tiny, "data", decode_cpus=None), 9, at_once=2).decoding == 3
+    with pytest.raises(ConfigError, match=r"lower search\.max_concurrent to 2$"):
+        share_of(tiny, 5, at_once=3)
+    with pytest.raises(ConfigError, match=r"add 1 CPUs"):
+        share_of(tiny, 1, at_once=3)
+
+
+def test_a_search_is_gone_on_with_only_as_it_was_begun(tiny: Recipe) -> None:
+    schedule, home = plan(tiny), open_place(tiny.home)
+    begin(home, tiny, schedule, resume=True)
+    begin(home, changed(tiny, "search", trials=9, max_concurrent=1), schedule, resume=True)
+    with pytest.raises(ConfigError, match=r"optim\.epochs: 1 there, 2 now"):
+        begin(home, changed(tiny, "optim", epochs=2), schedule, resume=True)
+    with pytest.raises(ConfigError, match="already has a search; add --resume"):
+        begin(home, tiny, schedule, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "shared"),
+    [
+        ("https://mlflow.example", "https://mlflow.example"),
+        ("https://me:secret@mlflow.example", None),
+    ],
+)
+def test_a_password_is_not_written_into_recipes(
+    given: str, shared: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    assert shared_tracking(Recipe()) == shared
+
+
+def test_a_relative_database_is_the_same_one_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    assert shared_tracking(Recipe()) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_trials_are_runs_and_finished_ones_are_not_run_again(tiny: Recipe) -> None:
+    heard: list[Mapping[str, Any]] = []
+    screen = SearchScreen(Console(file=StringIO()))  # holds locks, so it cannot be pickled
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        heard.append(event)
+        screen.event(event)
+
+    outcome = search(tiny, on_event=on_event)
+
+    assert outcome.finished
+    assert [trial.state for trial in outcome.trials] == ["finished", "finished"], outcome.trials
+    assert outcome.best is not None
+    assert outcome.best.objective == max(trial.objective for trial in outcome.trials)  # type: ignore[type-var]
+    assert {event["state"] for event in heard if event["kind"] == "trial"} == {
+        "running",
+        "finished",
+    }
+
+    client = MlflowClient(tracking_uri(tiny))
+    parent = client.get_run(outcome.tracking_run)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["best.trial"] == outcome.best.name
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.mlflow.parentRunId = '{outcome.tracking_run}'"
+    )
+    assert {child.info.run_name for child in children} == {trial.name for trial in outcome.trials}
+    assert all(child.info.status == "FINISHED" for child in children)
+
+    assert outcome.best_recipe is not None
+    flags = list(recipe_file.flags(recipe_file.read(str(outcome.best_recipe))))
+    assert "--method.sigma" in flags
+    best = recipe_file.from_dict(recipe_file.read(str(outcome.best_recipe)))
+    assert best.method.sigma == outcome.best.point["method.sigma"]
+    assert best.home == f"{outcome.home}-best"
+    assert checkpoints.newest(open_place(best.home)) is None
+
+    before = [
+        steps_logged(client, trial.tracking_run) for trial in outcome.trials if trial.tracking_run
+    ]
+    start = monotonic()
+    again = search(tiny, resume=True)
+    assert monotonic() - start < 10
+    assert again == outcome
+    after = [
+        steps_logged(client, trial.tracking_run) for trial in again.trials if trial.tracking_run
+    ]
+    assert before == after
+    assert [step for step, _ in after[0]] == [1, 2, 3, 4]
+
+    with pytest.raises(ConfigError, match="already has a search; add --resume"):
+        search(tiny)
+    with pytest.raises(ConfigError, match=r"measure\.seed: 0 there, 1 now"):
+        search(changed(tiny, "measure", seed=1), resume=True)
