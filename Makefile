@@ -33,7 +33,8 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 
-# The lock pins every version; uv installs it in a fraction of pip's time.
+# The lock pins every version; uv installs it in a fraction of pip's time. Without bytecode, the
+# first run of everything would compile a gigabyte of Python in each of Ray's processes.
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "droppos needs Python 3.11 or newer; set PYTHON=python3.11, say" >&2; exit 1; }
@@ -41,7 +42,7 @@ $(READY): requirements.lock pyproject.toml
 	  { echo "Python's venv module is missing; on Debian: apt install python3-venv" >&2; exit 1; }
 	@echo "installing about 7 GB into .venv, once (torch brings CUDA)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 

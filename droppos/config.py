@@ -363,6 +363,9 @@ class Compute:
     """Compile each transformer block with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    shard_unit: Literal["block", "model"] = "block"
+    """fsdp2: what is gathered at once. model is one gather and one scatter a step, for models so
+    small that calls cost more than memory."""
     reshard_after_forward: bool = True
     """fsdp2: free a block's gathered weights after its forward pass; off trades memory for
     one gather less."""

@@ -79,7 +79,7 @@ def _shard(model: DropPos, blocks: list[nn.Module], compute: Compute, device: to
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32,  # small gradients survive the sum over ranks
     )
-    for block in blocks:
+    for block in blocks if compute.shard_unit == "block" else []:
         fully_shard(
             block, mesh=mesh, mp_policy=policy, reshard_after_forward=compute.reshard_after_forward
         )

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from timm.models.vision_transformer import VisionTransformer
 
 from droppos.config import Method, Model
 from droppos.errors import DataError, TrainingError
-from droppos.export.timm_vit import OWN_CONFIG, load_export
+from droppos.export.timm_vit import OWN_CONFIG, Export, load_export
 from droppos.model import DropPos
 from pipelines import checkpoints
 from pipelines.recipe_file import from_dict
+from pipelines.storage import Place, open_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,18 @@ class Backbone:
     """With its position head, if it has one."""
     model: Model
     method: Method
+    _whole: DropPos | None = None
+
+    @property
+    def whole(self) -> DropPos:
+        """Encoder and every decoder, as they were trained.
+
+        Raises:
+            DataError: If this is an export of a run without a position head: it has no decoder.
+        """
+        if self._whole is None:
+            raise DataError(f"{self.uri} is an export without a decoder; name the checkpoint")
+        return self._whole
 
 
 def open_backbone(uri: str) -> Backbone:
@@ -32,10 +46,21 @@ def open_backbone(uri: str) -> Backbone:
     Raises:
         DataError: If it is none of these; the message says what is there.
     """
-    if (Path(uri) / OWN_CONFIG).is_file():
-        export = load_export(Path(uri))
-        return Backbone(uri, export.encoder, export.droppos, export.model, export.method)
+    place = open_place(uri)
+    if (place / OWN_CONFIG).exists():
+        export = _load(place)
+        encoder, droppos = export.encoder, export.droppos
+        return Backbone(uri, encoder, droppos, export.model, export.method, droppos)
     return from_checkpoint(checkpoints.at(uri))
+
+
+def _load(place: Place) -> Export:
+    if not place.is_s3:
+        return load_export(Path(place.path))
+    with TemporaryDirectory() as folder:
+        for name in place.children():
+            (Path(folder) / name).write_bytes((place / name).read_bytes())
+        return load_export(Path(folder))
 
 
 def from_checkpoint(saved: checkpoints.Saved) -> Backbone:
@@ -59,4 +84,4 @@ def from_checkpoint(saved: checkpoints.Saved) -> Backbone:
         raise TrainingError(f"checkpoint {saved.uri} does not fit its recipe: {error}") from error
     droppos.eval()
     placed = droppos if recipe.method.predicts_positions else None
-    return Backbone(saved.uri, droppos.encoder, placed, recipe.model, recipe.method)
+    return Backbone(saved.uri, droppos.encoder, placed, recipe.model, recipe.method, droppos)

@@ -95,6 +95,13 @@ def save(
     place = home / FOLDER / f"step-{step:08d}"
 
     def finished(files: dict[str, FileRecord], world_size: int) -> bytes:
+        there = {entry.name: entry.size for entry in place.files()}
+        lost = [name for name, file in files.items() if there.get(name) != file.bytes]
+        if lost:
+            raise TrainingError(
+                f"{place} lacks {lost[0]}, which another worker has just written; is run.storage "
+                "a folder that all nodes share? Take one, or s3://"
+            )
         record = {
             "format": FORMAT,
             "step": step,

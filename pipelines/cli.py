@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from droppos.errors import DropposError
+from droppos.errors import ConfigError, DropposError
 from pipelines import recipe_file
 from pipelines.recipe import Measure, Recipe
 
@@ -73,6 +73,7 @@ def pretrain(
         allow_changes: Resume even if data or recipe differ from the checkpoint's.
         recipe: Fields given here override the file's.
     """
+    _refuse_late(file, "pretrain")
     from pipelines.pretrain import pretrain as job
     from pipelines.report import show_outcome
     from pipelines.screen import Screen
@@ -96,6 +97,7 @@ def search(
         resume: Go on with the search of run.storage/run.name; finished trials stay as they are.
         recipe: Fields given here override the file's.
     """
+    _refuse_late(file, "search")
     from pipelines.report import show_search
     from pipelines.search import search as job
     from pipelines.search_screen import SearchScreen
@@ -210,8 +212,15 @@ def with_recipe(argv: list[str]) -> list[str]:
         case ["demo", *rest]:
             return ["demo", *recipe_file.flags(recipe_file.read("demo")), *rest]
         case [("pretrain" | "search") as command, name, *rest] if not name.startswith("-"):
-            return [command, name, *recipe_file.flags(recipe_file.read(name)), *rest]
+            return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
     return argv
+
+
+def _refuse_late(file: str, command: str) -> None:
+    if file:
+        raise ConfigError(
+            f"the recipe {file!r} must come first, before all flags: droppos {command} {file} ..."
+        )
 
 
 def quiet() -> None:

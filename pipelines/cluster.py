@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from math import prod
 
 import ray
 import ray._private.state
@@ -11,7 +12,7 @@ from droppos.errors import ConfigError
 from pipelines.recipe import Recipe
 
 OBJECT_STORE_BYTES = 512 * 1024**2
-"""Of a private cluster. What is in flight is bounded by windows and prefetching, not by this."""
+"""Of a private cluster, at least; large batches in flight get more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,17 @@ def _start_private(recipe: Recipe, at_once: int) -> None:
     decoding = recipe.data.decode_cpus or max(1, cores // at_once - training)
     ray.init(
         num_cpus=at_once * (training + decoding),
-        object_store_memory=OBJECT_STORE_BYTES,
+        object_store_memory=max(OBJECT_STORE_BYTES, at_once * _in_flight(recipe)),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def _in_flight(recipe: Recipe) -> int:
+    """Bytes of decoded pictures on their way: two batches ahead, one in use, one being made."""
+    micro_batches = recipe.run.workers * recipe.worker_batch
+    return 4 * micro_batches * 3 * prod(recipe.model.image_size)
 
 
 def _most_cpus() -> int:

@@ -3,15 +3,17 @@
 `make demo` must not ask for a download. scikit-image, scikit-learn (MLflow needs it) and
 Matplotlib each bring a few photographs in their wheels. Nothing is copied into this repository.
 
-Ten photographs are few, and two minutes of two CPUs are short, so tiles are cut that teach one
-thing well, that pieces which belong together look alike along their edges:
+Ten photographs are few, and two minutes of two CPUs are short, so tiles are cut to teach one
+thing well, that pieces which belong together look alike:
 
-- Tiles are soft, as if out of focus. A small model finds out from smooth colours how to place
-  pieces at all; on sharp tiles alone the loss stayed at that of a guess for half the demo.
-- Training tiles are turned by quarters and have their colour channels exchanged. Otherwise the
-  model learns these photographs by heart (orange is left of white), which helps with no other.
+- Tiles are soft, as if out of focus, and each channel is stretched to its full range. A small
+  model learns from smooth, strong colours how to place pieces at all: it left the level of a
+  guess after some 130 steps of 32 tiles, after some 350 where soft tiles were not stretched.
+- Training tiles are turned by quarters and have their channels exchanged. Without, the model
+  learnt these photographs by heart (orange is left of white), and was right about twice as
+  often on them as on held-out ones.
 
-Held-out tiles come from other photographs, upright and in their own colours.
+Held-out tiles come from other photographs, upright and with their channels in order.
 
 Where the photographs come from, as the packages tell it:
     astronaut   Eileen Collins, NASA; public domain
@@ -21,7 +23,7 @@ Where the photographs come from, as the packages tell it:
     flower      by vultilion, Flickr; CC BY 2.0
     hopper      Grace Hopper, US Navy; public domain
     motorcycle  left view of a stereo pair; Middlebury 2014 (Scharstein et al., GCPR 2014)
-    retina      by Mikael Haggstrom; CC0
+    retina      by Mikael Häggström; CC0
     rocket      Falcon 9, SpaceX; public domain
     tissue      colon, by the Center for Microscopy and Molecular Imaging; no known restrictions
 """
@@ -44,7 +46,7 @@ SPANS = (0.25, 0.5)
 SOFTNESS = (0.02, 0.12)
 """Least and largest radius (one deviation) of a training tile's blur, as a fraction of its side."""
 HOLDOUT_SOFTNESS = 0.04
-"""Radius of a held-out tile's blur: objects are still plain to see."""
+"""Radius of a held-out tile's blur: what it shows is still plain to see."""
 TRAIN_TILES, HOLDOUT_TILES = 512, 64
 """Tiles of one photograph."""
 
@@ -124,7 +126,7 @@ def _training_tiles(photograph: Image.Image, seed: int) -> Iterator[Image.Image]
     random = np.random.default_rng(seed)
     for _ in range(TRAIN_TILES):
         tile = _tile(photograph, random, _between(random, SOFTNESS))
-        pixels = np.rot90(np.asarray(tile), random.integers(4))
+        pixels = np.rot90(np.asarray(tile), int(random.integers(4)))
         yield Image.fromarray(np.ascontiguousarray(pixels[..., random.permutation(3)]))
 
 
@@ -138,8 +140,9 @@ def _tile(photograph: Image.Image, random: np.random.Generator, softness: float)
     side = _between(random, SPANS) * min(photograph.size)
     left, top = (random.uniform(0, length - side) for length in photograph.size)
     box = (left, top, left + side, top + side)
-    tile = photograph.resize((TILE, TILE), Image.Resampling.LANCZOS, box)
-    return ImageOps.autocontrast(tile.filter(ImageFilter.GaussianBlur(softness * TILE)), cutoff=1)
+    tile = photograph.resize((TILE, TILE), Image.Resampling.LANCZOS, box, reducing_gap=2)
+    soft = tile.filter(ImageFilter.GaussianBlur(softness * TILE))
+    return ImageOps.autocontrast(soft, cutoff=1)  # the outermost 1 % of pixels may clip
 
 
 def _between(random: np.random.Generator, bounds: tuple[float, float]) -> float:

@@ -4,7 +4,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from droppos.export.timm_vit import ExportReport, export
-from droppos.model import DropPos
 from pipelines.backbone import open_backbone
 from pipelines.storage import open_place
 
@@ -22,10 +21,7 @@ def export_checkpoint(checkpoint: str, out: str) -> ExportReport:
         TrainingError: If what was written does not compute what was trained.
     """
     backbone = open_backbone(checkpoint)
-    model = backbone.droppos
-    if model is None:
-        model = DropPos(backbone.model, backbone.method)
-        model.encoder = backbone.encoder
+    model = backbone.whole
     place = open_place(out)
     if not place.is_s3:
         return export(model, backbone.model, Path(place.path))

@@ -126,6 +126,8 @@ class Outbox:
         self._arrived.set()
         # A request under way when the patience ends may take its own time limit.
         self._thread.join(self._patience_s + 30)
+        while self._entries:  # the thread is gone, or hangs in a request
+            self._spool([self._entries.popleft()])
 
     def _run(self) -> None:
         for batch in self._batches():

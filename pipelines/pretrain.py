@@ -9,7 +9,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,10 +42,16 @@ logger = logging.getLogger(__name__)
 FIXED = ("model", "method", "optim", "data.window", "data.crop_scale", "data.flip", "run.seed")
 """What must not change under a resumed run, or it is another run."""
 
+DRAWN = 256
+"""Held-out pictures that the driver, which has no GPU, looks at for its drawings."""
+
 POLL_S = 0.2
 """Seconds between two looks at what the workers said."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+FREE = {"optim.accumulate"}
+"""Of those, what gives the same steps: half the workers may take twice the micro-batches."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Told of each event in order, in the driver: a live line, a Tune report."""
@@ -184,7 +190,7 @@ def check_resume(
     changed = [
         f"{name}: {theirs.get(name)!r} in the checkpoint, {value!r} now"
         for name, value in ours.items()
-        if name.startswith(fixed) and theirs.get(name) != value
+        if name.startswith(fixed) and name not in FREE and theirs.get(name) != value
     ]
     if changed and not allow_changes:
         raise ConfigError(
@@ -205,6 +211,9 @@ def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> Non
     """
     home = open_place(recipe.home)
     on_gpu = gpu_workers(recipe)
+    # Decided once, here: a worker that sees a GPU it was not given must leave it alone.
+    device = "cuda" if on_gpu else "cpu"
+    recipe = replace(recipe, compute=replace(recipe.compute, device=device))
     events = Events.start()
     trainer = TorchTrainer(
         partial(train_worker, Job(recipe, schedule, events)),
@@ -222,31 +231,61 @@ def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> Non
             failure_config=FailureConfig(max_failures=recipe.run.max_failures),
         ),
     )
-    # fit() in a thread: on the main one it would take Ctrl-C for itself and drop the last steps.
-    with ThreadPoolExecutor(1, "fit") as pool, stop_on_signal(events) as abort:
-        running = pool.submit(trainer.fit)
-        while not running.done() and not abort.is_set():
-            heard.drain(events)
-            sleep(POLL_S)
-        if abort.is_set():
-            ray.shutdown()
+    try:
+        with stop_on_signal(events) as abort:
+            running = in_background(trainer.fit)
+            while not running.done():
+                if abort.is_set():
+                    raise KeyboardInterrupt
+                heard.drain(events)
+                sleep(POLL_S)
+    except BaseException:
+        ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
+        raise
     heard.drain(events)
     error = running.exception()
     if isinstance(error, TrainingFailedError):
         raise cause_of(error) from error
-    if error is not None and not abort.is_set():
+    if error is not None:
         raise error
+    if heard.failure is not None:
+        raise TrainingError(heard.failure)
+
+
+def in_background(job: Callable[[], object]) -> Future[object]:
+    """Run a job in a thread that ends with this process.
+
+    On the main thread `fit` would take Ctrl-C for itself, and drop the last steps.
+    """
+    result: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(job())
+        except BaseException as error:  # handed on to whoever asks for the result
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return result
 
 
 def draw_run(recipe: Recipe, saved: checkpoints.Saved, ledger: Ledger) -> list[Path]:
-    """Draw what the newest checkpoint makes of the held-out pictures, if there are any."""
+    """Draw what the newest checkpoint makes of the held-out pictures, if there are any.
+
+    A picture that cannot be drawn is a warning: the run itself is done and kept.
+    """
     if recipe.data.holdout is None or not recipe.method.predicts_positions:
         return []
-    model = from_checkpoint(saved).droppos
-    assert model is not None
-    pictures = load_pictures(recipe.data.holdout, recipe.model.image_size, recipe.measure.pictures)
     folder = local_folder(recipe) / recipe.run.name / "pictures"
-    return draw_gallery(model, recipe.measure, pictures, ledger.history, folder)[1]
+    try:
+        model = from_checkpoint(saved).whole
+        pictures = load_pictures(
+            recipe.data.holdout, recipe.model.image_size, min(recipe.measure.pictures, DRAWN)
+        )
+        return draw_gallery(model, recipe.measure, pictures, ledger.history, folder)[1]
+    except (DropposError, OSError, RuntimeError) as error:
+        logger.warning("the run's pictures could not be drawn: %s", error)
+        return []
 
 
 class Heard:
@@ -257,6 +296,8 @@ class Heard:
         self._on_event = on_event
         self.last: dict[str, float] = {}
         """Last value of each metric."""
+        self.failure: str | None = None
+        """Why the workers gave up, all at once, where starting them again would not help."""
 
     def drain(self, events: Events) -> None:
         """Take all that has arrived."""
@@ -269,6 +310,8 @@ class Heard:
             case "metrics":
                 self.last |= event["values"]
                 self._ledger.log(event["step"], event["values"])
+            case "failed":
+                self.failure = event["error"]
             case "checkpoint":
                 self._ledger.checkpoint(event["saved"])
         if self._on_event is not None:

@@ -6,6 +6,7 @@ impossible value gets the same answer wherever it stood (:mod:`pipelines.cli`).
 
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from droppos.config import Compute, Counts, Method, Model, Optim
 from droppos.errors import ConfigError
@@ -128,9 +129,17 @@ class Tracking:
 
     uri: str | None = None
     """Tracking server or database; none takes MLFLOW_TRACKING_URI, else an SQLite file in the
-    run's storage (beside it, when that is s3://)."""
+    run's storage, or in ./droppos-runs of the driver's machine when that is s3://."""
     experiment: str = "droppos"
     """MLflow experiment."""
+
+    def __post_init__(self) -> None:
+        if self.uri is not None and "@" in urlsplit(self.uri).netloc:
+            raise ConfigError(
+                "tracking.uri must not hold a password: recipes are written to storage; put user and "
+                "password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole "
+                "address into MLFLOW_TRACKING_URI"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pipelines.recipe import Recipe
 
-PLAIN_EVERY_S = 30
+PLAIN_EVERY_S = 10
 """Seconds between two lines where there is no terminal, in a job's log say."""
 
 
@@ -74,7 +74,7 @@ class Screen:
             self._live.update(Text(self.line(), no_wrap=True, overflow="ellipsis"), refresh=True)
         elif not self._activity and monotonic() - self._said > PLAIN_EVERY_S:
             self._said = monotonic()
-            self._console.print(self.line(), highlight=False)
+            self._console.print(self.line(), highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Write a line that stays, above the live one."""

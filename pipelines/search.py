@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -106,7 +106,8 @@ def search(
         outcomes = [outcome_of(trial, errors) for trial in trials]
         outcome = conclude(recipe, trials, outcomes, ledger)
         if not outcome.finished:
-            end_children(ledger)
+            stopped = {trial.name for trial in outcomes if trial.state == "stopped"}
+            end_children(ledger, stopped)
         ledger.finish("FINISHED" if outcome.finished else "KILLED")
     return outcome
 
@@ -187,8 +188,9 @@ def run_trials(
         return run_trial(trials[config["number"]], parent_run)
 
     home = open_place(recipe.home)
-    # Tune's own result files would repeat what MLflow has.
+    # Tune's own result files would repeat what MLflow has, its own table ours.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     with interruptible() as interruption:
         results = Tuner(
             tune.with_resources(trainable, DRIVER),
@@ -357,8 +359,8 @@ def best_recipe(recipe: Recipe, trial: Trial) -> Recipe:
     return replace(trial.recipe, run=run, search=SearchSection())
 
 
-def end_children(ledger: Ledger) -> None:
-    """Mark the MLflow runs of trials whose processes were ended: they could not do so."""
+def end_children(ledger: Ledger, stopped: Collection[str]) -> None:
+    """Mark the MLflow runs of interrupted trials, which run on or failed as far as MLflow knows."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
@@ -367,7 +369,7 @@ def end_children(ledger: Ledger) -> None:
         experiment = client.get_run(ledger.run_id).info.experiment_id
         children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{ledger.run_id}'")
         for child in children:
-            if child.info.status == "RUNNING":
+            if child.info.run_name in stopped:
                 client.set_terminated(child.info.run_id, "KILLED")
     except MlflowException as error:
         logger.warning("interrupted trials still show as running in MLflow: %s", error)

@@ -7,6 +7,7 @@ checkpoint, which the stream's factory (:mod:`pipelines.pretrain`) reads alike.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +27,9 @@ from pipelines.recipe import Recipe
 from pipelines.storage import Place, open_place
 from pipelines.stream import Batch, batches
 
+FLUSH_S = 10
+"""Seconds a worker waits, at its end, for its last events to arrive."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -42,7 +46,20 @@ class Job:
 
 
 def train_worker(job: Job) -> None:
-    """Train from the newest checkpoint to the last step, or until asked to stop."""
+    """Train from the newest checkpoint to the last step, or until asked to stop.
+
+    A run that diverged ends here, on all ranks at once: raising would have Ray start the same
+    steps again, run.max_failures times.
+    """
+    try:
+        _train(job)
+    except DivergedError as error:
+        if dist.get_rank() == 0:
+            job.events.send({"kind": "failed", "error": str(error)})
+    job.events.flush(FLUSH_S)
+
+
+def _train(job: Job) -> None:
     torch.set_num_threads(job.recipe.run.cpus_per_worker)
     recipe, schedule = job.recipe, job.schedule
     state = create_state(recipe, schedule.steps_per_epoch)
@@ -73,17 +90,22 @@ def train_worker(job: Job) -> None:
         pace.count(group)
 
         last = state.step == schedule.steps
+        due = last or state.step % recipe.run.checkpoint_every == 0
         stop = False
-        if last or state.step % recipe.run.log_every == 0:
-            stop = log(job, state, report, pace)
-        if last or stop or state.step % recipe.run.checkpoint_every == 0:
-            save(job, state)
-            pace.pause()
+        if due or state.step % recipe.run.log_every == 0:
+            stop = log(job, state, report, pace)  # also refuses to keep what is not finite
         if holdout and (last or at_epoch(state, recipe.measure.every_epochs)):
             measure(job, state, holdout)
             pace.pause()
+        if due or stop:
+            save(job, state)  # last: once it counts, nothing of this step is done again
+            pace.pause()
         if stop:
             return
+
+
+class DivergedError(TrainingError):
+    """All ranks found, in the same step, what starting them again would only repeat."""
 
 
 def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:
@@ -106,6 +128,10 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
     checkpoints.load(saved, {"model": model, "optimizer": optimizer})
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     state.step = saved.step
+    # The optimizer's settings are the recipe's, not the checkpoint's: --allow-changes may differ.
+    decays = (state.optim.weight_decay, 0.0)
+    for group, decay in zip(state.optimizer.param_groups, decays, strict=True):
+        group |= {"weight_decay": decay, "betas": state.optim.betas}
 
 
 def save(job: Job, state: TrainState) -> None:
@@ -154,9 +180,10 @@ def log(job: Job, state: TrainState, report: StepReport, pace: "Pace") -> bool:
     numbers = (values / world).tolist()
     metrics = dict(zip(report.metrics._fields, numbers, strict=False))
     grad_norm, wait_fraction, replaced, stop = numbers[len(metrics) :]
-    if metrics["loss"] != metrics["loss"] or metrics["loss"] in (float("inf"), float("-inf")):
-        raise TrainingError(
-            f"the loss is {metrics['loss']} at step {state.step}; lower optim.lr_per_256 "
+    if not (isfinite(metrics["loss"]) and isfinite(grad_norm)):
+        raise DivergedError(
+            f"at step {state.step} the loss is {metrics['loss']} and the gradient's norm "
+            f"{grad_norm}, expected finite numbers; lower optim.lr_per_256 "
             f"({state.optim.lr_per_256:g}), or train in compute.precision=float32"
         )
     if dist.get_rank() == 0:

@@ -68,7 +68,7 @@ def test_flags_override_the_recipe(tmp_path: Path) -> None:
     recipe.write_text("method:\n  sigma: 2\n  attentive: false\ndata:\n  crop_scale: [0.5, 1]\n")
     argv = with_recipe(["pretrain", str(recipe), "--method.sigma", "3"])
     assert argv == [
-        *("pretrain", str(recipe), "--method.sigma", "2", "--method.attentive", "False"),
+        *("pretrain", "--method.sigma", "2", "--method.attentive", "False"),
         *("--data.crop-scale", "0.5", "1", "--method.sigma", "3"),
     ]
 
@@ -88,6 +88,8 @@ def test_flags_override_the_recipe(tmp_path: Path) -> None:
         (["--data.path", "/no/such/folder"], ["/no/such/folder", "droppos prepare"]),
         (["--data.path", "gs://bucket/x"], ["gs://bucket/x", "s3://"]),
         (["--optim.gobal-batch", "3"], ["--optim.global-batch"]),
+        (["--resume", "vit_base_imagenet"], ["'vit_base_imagenet'", "must come first"]),
+        (["--tracking.uri", "https://me:secret@host"], ["tracking.uri", "MLFLOW_TRACKING_"]),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(

@@ -8,8 +8,10 @@ from PIL import Image
 from droppos.errors import DataError
 from pipelines.demo_pictures import (
     HOLDOUT,
+    HOLDOUT_TILES,
     TILE,
     TRAIN,
+    TRAIN_TILES,
     DemoPictures,
     Photograph,
     write_demo_pictures,
@@ -26,19 +28,18 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_no_photograph_is_both_trained_on_and_measured_on(written: DemoPictures) -> None:
-    folders = {folder: {p.name for p in folder.iterdir()} for folder in _folders(written)}
-    assert folders[written.train] == {photograph.name for photograph in TRAIN}
-    assert folders[written.holdout] == {photograph.name for photograph in HOLDOUT}
+    assert {path.name for path in written.train.iterdir()} == {p.name for p in TRAIN}
+    assert {path.name for path in written.holdout.iterdir()} == {p.name for p in HOLDOUT}
     assert not {(p.package, p.path) for p in TRAIN} & {(p.package, p.path) for p in HOLDOUT}
 
 
-def test_there_are_as_many_pictures_as_it_says(written: DemoPictures) -> None:
-    assert len(_contents(written.train)) == written.train_pictures
-    assert len(_contents(written.holdout)) == written.holdout_pictures
+def test_every_photograph_gives_as_many_pictures(written: DemoPictures) -> None:
+    for folder, count in ((written.train, TRAIN_TILES), (written.holdout, HOLDOUT_TILES)):
+        assert {len(list(path.iterdir())) for path in folder.iterdir()} == {count}
 
 
 def test_every_picture_is_a_small_colour_square(written: DemoPictures) -> None:
-    for folder in _folders(written):
+    for folder in written:
         for path in folder.rglob("*.jpg"):
             with Image.open(path) as picture:
                 assert (picture.format, picture.mode) == ("JPEG", "RGB")
@@ -62,7 +63,3 @@ def test_a_photograph_that_is_not_installed_is_named() -> None:
         Photograph("eagle", "skimage", "data/eagle.png").open()
     with pytest.raises(DataError, match="package no_such_package"):
         Photograph("eagle", "no_such_package", "eagle.png").open()
-
-
-def _folders(pictures: DemoPictures) -> tuple[Path, Path]:
-    return pictures.train, pictures.holdout
