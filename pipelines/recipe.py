@@ -136,9 +136,9 @@ class Tracking:
     def __post_init__(self) -> None:
         if self.uri is not None and "@" in urlsplit(self.uri).netloc:
             raise ConfigError(
-                "tracking.uri must not hold a password: recipes are written to storage; put user and "
-                "password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole "
-                "address into MLFLOW_TRACKING_URI"
+                "tracking.uri must not hold a user or password, for recipes are written to "
+                "storage; put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+                "or the whole address into MLFLOW_TRACKING_URI"
             )
 
 

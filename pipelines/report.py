@@ -6,6 +6,7 @@ The jobs are named for their types only: `droppos prepare` should not wait for t
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pipelines.recipe import Recipe
     from pipelines.search import SearchOutcome
 
-Row = tuple[str, str]
+Row = tuple[str, str | Path]
 
 
 def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
@@ -59,7 +60,7 @@ def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:
         accuracy = outcome.metrics["holdout/position/accuracy"]
         chance = outcome.metrics["holdout/position/chance"]
         rows.append(("held out, placed right", f"{accuracy:.1%} (chance {chance:.1%})"))
-    rows += [("picture", str(picture)) for picture in outcome.pictures]
+    rows += [("picture", picture) for picture in outcome.pictures]
     done = outcome.checkpoint.step if outcome.checkpoint else 0
     title = "Run" if outcome.finished else f"Run, stopped at step {done:,} of {outcome.steps:,}"
     _table(console, title, rows)
@@ -155,8 +156,8 @@ def show_demo(console: Console, report: DemoReport) -> None:
         *evaluation_rows(report.evaluation)[1:],
         *export_rows(report.export),
         ("time", ", ".join(f"{name} {clock(s)}" for name, s in report.seconds.items())),
-        ("backbone", str(report.export.path)),
-        *[("picture", str(picture)) for picture in outcome.pictures],
+        ("backbone", report.export.path),
+        *[("picture", picture) for picture in outcome.pictures],
     ]
     _table(console, "DropPos on held-out photographs", rows)
     _next(console, report.export.command)
@@ -168,8 +169,12 @@ def _table(console: Console, title: str, rows: list[Row]) -> None:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(escape(name), escape(value))
+        if not isinstance(value, Path):
+            table.add_row(escape(name), escape(value))
     console.print(table, highlight=False)
+    for name, value in rows:
+        if isinstance(value, Path):  # in one piece, to be copied
+            console.print(f"[dim]{escape(name)}:[/] {escape(str(value))}", soft_wrap=True)
 
 
 def _next(console: Console, text: str) -> None:
