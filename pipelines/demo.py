@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import perf_counter
 
 from droppos.export.timm_vit import ExportReport
 from pipelines.demo_pictures import write_demo_pictures
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.export import export_checkpoint
+from pipelines.ledger import local_folder
 from pipelines.prepare import PrepareReport, prepare
 from pipelines.pretrain import OnEvent, Outcome, pretrain
 from pipelines.recipe import Recipe
@@ -45,7 +45,7 @@ def demo(
         on_event: Hears of training's progress.
     """
     clock = _Clock()
-    folder = Path(recipe.run.storage)
+    folder = local_folder(recipe)
     say("cutting photographs into tiles, and packing them into shards")
     with clock.time("prepare"):
         pictures = write_demo_pictures(folder / "pictures")
@@ -62,11 +62,12 @@ def demo(
         return DemoReport(recipe, train, holdout, outcome, None, None, clock.seconds)
     say("exporting the backbone, and comparing it with the trained model")
     with clock.time("export"):
-        export = export_checkpoint(outcome.checkpoint.uri, f"{outcome.home}/backbone")
+        backbone = f"{outcome.home}/backbone"
+        export = export_checkpoint(outcome.checkpoint.uri, backbone)
     say("measuring it on photographs it has never seen")
     with clock.time("evaluate"):
         assert data.holdout is not None
-        measured = evaluate(str(export.path), data.holdout, measure=recipe.measure)
+        measured = evaluate(backbone, data.holdout, measure=recipe.measure)
     return DemoReport(recipe, train, holdout, outcome, export, measured, clock.seconds)
 
 

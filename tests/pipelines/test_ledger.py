@@ -106,7 +106,7 @@ def test_no_secret_reaches_the_database(uri: str, folder: Path, tmp_path: Path) 
     secret = "hunter2"
     recipe = Recipe(
         data=Data(path=f"s3://me:{secret}@bucket/photos?access_key={secret}&x=1"),
-        tracking=Tracking(uri=f"https://me:{secret}@mlflow.example/?token={secret}"),
+        tracking=Tracking(uri=f"https://mlflow.example/?token={secret}"),
     )
     home = f"s3://me:{secret}@bucket/run"
     with ledger(uri, tmp_path, home=home) as ours:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from pipelines.recipe import Recipe
+from droppos.errors import ConfigError
+from pipelines.recipe import Recipe, Tracking
 from pipelines.recipe_file import SHIPPED, flags, read, shipped, to_yaml
 from pipelines.space import grid_points, parse_space, random_points
 
@@ -72,3 +73,9 @@ def test_the_search_searches_ratios_and_sigma() -> None:
     points = random_points(space, recipe.search.trials, recipe.run.seed)
     assert len(points) == recipe.search.trials
     assert len(grid_points(parse_space(Recipe()))) == 18
+
+
+def test_a_password_has_no_place_in_a_recipe() -> None:
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME") as caught:
+        Tracking(uri="https://me:hunter2@mlflow.example")
+    assert "hunter2" not in str(caught.value)
