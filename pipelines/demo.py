@@ -23,7 +23,7 @@ class DemoReport:
     holdout: PrepareReport
     outcome: Outcome
     export: ExportReport | None
-    """None when training was stopped before its first checkpoint."""
+    """None when training was stopped before its end."""
     evaluation: Evaluation | None
     seconds: dict[str, float]
     """Wall time of each part."""
@@ -58,7 +58,7 @@ def demo(
     say("pre-training: Ray Data streams, Ray Train steps, MLflow listens")
     with clock.time("pretrain"):
         outcome = pretrain(recipe, resume=resume, on_event=on_event)
-    if outcome.checkpoint is None:
+    if not outcome.finished or outcome.checkpoint is None:
         return DemoReport(recipe, train, holdout, outcome, None, None, clock.seconds)
     say("exporting the backbone, and comparing it with the trained model")
     with clock.time("export"):

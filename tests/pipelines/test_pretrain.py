@@ -209,25 +209,26 @@ def test_the_demo_stopped_by_ctrl_c_names_its_checkpoint_and_goes_on(tmp_path: P
     ]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
-    first = subprocess.Popen(
+    said = ""
+    with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
         start_new_session=True,
-    )
-    assert first.stdout is not None
-    said = ""
-    for line in first.stdout:
-        said += line
-        if "loss" in line:
-            os.killpg(first.pid, signal.SIGINT)  # as a terminal does: Ray's processes hear it, too
-            break
-    said += first.stdout.read()
-    assert first.wait(timeout=120) == 130, said
+    ) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            said += line
+            if "loss" in line:
+                # As a terminal does: all of Ray's processes hear it, too.
+                os.killpg(first.pid, signal.SIGINT)
+                break
+        said += first.stdout.read()
+    assert first.returncode == 130, said
     assert "Traceback" not in said
-    assert "checkpoint" in said and "--resume" in said
+    assert "stopped at step" in said and "checkpoint" in said and "--resume" in said
 
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
