@@ -7,7 +7,7 @@ READY := .venv/ready
 .PHONY: help demo test fast format lint types check clean
 
 help:
-	@echo "make demo    pre-train on embedded photographs, in about four minutes"
+	@echo "make demo    pre-train on embedded photographs, in about three minutes"
 	@echo "make test    run all tests"
 	@echo "make fast    run the tests that take seconds"
 	@echo "make check   format, lint and types, as CI does before the tests"

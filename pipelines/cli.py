@@ -74,6 +74,7 @@ def pretrain(
         recipe: Fields given here override the file's.
     """
     _refuse_late(file, "pretrain")
+    _announce()
     from pipelines.pretrain import pretrain as job
     from pipelines.report import show_outcome
     from pipelines.screen import Screen
@@ -157,6 +158,7 @@ def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa:
         resume: Go on with the last demo instead of refusing to overwrite it.
         recipe: Fields given here override the demo recipe's.
     """
+    _announce()
     from pipelines.demo import demo as job
     from pipelines.report import show_demo
     from pipelines.screen import Screen
@@ -214,6 +216,10 @@ def with_recipe(argv: list[str]) -> list[str]:
         case [("pretrain" | "search") as command, name, *rest] if not name.startswith("-"):
             return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
     return argv
+
+
+def _announce() -> None:
+    console.print("[dim]·[/] loading torch and Ray", highlight=False)
 
 
 def _refuse_late(file: str, command: str) -> None:

@@ -174,7 +174,9 @@ def _table(console: Console, title: str, rows: list[Row]) -> None:
     console.print(table, highlight=False)
     for name, value in rows:
         if isinstance(value, Path):  # in one piece, to be copied
-            console.print(f"[dim]{escape(name)}:[/] {escape(str(value))}", soft_wrap=True)
+            console.print(
+                f"[dim]{escape(name)}:[/] {escape(str(value))}", highlight=False, soft_wrap=True
+            )
 
 
 def _next(console: Console, text: str) -> None:

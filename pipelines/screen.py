@@ -85,18 +85,18 @@ class Screen:
         parts = [f"step {self._step:,}/{self._steps:,}"]
         if self._activity:
             return " · ".join([*parts, self._activity])
+        if (left := self._pace.left(self._steps)) is not None:
+            parts.append(f"{clock(left)} left")  # early: a narrow terminal cuts the end off
         values = self._values
         parts.append(f"{values.get('data/images_per_s', 0):,.0f} images/s")
         parts.append(f"loss {values['train/loss']:.3f}")
         if "train/position_accuracy" in values:
             accuracy = values["train/position_accuracy"]
-            parts.append(f"placed right {accuracy:.1%} (chance {self._recipe.counts.chance:.1%})")
+            parts.append(f"right {accuracy:.1%} (chance {self._recipe.counts.chance:.1%})")
         if "holdout/position/accuracy" in values:
             parts.append(f"held out {values['holdout/position/accuracy']:.1%}")
         if values.get("data/wait_fraction", 0) > 0.1:
             parts.append(f"waiting for data {values['data/wait_fraction']:.0%}")
-        if (left := self._pace.left(self._steps)) is not None:
-            parts.append(f"{clock(left)} left")
         return " · ".join(parts)
 
 
