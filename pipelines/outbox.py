@@ -158,6 +158,8 @@ class Outbox:
 
     def _deliver(self, batch: list[Entry]) -> None:
         """Send a batch, or spool it; raises nothing."""
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
         from mlflow.exceptions import MlflowException
 
         pause, longest = _PAUSES_S
@@ -167,7 +169,8 @@ class Outbox:
                 self._send(batch)
                 self._away = False
                 return
-            except (MlflowException, OSError) as error:
+            # MLflow lets boto's own errors through when its artifacts are on S3.
+            except (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError) as error:
                 code = getattr(error, "error_code", None)
                 if code in _HOPELESS or isinstance(error, FileNotFoundError):
                     _log.warning("MLflow cannot take a %s: %s", type(batch[0]).__name__, error)
