@@ -66,7 +66,12 @@ class Counts(NamedTuple):
         return 1 / (self.cells - self.kept)
 
 
-def _require(ok: bool, field: str, value: object, expected: str, way_out: str) -> None:
+def require(ok: bool, field: str, value: object, expected: str, way_out: str) -> None:
+    """Refuse a setting, naming it, its value, what was expected and what to do.
+
+    Raises:
+        ConfigError: If not ok.
+    """
     if not ok:
         raise ConfigError(f"{field} must be {expected}, got {value!r}; {way_out}")
 
@@ -98,38 +103,38 @@ class Model:
         shape = self.shape
         for name in ("width", "depth", "heads", "patch_size"):
             value = getattr(shape, name)
-            _require(value > 0, f"model.{name}", value, "positive", "leave it out for the size's")
+            require(value > 0, f"model.{name}", value, "positive", "leave it out for the size's")
         for side, pixels in zip(("height", "width"), self.image_size, strict=True):
-            _require(
+            require(
                 pixels > 0 and pixels % shape.patch_size == 0,
                 f"model.image_size ({side})",
                 pixels,
                 f"a positive multiple of the patch size {shape.patch_size}",
                 f"take {max(1, round(pixels / shape.patch_size)) * shape.patch_size}",
             )
-        _require(
+        require(
             shape.width % shape.heads == 0,
             "model.heads",
             shape.heads,
             f"a divisor of the width {shape.width}",
             "each head takes an equal share of the channels",
         )
-        _require(
+        require(
             shape.width % 4 == 0,
             "model.width",
             shape.width,
             "a multiple of 4",
             "sine and cosine of row and column take a quarter of the channels each",
         )
-        _require(
+        require(
             self.decoder_width > 0 and self.decoder_width % 4 == 0,
             "model.decoder_width",
             self.decoder_width,
             "a positive multiple of 4",
             "512 is the paper's",
         )
-        _require(self.decoder_depth > 0, "model.decoder_depth", self.decoder_depth, "positive", "2")
-        _require(
+        require(self.decoder_depth > 0, "model.decoder_depth", self.decoder_depth, "positive", "2")
+        require(
             self.decoder_heads > 0 and self.decoder_width % self.decoder_heads == 0,
             "model.decoder_heads",
             self.decoder_heads,
@@ -189,25 +194,25 @@ class Method:
     grid on a narrower one, as its published flags had it."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 <= self.mask_ratio < 1,
             "method.mask_ratio",
             self.mask_ratio,
             "in [0, 1)",
             "with 1 no patch is left to look at; the paper takes 0.75",
         )
-        _require(
+        require(
             0 < self.position_mask_ratio <= 1,
             "method.position_mask_ratio",
             self.position_mask_ratio,
             "in (0, 1]",
             "with 0 there is no position to predict, so no loss; the paper takes 0.75",
         )
-        _require(0 <= self.sigma < float("inf"), "method.sigma", self.sigma, "0 or more", "try 1")
-        _require(
+        require(0 <= self.sigma < float("inf"), "method.sigma", self.sigma, "0 or more", "try 1")
+        require(
             0 < self.tau < float("inf"), "method.tau", self.tau, "above 0", "the paper takes 0.1"
         )
-        _require(
+        require(
             0 <= self.position_weight < float("inf"),
             "method.position_weight",
             self.position_weight,
@@ -296,45 +301,45 @@ class Optim:
     """Largest gradient norm, over all parameters together (the reference: of each tensor)."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs > 0, "optim.epochs", self.epochs, "positive", "the paper takes 800")
-        _require(self.global_batch > 0, "optim.global_batch", self.global_batch, "positive", "1024")
-        _require(self.accumulate > 0, "optim.accumulate", self.accumulate, "positive", "1 is none")
-        _require(
+        require(self.epochs > 0, "optim.epochs", self.epochs, "positive", "the paper takes 800")
+        require(self.global_batch > 0, "optim.global_batch", self.global_batch, "positive", "1024")
+        require(self.accumulate > 0, "optim.accumulate", self.accumulate, "positive", "1 is none")
+        require(
             0 < self.lr_per_256 < float("inf"),
             "optim.lr_per_256",
             self.lr_per_256,
             "above 0",
             "the paper takes 1.5e-4",
         )
-        _require(
+        require(
             0 <= self.min_lr <= self.peak_lr,
             "optim.min_lr",
             self.min_lr,
             f"between 0 and the peak {self.peak_lr:g}",
             "0 is the paper's",
         )
-        _require(
+        require(
             0 <= self.warmup_epochs <= self.epochs,
             "optim.warmup_epochs",
             self.warmup_epochs,
             f"between 0 and optim.epochs ({self.epochs})",
             "a twentieth of the epochs is usual",
         )
-        _require(
+        require(
             0 <= self.weight_decay < float("inf"),
             "optim.weight_decay",
             self.weight_decay,
             "0 or more",
             "the paper takes 0.05",
         )
-        _require(
+        require(
             all(0 <= beta < 1 for beta in self.betas),
             "optim.betas",
             self.betas,
             "two numbers in [0, 1)",
             "the paper takes 0.9 0.95",
         )
-        _require(
+        require(
             self.clip_norm is None or self.clip_norm > 0,
             "optim.clip_norm",
             self.clip_norm,

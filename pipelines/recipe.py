@@ -8,13 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from droppos.config import Compute, Counts, Method, Model, Optim
+from droppos.config import Compute, Counts, Method, Model, Optim, require
 from droppos.errors import ConfigError
-
-
-def _require(ok: bool, name: str, value: object, expected: str, way_out: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, got {value!r}; {way_out}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,15 +32,15 @@ class Data:
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
-        _require(
+        require(
             0 < low <= high <= 1,
             "data.crop_scale",
             self.crop_scale,
             "two fractions of the area, 0 < smallest <= largest <= 1",
             "the paper takes 0.2 1.0",
         )
-        _require(self.window > 0, "data.window", self.window, "positive", "4096 shuffles well")
-        _require(
+        require(self.window > 0, "data.window", self.window, "positive", "4096 shuffles well")
+        require(
             self.decode_cpus is None or self.decode_cpus > 0,
             "data.decode_cpus",
             self.decode_cpus,
@@ -78,7 +73,7 @@ class Run:
     """Times the workers may be lost and started again from the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.name not in {"", ".", ".."} and "/" not in self.name,
             "run.name",
             self.name,
@@ -95,7 +90,7 @@ class Run:
             ("seed", 0),
         ):
             value = getattr(self, name)
-            _require(value >= least, f"run.{name}", value, f"{least} or more", "see --help")
+            require(value >= least, f"run.{name}", value, f"{least} or more", "see --help")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +114,8 @@ class Measure:
 
     def __post_init__(self) -> None:
         Method(mask_ratio=self.mask_ratio, position_mask_ratio=self.position_mask_ratio)
-        _require(self.every_epochs > 0, "measure.every_epochs", self.every_epochs, "positive", "10")
-        _require(self.pictures > 0, "measure.pictures", self.pictures, "positive", "1024")
+        require(self.every_epochs > 0, "measure.every_epochs", self.every_epochs, "positive", "10")
+        require(self.pictures > 0, "measure.pictures", self.pictures, "positive", "1024")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,8 +156,8 @@ class Search:
     """Trials at once."""
 
     def __post_init__(self) -> None:
-        _require(self.trials > 0, "search.trials", self.trials, "positive", "4 is a start")
-        _require(
+        require(self.trials > 0, "search.trials", self.trials, "positive", "4 is a start")
+        require(
             self.max_concurrent > 0, "search.max_concurrent", self.max_concurrent, "positive", "1"
         )
 
@@ -184,7 +179,7 @@ class Recipe:
     def __post_init__(self) -> None:
         self.method.counts(self.model.grid)
         ranks = self.run.workers * self.optim.accumulate
-        _require(
+        require(
             self.optim.global_batch % ranks == 0,
             "optim.global_batch",
             self.optim.global_batch,
