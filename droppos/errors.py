@@ -3,6 +3,7 @@
 DropposError
 ├── ConfigError      fix the recipe or the command line
 ├── DataError        fix the pictures, the shards or the storage they are on
+│   └── StorageError storage cannot be reached, or refuses, just now
 └── TrainingError    the run itself: a checkpoint that does not fit, a stream out of step
 
 Every message names the thing, the value it had, what was expected and what to do.
@@ -19,6 +20,10 @@ class ConfigError(DropposError):
 
 class DataError(DropposError):
     """Pictures, shards or storage are missing, unreadable or not what they claim to be."""
+
+
+class StorageError(DataError):
+    """Storage cannot be reached or refuses; what is on it may be as good as ever."""
 
 
 class TrainingError(DropposError):

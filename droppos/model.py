@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,11 +44,29 @@ class Prediction(NamedTuple):
     asked for."""
 
 
-def normalise(images: UInt8[Tensor, "B rows columns 3"]) -> Float[Tensor, "B 3 rows columns"]:
-    """Scale to ImageNet's mean and deviation, on the device that holds the images."""
+def normalise(
+    images: UInt8[Tensor, "B rows columns 3"], mirrored: Bool[Tensor, "B"] | None = None
+) -> Float[Tensor, "B 3 rows columns"]:
+    """Scale to ImageNet's mean and deviation, on the device that holds the images.
+
+    Args:
+        images: RGB.
+        mirrored: Which of them to mirror, left to right; none when not given.
+    """
+    if mirrored is not None:
+        images = _mirror(images, mirrored)
     mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
     std = torch.tensor(IMAGENET_STD, device=images.device) * 255
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def _mirror(
+    images: UInt8[Tensor, "B rows columns 3"], mirrored: Bool[Tensor, "B"]
+) -> UInt8[Tensor, "B rows columns 3"]:
+    # A gather and no mask: on a GPU, indexing by a mask would wait for the device.
+    straight = torch.arange(images.shape[2], device=images.device)
+    columns = torch.where(mirrored[:, None], straight.flip(0), straight)
+    return images.gather(2, columns[:, None, :, None].expand_as(images))
 
 
 def sincos_positions(grid: Grid, width: int) -> Float[Tensor, "1 T width"]:

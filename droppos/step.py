@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -31,6 +31,8 @@ class MicroBatch(NamedTuple):
     images: UInt8[Tensor, "B rows columns 3"]
     slots: Int[Tensor, "B"]
     """Place of each image in the global batch: its masks depend on it and on the step alone."""
+    mirrored: Bool[Tensor, "B"] | None = None
+    """Images to mirror, on the device; none when not given."""
 
 
 class StepReport(NamedTuple):
@@ -130,7 +132,7 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepRe
 
     parts = []
     for i, batch in enumerate(micro_batches):
-        images = normalise(batch.images.to(state.device, non_blocking=True))
+        images = _on_device(batch, state.device)
         masks = draw(counts, method, noise.of(batch.slots.to(state.device, non_blocking=True)))
         with gradient_sync(model, last=i == len(micro_batches) - 1):
             with precision(state.compute, state.device):
@@ -153,6 +155,13 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepRe
     state.optimizer.zero_grad()
     state.step += 1
     return StepReport(Metrics(*torch.stack(parts).mean(dim=0)), grad_norm, lr, width)
+
+
+def _on_device(batch: MicroBatch, device: torch.device) -> Float[Tensor, "B 3 rows columns"]:
+    images = batch.images.to(device, non_blocking=True)
+    if batch.mirrored is None:
+        return normalise(images)
+    return normalise(images, batch.mirrored.to(device, non_blocking=True))
 
 
 def guided(method: Method) -> bool:

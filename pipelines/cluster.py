@@ -83,6 +83,7 @@ def _start_private(recipe: Recipe, at_once: int) -> None:
     cores = os.cpu_count() or 1
     decoding = recipe.data.decode_cpus or max(1, cores // at_once - training)
     ray.init(
+        address="local",  # or it would join whatever cluster was last started on this machine
         num_cpus=at_once * (training + decoding),
         object_store_memory=max(OBJECT_STORE_BYTES, at_once * _in_flight(recipe)),
         include_dashboard=False,

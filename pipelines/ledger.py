@@ -271,6 +271,10 @@ class Ledger:
         """
         self._outbox.put(File(name, path))
 
+    def text(self, name: str, text: str) -> None:
+        """Keep a text as artifact `name`; a later one takes its place."""
+        self._outbox.put(Text(name, redact(text)))
+
     def checkpoint(self, saved: "Saved") -> None:
         """Record where a checkpoint is, its size, and the hash of its last file."""
         pointer = {

@@ -8,7 +8,7 @@ No worker count, block size, clock or earlier interruption enters. An epoch is m
 
 Global batch k is rows [k * B, (k + 1) * B) of the result. Windows are counted in rows and not
 in groups, so only a window's first and last group are also read by a neighbour; each is a whole
-number of global batches, so none straddles two windows.
+number of global batches or a whole fraction of one, so the steps of an epoch tile its windows.
 
 Numbers in this file
     row   number of a picture in the data set as stored
@@ -18,7 +18,8 @@ Numbers in this file
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from functools import cached_property
+from math import ceil, log
 
 import numpy as np
 from jaxtyping import Int64
@@ -48,7 +49,7 @@ class Window:
     index: int
     """Number of the window in its epoch."""
     first: int
-    """Turn of its first picture in the whole run; a multiple of the global batch."""
+    """Turn of its first picture in the whole run."""
     size: int
     """Rows of the window."""
     skip: int
@@ -90,7 +91,7 @@ class Schedule:
     global_batch: int
     """Pictures of one optimizer step, over all workers."""
     window: int
-    """Pictures to shuffle together; rounded up to whole global batches."""
+    """Pictures to shuffle together, about: see :attr:`rows_per_window`."""
     epochs: int
 
     def __post_init__(self) -> None:
@@ -121,10 +122,18 @@ class Schedule:
         """Pictures seen in an epoch: all but the remainder of a global batch."""
         return self.steps_per_epoch * self.global_batch
 
-    @property
+    @cached_property
     def rows_per_window(self) -> int:
-        """Pictures shuffled together; the last window of an epoch may have fewer."""
-        return min(ceil(self.window / self.global_batch) * self.global_batch, self.rows_per_epoch)
+        """Pictures shuffled together; the last window of an epoch may have fewer.
+
+        Whole global batches, rounded up. A window smaller than one is the divisor of it that
+        comes nearest, by ratio: 1024 of 4096 stays, of 5000 it becomes 1000, of a prime all.
+        """
+        batch = self.global_batch
+        if self.window >= batch:
+            return min(ceil(self.window / batch) * batch, self.rows_per_epoch)
+        divisors = (rows for rows in range(1, batch + 1) if batch % rows == 0)
+        return min(divisors, key=lambda rows: (abs(log(rows / self.window)), -rows))
 
     @property
     def windows_per_epoch(self) -> int:

@@ -21,7 +21,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from droppos.errors import ConfigError, DropposError, TrainingError
+from droppos.errors import ConfigError, DataError, DropposError, TrainingError
 from pipelines import checkpoints
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import Share, connect, gpu_workers
@@ -33,6 +33,7 @@ from pipelines.order import Schedule
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.shards import load_manifest
+from pipelines.skipped import FILE, Skipped
 from pipelines.storage import open_place
 from pipelines.stream import Remaining, data_config
 from pipelines.worker import Job, train_worker
@@ -115,7 +116,8 @@ def pretrain(
     with Ledger.open(
         recipe, schedule.manifest.digest, resume=saved is not None, parent_run=parent_run
     ) as ledger:
-        heard = Heard(ledger, on_event)
+        skipped = Skipped(home, schedule.manifest.rows, recipe.data.skip_limit)
+        heard = Heard(ledger, skipped, on_event)
         heard.event({"kind": "plan", "step": saved.step if saved else 0, "steps": schedule.steps})
         if saved is None or saved.step < schedule.steps:
             fit(recipe, schedule, share, heard)
@@ -238,6 +240,8 @@ def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> Non
                 if abort.is_set():
                     raise KeyboardInterrupt
                 heard.drain(events)
+                if heard.too_many is not None:
+                    events.request_stop()
                 sleep(POLL_S)
     except BaseException:
         ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
@@ -250,6 +254,8 @@ def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> Non
         raise error
     if heard.failure is not None:
         raise TrainingError(heard.failure)
+    if heard.too_many is not None:
+        raise heard.too_many
 
 
 def in_background(job: Callable[[], object]) -> Future[object]:
@@ -291,18 +297,25 @@ def draw_run(recipe: Recipe, saved: checkpoints.Saved, ledger: Ledger) -> list[P
 class Heard:
     """Takes what workers say to the ledger and to whoever listens."""
 
-    def __init__(self, ledger: Ledger, on_event: OnEvent | None) -> None:
+    def __init__(self, ledger: Ledger, skipped: Skipped, on_event: OnEvent | None) -> None:
         self._ledger = ledger
+        self._skipped = skipped
         self._on_event = on_event
         self.last: dict[str, float] = {}
         """Last value of each metric."""
         self.failure: str | None = None
         """Why the workers gave up, all at once, where starting them again would not help."""
 
+    @property
+    def too_many(self) -> DataError | None:
+        """Why the run must end, once too many pictures had to be skipped."""
+        return self._skipped.too_many
+
     def drain(self, events: Events) -> None:
         """Take all that has arrived."""
         for event in events.drain():
             self.event(event)
+        self._skipped.write()
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event."""
@@ -310,12 +323,19 @@ class Heard:
             case "metrics":
                 self.last |= event["values"]
                 self._ledger.log(event["step"], event["values"])
+            case "skipped":
+                self._skip(event)
             case "failed":
                 self.failure = event["error"]
             case "checkpoint":
                 self._ledger.checkpoint(event["saved"])
         if self._on_event is not None:
             self._on_event(event)
+
+    def _skip(self, event: Mapping[str, Any]) -> None:
+        if self._skipped.add(event["step"], event["problems"]):
+            self._ledger.log(event["step"], {"data/pictures_skipped": len(self._skipped)})
+            self._ledger.text(FILE, self._skipped.text())
 
 
 @contextmanager

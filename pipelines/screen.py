@@ -29,6 +29,7 @@ class Screen:
         self._step = 0
         self._said = 0.0
         self._values: dict[str, float] = {}
+        self._skipped: set[int] = set()
         self._activity = "starting workers"
         self._pace = TimeLeft()
 
@@ -64,6 +65,8 @@ class Screen:
                     self._step = event["step"]
                     self._activity = ""
                     self._pace.reached(self._step)
+            case "skipped":
+                self._skipped |= event["problems"].keys()
             case "checkpoint":
                 if not self._console.is_terminal:
                     self.say(f"checkpoint at step {event['step']}: {event['saved'].uri}")
@@ -95,8 +98,9 @@ class Screen:
             parts.append(f"right {accuracy:.1%} (chance {self._recipe.counts.chance:.1%})")
         if "holdout/position/accuracy" in values:
             parts.append(f"held out {values['holdout/position/accuracy']:.1%}")
-        if values.get("data/wait_fraction", 0) > 0.1:
-            parts.append(f"waiting for data {values['data/wait_fraction']:.0%}")
+        parts.append(f"waiting for data {values.get('data/wait_fraction', 0):.0%}")
+        if self._skipped:
+            parts.append(f"{len(self._skipped):,} pictures skipped")
         return " · ".join(parts)
 
 

@@ -16,10 +16,11 @@ What this stands on in Ray 2.60 (tests/pipelines/test_stream.py would notice a c
     - `DataContext._execution_idx` counts the finished executions of a data set.
 """
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import gcd, prod
 from time import perf_counter
 from typing import cast
 
@@ -37,44 +38,48 @@ from pipelines import checkpoints
 from pipelines.order import Schedule
 from pipelines.recipe import Recipe
 from pipelines.storage import Place, open_place
-from pipelines.windows import Crop, Windows, read_window
+from pipelines.windows import CropOptions, Windows, read_window
 
 Columns = dict[str, np.ndarray]
 """A batch as Ray hands it over."""
 
-LARGEST_BLOCK = 64
-"""Rows of a block, at most: 9.6 MB of 224 x 224 pixels, a moderate object for Ray's store."""
+LARGEST_BLOCK = 256
+"""Rows of a block, at most: 39 MB of 224 x 224 pixels. What Ray spends on a block is spread over
+so many pictures, and a micro-batch of one block reaches the worker without another copy."""
 SMALLEST_BLOCK = 16
 """Below this, what Ray spends on each block would show; a larger block is taken instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch of one worker, in CPU memory of its own."""
+    """One micro-batch of one worker, in CPU memory; its pixels are not to be written to."""
 
     step: int
     """Optimizer step it is for; `accumulate` batches in a row have the same."""
     images: UInt8[Tensor, "B H W 3"]
     """Pixels; their normalisation is the device's."""
+    mirrored: Bool[Tensor, "B"]
+    """Which of them are to be mirrored, on the device."""
     rows: Int64[Tensor, "B"]
     """Global numbers of the pictures."""
     slots: Int32[Tensor, "B"]
     """Places in the global batch, 0 to global_batch - 1: masks are drawn by them, so that they
     do not depend on the number of workers."""
-    ok: Bool[Tensor, "B"]
-    """False where a picture could not be decoded and another stands in for it."""
+    problems: dict[int, str]
+    """By row, why a picture could not be had; another of its window stands in for it."""
     waited: float
     """Seconds this worker waited for it."""
 
 
-def block_rows(worker_batch: int) -> int:
-    """Choose the rows of a block: a divisor of the micro-batch, of moderate size if there is one.
+def block_rows(worker_batch: int, window: int) -> int:
+    """Choose the rows of a block: what divides micro-batch and window, of moderate size.
 
-    64 gives 64, 1000 gives 50; 127, a prime, gives 127.
+    128 in windows of 1024 gives 128, 1000 in windows of 2000 gives 125; 127, a prime, gives 127.
     """
-    divisors = [rows for rows in range(1, worker_batch + 1) if worker_batch % rows == 0]
+    common = gcd(worker_batch, window)
+    divisors = [rows for rows in range(1, common + 1) if common % rows == 0]
     largest = max(rows for rows in divisors if rows <= LARGEST_BLOCK)
-    if largest >= min(SMALLEST_BLOCK, worker_batch):
+    if largest >= min(SMALLEST_BLOCK, common):
         return largest
     return min(rows for rows in divisors if rows > LARGEST_BLOCK)
 
@@ -82,7 +87,7 @@ def block_rows(worker_batch: int) -> int:
 def make_dataset(
     schedule: Schedule,
     data: Place,
-    crop: Crop,
+    crop: CropOptions,
     *,
     worker_batch: int,
     start_step: int = 0,
@@ -113,7 +118,7 @@ def make_dataset(
             f"({schedule.epochs} epochs of {schedule.steps_per_epoch}); "
             "resume with the recipe the checkpoint was made with"
         )
-    block = block_rows(worker_batch)
+    block = block_rows(worker_batch, schedule.rows_per_window)
     span = max(1, windows_per_execution // schedule.windows_per_epoch)
     read = partial(
         read_window, data=data, crop=crop, global_batch=schedule.global_batch, block=block
@@ -147,7 +152,7 @@ class Remaining:
         return make_dataset(
             self.schedule,
             open_place(recipe.data.path),
-            Crop(recipe.model.image_size, recipe.data.crop_scale, recipe.data.flip),
+            CropOptions(recipe.model.image_size, recipe.data.crop_scale, recipe.data.flip),
             worker_batch=recipe.worker_batch,
             start_step=saved.step if saved else 0,
             decode_cpus=self.decode_cpus,
@@ -191,10 +196,11 @@ def batches(
             columns = _checked(columns, step, worker_batch)
             yield Batch(
                 step=step,
-                images=_tensor(columns["image"]),
-                rows=_tensor(columns["row"]),
-                slots=_tensor(columns["slot"]),
-                ok=_tensor(columns["ok"]),
+                images=_shared(columns["image"]),
+                mirrored=_own(columns["mirrored"]),
+                rows=_own(columns["row"]),
+                slots=_own(columns["slot"]),
+                problems=_problems(columns),
                 waited=waited,
             )
 
@@ -237,11 +243,16 @@ def _checked(columns: Columns | None, step: int, worker_batch: int) -> Columns:
     return columns
 
 
+def _problems(columns: Columns) -> dict[int, str]:
+    problems = columns["problem"]
+    return {int(columns["row"][i]): str(problems[i]) for i in np.flatnonzero(problems != "")}
+
+
 def _execution_options() -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True)
 
 
-def _keep_blocks_whole(context: DataContext, block: int, crop: Crop) -> None:
+def _keep_blocks_whole(context: DataContext, block: int, crop: CropOptions) -> None:
     """Have Ray pass on each block as the task yielded it.
 
     Its output buffer holds blocks back until they exceed the target size together, and cuts
@@ -252,6 +263,17 @@ def _keep_blocks_whole(context: DataContext, block: int, crop: Crop) -> None:
     context.target_max_block_size = int(block * (3 * prod(crop.size) + beside_pixels) / 1.25)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    # An array over Ray's store is read-only, and would keep the block there while it lives.
-    return torch.from_numpy(np.require(array, requirements="W"))
+def _shared(array: np.ndarray) -> Tensor:
+    """Wrap pixels without a copy: while the tensor lives, its block stays in Ray's store.
+
+    The store's memory is read-only, which torch can't express. Nobody writes to a batch: the
+    first thing that is done with it is to make floats of it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+        return torch.from_numpy(array)
+
+
+def _own(array: np.ndarray) -> Tensor:
+    """Copy what may outlive its batch."""
+    return torch.from_numpy(np.array(array))

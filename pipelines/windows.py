@@ -4,34 +4,30 @@ Imports neither torch nor Ray Train: the process that hands out tasks and every 
 would pay four CPU-seconds for it.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import UInt8
 from ray.data import DataContext, Datasource
 from ray.data.block import Block, BlockAccessor, BlockMetadata
 from ray.data.datasource import ReadTask
 
-from droppos.errors import DataError
-from droppos.pictures import crop_seed, random_crop
+from droppos.errors import DataError, StorageError
+from droppos.pictures import Crop, crop_seed, random_crop
 from pipelines.order import Schedule, Window
 from pipelines.shards import read_row_group
 from pipelines.storage import Place
-
-logger = logging.getLogger(__name__)
 
 READERS = 8
 """Row groups that one task asks storage for at once, since object storage is slow to begin."""
 
 
 @dataclass(frozen=True, slots=True)
-class Crop:
+class CropOptions:
     """What is cut out of a picture, see :func:`droppos.pictures.random_crop`."""
 
     size: tuple[int, int]
@@ -40,6 +36,8 @@ class Crop:
     """Smallest and largest area, as a fraction of the picture's."""
     flip: bool
     """Mirror half of the crops."""
+    scaled_decoding: bool = False
+    """Decode large JPEGs at a fraction of their size."""
 
 
 class Windows(Datasource):
@@ -106,7 +104,7 @@ def _read_task(
 
 
 def read_window(
-    window: Window, start: int, *, data: Place, crop: Crop, global_batch: int, block: int
+    window: Window, start: int, *, data: Place, crop: CropOptions, global_batch: int, block: int
 ) -> Iterator[Block]:
     """Read, decode and crop one window, all or the rest of it.
 
@@ -119,88 +117,117 @@ def read_window(
         block: Rows of a block; divides what is left of the window.
 
     Yields:
-        Blocks with columns `image` (H, W, 3) uint8, `row` and `step` int64, `slot` (place in the
-        global batch) and `epoch` int32, `ok` bool.
+        Blocks with columns `image` (H, W, 3) uint8, `mirrored` bool, `row` and `step` int64,
+        `slot` (place in the global batch) int32, and `problem`: why the picture could not be had
+        and another stands in for it, empty where it could.
 
     Raises:
-        DataError: If a row group cannot be read, or no picture of the window can be decoded.
+        DataError: If no picture of the window can be had.
+        StorageError: If storage can't be reached.
     """
     reader = _WindowReader(window, data, crop)
     reader.load(start)
     for low in range(start, window.size, block):
         turns = np.arange(low, low + block)
-        pictures = [reader.crop_or_stand_in(turn) for turn in turns.tolist()]
+        pixels = np.empty((block, *crop.size, 3), np.uint8)
+        mirrored = np.empty(block, bool)
+        problems = np.empty(block, object)
+        for i, turn in enumerate(turns.tolist()):
+            (pixels[i], mirrored[i]), problems[i] = reader.crop_or_stand_in(turn)
         yield BlockAccessor.batch_to_arrow_block(
             {
-                "image": np.stack([image for image, _ in pictures]),
+                "image": pixels,
+                "mirrored": mirrored,
                 "row": reader.rows[turns],
                 "step": (window.first + turns) // global_batch,
                 "slot": ((window.first + turns) % global_batch).astype(np.int32),
-                "epoch": np.full(block, window.epoch, np.int32),
-                "ok": np.array([ok for _, ok in pictures]),
+                "problem": problems,
             }
         )
+
+
+class _Group(NamedTuple):
+    """A row group in memory."""
+
+    keys: list[str]
+    images: pa.BinaryArray
+
+    def image(self, offset: int) -> bytes:
+        """Copy a picture's bytes out."""
+        return self.images[offset].as_py()
 
 
 class _WindowReader:
     """The pictures of one window, by turn."""
 
-    def __init__(self, window: Window, data: Place, crop: Crop) -> None:
+    def __init__(self, window: Window, data: Place, crop: CropOptions) -> None:
         self._window = window
         self._data = data
         self._crop = crop
         self._members, self._offsets = window.order()
-        self._tables: dict[int, pa.Table] = {}
+        self._groups: dict[int, _Group | DataError] = {}
         self.rows = window.rows()
 
     def load(self, start: int) -> None:
         """Read the row groups of all turns from start on, several at once."""
         wanted = np.unique(self._members[start:]).tolist()
         with ThreadPoolExecutor(READERS) as pool:
-            self._tables = dict(zip(wanted, pool.map(self._read, wanted), strict=True))
+            self._groups = dict(zip(wanted, pool.map(self._read, wanted), strict=True))
 
-    def crop_or_stand_in(self, turn: int) -> tuple[UInt8[np.ndarray, "H W 3"], bool]:
+    def crop_or_stand_in(self, turn: int) -> tuple[Crop, str]:
         """Crop the picture of a turn, or the nearest good one before it (else after it).
 
         The stand-in depends on the window only, not on blocks or on where the task started, so
         a resumed run sees the same one; for that, pictures seen before are read again if need be.
 
         Returns:
-            The crop, and whether it is of the picture itself.
+            The crop, and what is wrong with the picture itself; empty if it is its own.
         """
         try:
-            return self._cropped(turn), True
+            return self._cropped(turn), ""
         except DataError as error:
-            logger.warning("picture %s is replaced by another: %s", self._key(turn), error)
+            problem = str(error)
         for other in chain(range(turn - 1, -1, -1), range(turn + 1, self._window.size)):
             try:
-                return self._cropped(other), False
+                return self._cropped(other), problem
             except DataError:
                 continue
-        some = ", ".join(self._key(each) for each in range(min(5, self._window.size)))
         raise DataError(
-            f"none of the {self._window.size} pictures of a window of {self._data} can be decoded "
-            f"({some}, ...); prepare the data set again"
+            f"none of the {self._window.size} pictures of a window of {self._data} can be had; "
+            f"the last one: {problem}; restore the shards, or prepare the data set again"
         )
 
-    def _cropped(self, turn: int) -> UInt8[np.ndarray, "H W 3"]:
-        return random_crop(
-            self._cell("image", turn),
-            size=self._crop.size,
-            scale=self._crop.scale,
-            flip=self._crop.flip,
-            seed=crop_seed(self._window.seed, self._window.epoch, self._key(turn)),
-        )
+    def _cropped(self, turn: int) -> Crop:
+        group, offset = self._group(turn), int(self._offsets[turn])
+        key = group.keys[offset]
+        try:
+            return random_crop(
+                group.image(offset),
+                size=self._crop.size,
+                scale=self._crop.scale,
+                flip=self._crop.flip,
+                scaled_decoding=self._crop.scaled_decoding,
+                seed=crop_seed(self._window.seed, self._window.epoch, key),
+            )
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
 
-    def _key(self, turn: int) -> str:
-        return self._cell("key", turn)
-
-    def _cell(self, column: str, turn: int) -> Any:
+    def _group(self, turn: int) -> _Group:
         member = int(self._members[turn])
-        if member not in self._tables:
-            self._tables[member] = self._read(member)
-        return self._tables[member][column][int(self._offsets[turn])].as_py()
+        if member not in self._groups:
+            self._groups[member] = self._read(member)
+        found = self._groups[member]
+        if isinstance(found, DataError):
+            raise found
+        return found
 
-    def _read(self, member: int) -> pa.Table:
+    def _read(self, member: int) -> _Group | DataError:
+        """Read a row group; one that is gone or damaged is an answer, not yet an error."""
         shard, group = self._window.shards[member], self._window.groups[member]
-        return read_row_group(self._data, shard, group.group, ["image", "key"])
+        try:
+            table = read_row_group(self._data, shard, group.group, ["image", "key"])
+        except StorageError:
+            raise
+        except DataError as error:
+            return error
+        return _Group(table["key"].to_pylist(), table["image"].combine_chunks())

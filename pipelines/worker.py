@@ -86,7 +86,9 @@ def _train(job: Job) -> None:
     holdout = Holdout.open(recipe, state.device)
     pace = Pace(recipe.optim.global_batch)
     for group in grouped(stream, recipe.optim.accumulate):
-        report = train_step(state, [MicroBatch(batch.images, batch.slots) for batch in group])
+        report = train_step(
+            state, [MicroBatch(batch.images, batch.slots, batch.mirrored) for batch in group]
+        )
         pace.count(group)
 
         last = state.step == schedule.steps
@@ -102,6 +104,19 @@ def _train(job: Job) -> None:
             pace.pause()
         if stop:
             return
+
+
+def micro_batch(batch: Batch) -> MicroBatch:
+    """Hand over what a step needs of a batch."""
+    return MicroBatch(batch.images, batch.slots, batch.mirrored)
+
+
+def tell_skipped(job: Job, group: list[Batch]) -> None:
+    """Tell the driver of pictures that another stood in for; there are none on most steps."""
+    for batch in group:
+        if batch.problems:
+            event = {"kind": "skipped", "step": batch.step, "problems": batch.problems}
+            job.events.send(event)
 
 
 class DivergedError(TrainingError):
@@ -255,7 +270,7 @@ class Pace:
         """Count a step and what it waited for."""
         self._steps += 1
         self._waited += sum(batch.waited for batch in group)
-        self.replaced += sum(int((~batch.ok).sum()) for batch in group)
+        self.replaced += sum(len(batch.problems) for batch in group)
         self._paused_at = perf_counter()
 
     def pause(self) -> None:

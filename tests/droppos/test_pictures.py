@@ -3,6 +3,7 @@ import sys
 import warnings
 import zlib
 from io import BytesIO
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -60,10 +61,12 @@ def test_any_picture_gives_a_crop_of_the_size_asked(
 ) -> None:
     data = _encode(_ramp(width, height), kind)
     crop = random_crop(data, size, seed=seed)
-    assert crop.shape == (*size, 3)
-    assert crop.dtype == np.uint8
-    assert crop.flags.c_contiguous
-    np.testing.assert_array_equal(crop, random_crop(data, size, seed=seed))
+    assert crop.pixels.shape == (*size, 3)
+    assert crop.pixels.dtype == np.uint8
+    assert crop.pixels.flags.c_contiguous
+    again = random_crop(data, size, seed=seed)
+    np.testing.assert_array_equal(crop.pixels, again.pixels)
+    assert crop.mirrored == again.mirrored
     assert center_crop(data, size).shape == (*size, 3)
 
 
@@ -115,13 +118,12 @@ def test_crops_are_spread_over_the_picture() -> None:
     assert {b.left for b in draws} >= set(range(30))
 
 
-def test_half_of_the_crops_are_mirrored() -> None:
+def test_half_of_the_crops_are_to_be_mirrored_and_none_is_yet() -> None:
     data = _encode(_ramp(32, 32))
     crops = [random_crop(data, (8, 8), seed=crop_seed(0, 0, str(i))) for i in range(1000)]
-    mirrored = [crop[0, 0, 0] > crop[0, -1, 0] for crop in crops]
-    assert 0.45 < np.mean(mirrored) < 0.55
-    straight = [random_crop(data, (8, 8), flip=False, seed=i) for i in range(50)]
-    assert all(crop[0, 0, 0] < crop[0, -1, 0] for crop in straight)
+    assert 0.45 < np.mean([crop.mirrored for crop in crops]) < 0.55
+    assert all(crop.pixels[0, 0, 0] < crop.pixels[0, -1, 0] for crop in crops)
+    assert not any(random_crop(data, (8, 8), flip=False, seed=i).mirrored for i in range(50))
 
 
 def test_flipping_does_not_move_the_crop() -> None:
@@ -129,7 +131,47 @@ def test_flipping_does_not_move_the_crop() -> None:
     for seed in range(20):
         straight = random_crop(data, (8, 8), flip=False, seed=seed)
         either = random_crop(data, (8, 8), flip=True, seed=seed)
-        assert np.array_equal(either, straight) or np.array_equal(either[:, ::-1], straight)
+        np.testing.assert_array_equal(either.pixels, straight.pixels)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_crops_are_pillows_within_a_quarter_of_a_level(photographs: Path, kind: str) -> None:
+    differences = []
+    for seed, file in enumerate(sorted(photographs.rglob("*.jpg"))):
+        with Image.open(file) as opened:
+            image = opened.resize((300, 260))
+        data = _encode(image, kind)
+        ours = random_crop(data, (64, 64), seed=seed).pixels
+        box = random_box(*image.size, (0.2, 1.0), Random(seed))
+        with Image.open(BytesIO(data)) as decoded:
+            theirs = decoded.convert("RGB").crop(box).resize((64, 64), Image.Resampling.BICUBIC)
+        differences.append(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).mean())
+    assert np.mean(differences) < 0.25
+
+
+def test_what_lies_around_a_crop_has_no_influence() -> None:
+    inside = np.full((40, 40, 3), 90, np.uint8)
+    image = np.full((60, 80, 3), 255, np.uint8)
+    image[10:50, 20:60] = inside
+    seed = next(
+        seed
+        for seed in range(100_000)
+        if random_box(80, 60, (0.2, 0.3), Random(seed))[:2] >= (20, 10)
+        and random_box(80, 60, (0.2, 0.3), Random(seed))[2] <= 60
+        and random_box(80, 60, (0.2, 0.3), Random(seed))[1] >= 10
+        and random_box(80, 60, (0.2, 0.3), Random(seed))[3] <= 50
+    )
+    crop = random_crop(_encode(Image.fromarray(image)), (16, 16), scale=(0.2, 0.3), seed=seed)
+    assert (crop.pixels == 90).all()
+
+
+def test_scaled_decoding_is_only_used_where_the_crop_stays_large_enough() -> None:
+    large, small = _encode(_ramp(900, 700), "JPEG"), _encode(_ramp(90, 70), "JPEG")
+    for data, coarse in ((large, True), (small, False)):
+        exact = random_crop(data, (48, 48), seed=4).pixels.astype(int)
+        scaled = random_crop(data, (48, 48), scaled_decoding=True, seed=4).pixels.astype(int)
+        assert (exact != scaled).any() == coarse
+        assert np.abs(exact - scaled).mean() < 1
 
 
 def test_the_full_picture_at_its_own_size_is_unchanged() -> None:

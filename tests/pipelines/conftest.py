@@ -20,6 +20,7 @@ def ray_cluster(s3: S3Server) -> Iterator[None]:
     Its processes reach the tests' S3 server by the standard variables.
     """
     ray.init(
+        address="local",  # never another test's cluster that happens to stand
         num_cpus=6,
         object_store_memory=300 * 2**20,
         include_dashboard=False,

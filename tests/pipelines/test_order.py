@@ -48,7 +48,7 @@ def test_an_epoch_is_every_row_once_minus_the_remainder(
 
 
 @given(sizes, st.integers(1, 64), st.integers(1, 500))
-def test_windows_tile_the_run_in_whole_global_batches(
+def test_windows_tile_the_run_in_step_with_its_global_batches(
     sizes: list[int], global_batch: int, window: int
 ) -> None:
     manifest = a_manifest(sizes)
@@ -61,9 +61,27 @@ def test_windows_tile_the_run_in_whole_global_batches(
     place = 0
     for each in windows:
         assert each.first == place
-        assert each.size % global_batch == 0
+        assert each.size % global_batch == 0 or global_batch % each.size == 0
         place += each.size
     assert place == schedule.steps * global_batch
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "window", "rows"),
+    [
+        (64, 1000, 1024),
+        (1024, 1024, 1024),
+        (4096, 1024, 1024),
+        (5000, 1024, 1000),
+        (5003, 1024, 5003),
+        (4096, 1, 1),
+        (64, 90_000, 9984),
+    ],
+)
+def test_a_window_is_whole_batches_or_a_whole_fraction_of_one(
+    global_batch: int, window: int, rows: int
+) -> None:
+    assert a_schedule(global_batch=global_batch, window=window).rows_per_window == rows
 
 
 def test_a_window_touches_few_groups_beyond_its_rows() -> None:

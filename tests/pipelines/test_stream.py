@@ -19,9 +19,9 @@ from pipelines.order import Schedule
 from pipelines.shards import Manifest, Picture, ShardWriter, read_rows
 from pipelines.storage import Place, open_place
 from pipelines.stream import Batch, batches, block_rows, data_config, make_dataset
-from pipelines.windows import Crop
+from pipelines.windows import CropOptions
 
-CROP = Crop(size=(16, 24), scale=(0.2, 1.0), flip=True)
+CROP = CropOptions(size=(16, 24), scale=(0.2, 1.0), flip=True)
 ROWS = 197
 GROUP = 16
 GLOBAL_BATCH = 16
@@ -44,6 +44,7 @@ class Seen(NamedTuple):
 
     row: int
     ok: bool
+    mirrored: bool
     pixels: bytes
 
 
@@ -125,10 +126,15 @@ def consume(
         for share in pool.map(run, range(workers)):
             for batch in share:
                 assert batch.images.shape == (worker_batch, *CROP.size, 3)
-                each = zip(batch.images, batch.slots, batch.rows, batch.ok, strict=True)
-                for image, slot, row, ok in each:
+                each = zip(batch.images, batch.mirrored, batch.slots, batch.rows, strict=True)
+                for image, mirrored, slot, row in each:
                     assert (batch.step, int(slot)) not in seen
-                    seen[batch.step, int(slot)] = Seen(int(row), bool(ok), image.numpy().tobytes())
+                    seen[batch.step, int(slot)] = Seen(
+                        int(row),
+                        int(row) not in batch.problems,
+                        bool(mirrored),
+                        image.numpy().tobytes(),
+                    )
     return seen
 
 
@@ -139,14 +145,16 @@ def expected(data: Data) -> dict[tuple[int, int], Seen]:
     seen: dict[tuple[int, int], Seen] = {}
     for epoch in range(schedule.epochs):
         for turn, row in enumerate(schedule.rows(epoch).tolist(), epoch * schedule.rows_per_epoch):
-            pixels = random_crop(
+            crop = random_crop(
                 pictures[row].image,
                 size=CROP.size,
                 scale=CROP.scale,
                 flip=CROP.flip,
                 seed=crop_seed(schedule.seed, epoch, pictures[row].key),
             )
-            seen[divmod(turn, schedule.global_batch)] = Seen(row, True, pixels.tobytes())
+            seen[divmod(turn, schedule.global_batch)] = Seen(
+                row, True, crop.mirrored, crop.pixels.tobytes()
+            )
     return seen
 
 
@@ -200,7 +208,7 @@ def test_a_picture_that_cannot_be_decoded_is_replaced_and_flagged(damaged: Data)
 @pytest.mark.slow
 def test_a_window_without_a_good_picture_names_some(tmp_path: Path) -> None:
     hopeless = write(open_place(str(tmp_path)), [b"not a picture"] * 64)
-    with pytest.raises(DataError, match=r"^none of the 48 pictures .*\.jpg, .*prepare"):
+    with pytest.raises(DataError, match=r"^none of the 48 pictures .*\.jpg: .*prepare"):
         consume(hopeless)
 
 
@@ -226,8 +234,19 @@ def test_a_start_beyond_the_end_is_refused(uneven: Data) -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker_batch", "rows"),
-    [(1, 1), (7, 7), (16, 16), (64, 64), (1000, 50), (127, 127), (134, 67), (4096, 64)],
+    ("worker_batch", "window", "rows"),
+    [
+        (1, 1024, 1),
+        (7, 1036, 7),
+        (256, 1024, 256),
+        (512, 1024, 256),
+        (1000, 1000, 250),
+        (1000, 500, 250),
+        (127, 1016, 127),
+        (134, 1072, 134),
+        (521, 1042, 521),
+        (4096, 1024, 256),
+    ],
 )
-def test_blocks_divide_the_micro_batch(worker_batch: int, rows: int) -> None:
-    assert block_rows(worker_batch) == rows
+def test_blocks_divide_micro_batch_and_window(worker_batch: int, window: int, rows: int) -> None:
+    assert block_rows(worker_batch, window) == rows

@@ -1,0 +1,88 @@
+"""Pictures that could not be had when their turn came: named, counted, and too many at some point.
+
+A picture that is damaged or gone costs no run: another of its window stands in, and training
+goes on. But each is told once by name, all are kept in the run's folder as skipped.jsonl, and
+above data.skip_limit of the data set the run ends with a last checkpoint, since then it is the
+data that is broken. Kept by the driver alone.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+
+from droppos.errors import DataError
+from pipelines.storage import Place
+
+FILE = "skipped.jsonl"
+NAMED = 20
+"""Pictures named in the log; a vanished shard has hundreds."""
+
+_log = logging.getLogger(__name__)
+
+
+class Skipped:
+    """The distinct pictures a run had to skip, those before it was resumed included."""
+
+    def __init__(self, home: Place, pictures: int, limit: float) -> None:
+        """Read what an earlier part of the run left.
+
+        Args:
+            home: Folder of the run.
+            pictures: Pictures of the data set.
+            limit: Fraction of them that may be skipped.
+        """
+        self._file = home / FILE
+        self._pictures = pictures
+        self._limit = limit
+        self._problems: dict[int, str] = {}
+        self._unwritten = False
+        if self._file.exists():
+            lines = self._file.read_bytes().splitlines()
+            self._problems = {entry["row"]: entry["problem"] for entry in map(json.loads, lines)}
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def add(self, step: int, problems: Mapping[int, str]) -> int:
+        """Take what a worker met in a step, and name what is new.
+
+        Returns:
+            How many of them are new.
+        """
+        new = {row: problem for row, problem in problems.items() if row not in self._problems}
+        for row, problem in new.items():
+            self._problems[row] = problem
+            if len(self) <= NAMED:
+                _log.warning("step %d: a picture is skipped, row %d: %s", step, row, problem)
+            if len(self) == NAMED:
+                _log.warning("further pictures that are skipped are only listed in %s", self._file)
+        self._unwritten = self._unwritten or bool(new)
+        return len(new)
+
+    def write(self) -> None:
+        """Bring the list in the run's folder up to date; storage that refuses is a warning."""
+        if not self._unwritten:
+            return
+        try:
+            self._file.write_bytes(self.text().encode())
+            self._unwritten = False
+        except DataError as error:
+            _log.warning("the list of skipped pictures is not written now: %s", error)
+
+    def text(self) -> str:
+        """Write a line of JSON for each picture, in the order of their rows."""
+        entries = [{"row": row, "problem": self._problems[row]} for row in sorted(self._problems)]
+        return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+    @property
+    def too_many(self) -> DataError | None:
+        """Say why the run must end, once the limit is passed."""
+        if len(self) <= self._limit * self._pictures:
+            return None
+        row, problem = next(reversed(self._problems.items()))
+        return DataError(
+            f"{len(self)} of {self._pictures} pictures could not be had, more than "
+            f"data.skip_limit {self._limit:g} allows; the last one is row {row}: {problem}; all "
+            f"are listed in {self._file}: restore the shards or prepare the data set again, or "
+            "raise data.skip_limit, then go on with --resume"
+        )
