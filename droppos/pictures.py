@@ -166,6 +166,15 @@ def upright_size(image_bytes: bytes) -> tuple[int, int]:
     return _decode(image_bytes).size
 
 
+def upright_rgb(image_bytes: bytes) -> Image.Image:
+    """Decode a picture whole, for those who keep it: what the header says of RGB.
+
+    Raises:
+        DataError: If the bytes can't be decoded, or the picture is above MAX_PIXELS.
+    """
+    return _decode(image_bytes)
+
+
 def random_box(width: int, height: int, scale: tuple[float, float], random: Random) -> Box:
     """Draw a crop of a picture of ``width`` by ``height`` pixels.
 

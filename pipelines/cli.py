@@ -34,6 +34,8 @@ def prepare(
     dest: tyro.conf.Positional[str],
     shard_mb: float = 64,
     group_rows: int = 100,
+    short_side: int | None = None,
+    quality: int | None = None,
 ) -> None:
     """Pack pictures into shards that stream from object storage.
 
@@ -43,6 +45,10 @@ def prepare(
         dest: Folder of the prepared data set; path or s3:// URI.
         shard_mb: Encoded megabytes of a shard.
         group_rows: Pictures that are read at once.
+        short_side: Store pictures with a longer short side as smaller JPEGs of this many pixels
+            (320 suits crops of 224): quicker to read and decode. All are kept as they are
+            without it.
+        quality: JPEG quality of those, 1 to 100; 90 when not given.
     """
     from pipelines.prepare import prepare as job
     from pipelines.report import show_prepare
@@ -54,6 +60,8 @@ def prepare(
             dest,
             shard_bytes=int(shard_mb * 1e6),
             group_rows=group_rows,
+            short_side=short_side,
+            quality=quality,
             on_progress=on_progress,
         )
     show_prepare(console, report, dest)

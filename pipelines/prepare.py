@@ -1,7 +1,8 @@
 """Prepare: pictures of a folder, archive or parquet → a data set of shards.
 
 Every picture is decoded once, here, so that no run of weeks meets one it can't read. Those are
-set aside by name, with the reason.
+set aside by name, with the reason. With a bound, those above it are replaced by smaller copies
+(droppos/bounded.py, docs/data.md).
 
 The job can be killed at any moment and run again. What it leaves at DEST, in this order:
 
@@ -25,8 +26,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
+from droppos.bounded import Bound, TooLongError, bounded_copy
 from droppos.errors import ConfigError, DataError
 from droppos.pictures import MAX_PIXELS, upright_size
+from pipelines.copies import Bounded, Saved, total
 from pipelines.shards import (
     GROUP_ROWS,
     MANIFEST,
@@ -54,7 +57,7 @@ class SetAside(NamedTuple):
     key: str
     """Path relative to the source."""
     kind: str
-    """hidden file, not a picture, empty or undecodable."""
+    """hidden file, not a picture, empty, undecodable or too long."""
     reason: str
     """What exactly was wrong."""
 
@@ -77,6 +80,8 @@ class PrepareReport:
     """Wall time of this call."""
     nothing_to_do: bool
     """Whether the data set was there before."""
+    bounded: Bounded | None = None
+    """How many pictures are smaller copies, and what that saved; none without a bound."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,33 @@ class _Asked:
     shard_bytes: int
     group_rows: int
     max_pixels: int = MAX_PIXELS
+    short_side: int | None = None
+    quality: int | None = None
+
+    @property
+    def bound(self) -> Bound | None:
+        return Bound.asked(self.short_side, self.quality)
+
+
+class _Checked(NamedTuple):
+    """A picture that can be read."""
+
+    picture: Picture
+    original_bytes: int | None
+    """Size of what it is a smaller copy of; none when it is as it was found."""
+
+
+@dataclass
+class _Pending:
+    """What the next record will say of the shard that is being filled."""
+
+    set_aside: list[SetAside] = field(default_factory=list)
+    saved: Saved = field(default_factory=Saved)
+
+    def note(self, checked: _Checked) -> None:
+        if checked.original_bytes is not None:
+            copy = Saved(1, checked.original_bytes, len(checked.picture.image))
+            self.saved = total([self.saved, copy])
 
 
 @dataclass(frozen=True)
@@ -96,7 +128,8 @@ class _Record:
 
     shard: Shard
     next: int
-    set_aside: list[SetAside] = field(default_factory=list)
+    set_aside: list[SetAside]
+    saved: Saved
 
 
 def prepare(
@@ -105,6 +138,8 @@ def prepare(
     *,
     shard_bytes: int = SHARD_BYTES,
     group_rows: int = GROUP_ROWS,
+    short_side: int | None = None,
+    quality: int | None = None,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:
@@ -118,6 +153,9 @@ def prepare(
         dest: Folder of the data set, as path or URI.
         shard_bytes: Encoded bytes after which a shard is full.
         group_rows: Pictures of a row group.
+        short_side: Pixels above which a picture's short side is made so long; none keeps every
+            picture as it is.
+        quality: JPEG quality of the copies this makes.
         workers: Threads that read and decode; by default one a core, and four a core when the
             source is on S3, where most wait.
         on_progress: Called with (done, total) after each picture.
@@ -133,11 +171,19 @@ def prepare(
             raise ConfigError(f"{name} must be positive, got {value}; leave it out for the default")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be positive, got {workers}; leave it out for the default")
+    bound = Bound.asked(short_side, quality)
     place, target = open_place(source), open_place(dest)
     _refuse_inside(place, target)
     target.check_reachable()
     with open_source(place) as opened:
-        asked = _Asked(opened.uri, opened.fingerprint, shard_bytes, group_rows)
+        asked = _Asked(
+            opened.uri,
+            opened.fingerprint,
+            shard_bytes,
+            group_rows,
+            short_side=bound and bound.short_side,
+            quality=bound and bound.quality,
+        )
         finished = (target / MANIFEST).exists()
         _begin(target, asked, finished)
         if not finished:
@@ -153,6 +199,7 @@ def prepare(
         classes=manifest.classes,
         seconds=time.monotonic() - started,
         nothing_to_do=finished,
+        bounded=manifest.bounded,
     )
 
 
@@ -198,6 +245,7 @@ def _begin(dest: Place, asked: _Asked, finished: bool) -> None:
 def _difference(name: str, before: object, now: object) -> str:
     if name == "fingerprint":
         return "names or sizes of the source's files have changed since"
+    before, now = ("none" if value is None else value for value in (before, now))
     return f"its {name} is {before}, now {now} is asked"
 
 
@@ -211,7 +259,8 @@ def _records(dest: Place) -> list[_Record]:
         loaded = json.loads((folder / name).read_bytes())
         shard = shard_from_json(loaded["shard"], str(folder / name))
         aside = [SetAside(*entry) for entry in loaded["set_aside"]]
-        records.append(_Record(shard, loaded["next"], aside))
+        saved = Saved(*loaded.get("saved", Saved()))  # absent before there were copies
+        records.append(_Record(shard, loaded["next"], aside, saved))
     return records
 
 
@@ -233,50 +282,59 @@ def _pack(
     position = records[-1].next if records else 0
     if records:
         log.info("going on after %d finished shards, at picture %d", len(records), position)
-    aside: list[SetAside] = []
-    for result in _checked(source.items_from(position), threads):
+    bound, pending = asked.bound, _Pending()
+    for result in _checked(source.items_from(position), bound, threads):
         position += 1
-        if isinstance(result, Picture):
-            writer.add(result)
+        if isinstance(result, SetAside):
+            pending.set_aside.append(result)
         else:
-            aside.append(result)
+            writer.add(result.picture)
+            pending.note(result)
         if writer.is_full:
-            records.append(_finish(writer, dest, position, aside))
-            aside = []
+            records.append(_finish(writer, dest, position, pending))
+            pending = _Pending()
         if on_progress is not None:
             on_progress(position, source.total)
     if not writer.is_empty:
-        records.append(_finish(writer, dest, position, aside))
-        aside = []
-    every = [entry for record in records for entry in record.set_aside] + aside
+        records.append(_finish(writer, dest, position, pending))
+        pending = _Pending()
+    every = [entry for record in records for entry in record.set_aside] + pending.set_aside
     every += [SetAside(key, *reason) for key, reason in source.refused.items()]
     if not records:
         raise DataError(_nothing_left(source, every))
     every.sort()
     lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in every]
     (dest / SET_ASIDE).write_bytes("".join(lines).encode())
-    manifest = Manifest(tuple(r.shard for r in records), source.classes, len(every))
+    saved = total(record.saved for record in records)
+    manifest = Manifest(
+        tuple(r.shard for r in records),
+        source.classes,
+        len(every),
+        bounded=bound and Bounded(bound.short_side, bound.quality, *saved),
+    )
     (dest / MANIFEST).write_bytes(manifest.to_json().encode())
 
 
-def _finish(writer: ShardWriter, dest: Place, position: int, aside: list[SetAside]) -> _Record:
+def _finish(writer: ShardWriter, dest: Place, position: int, pending: _Pending) -> _Record:
     """Write the shard, and only then its record."""
-    record = _Record(writer.close_shard(), position, aside)
+    record = _Record(writer.close_shard(), position, pending.set_aside, pending.saved)
     name = record.shard.name.replace(".parquet", ".json")
     _write_json(dest / PROGRESS / name, asdict(record))
     return record
 
 
-def _checked(items: Iterator[Item], threads: int) -> Iterator[Picture | SetAside]:
+def _checked(
+    items: Iterator[Item], bound: Bound | None, threads: int
+) -> Iterator[_Checked | SetAside]:
     """Read and decode items on several threads, and give them back in order.
 
-    Threads are enough: Pillow lets go of Python's lock while it decodes.
+    Threads are enough: Pillow lets go of Python's lock while it decodes, resizes and writes.
     """
-    waiting: deque[Future[Picture | SetAside]] = deque()
+    waiting: deque[Future[_Checked | SetAside]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(_check, item))
+                waiting.append(pool.submit(_check, item, bound))
                 if len(waiting) > 4 * threads:  # else the whole source would be in memory
                     yield waiting.popleft().result()
             while waiting:
@@ -286,15 +344,20 @@ def _checked(items: Iterator[Item], threads: int) -> Iterator[Picture | SetAside
                 future.cancel()
 
 
-def _check(item: Item) -> Picture | SetAside:
+def _check(item: Item, bound: Bound | None) -> _Checked | SetAside:
     data = item.read()
     if not data:
         return SetAside(item.key, "empty", "there are no bytes")
     try:
-        width, height = upright_size(data)
+        if bound is None:
+            return _Checked(Picture(data, item.key, item.label, *upright_size(data)), None)
+        copy = bounded_copy(data, bound)
+    except TooLongError as error:
+        return SetAside(item.key, "too long", str(error))
     except DataError as error:
         return SetAside(item.key, "undecodable", str(error))
-    return Picture(data, item.key, item.label, width, height)
+    picture = Picture(copy.image, item.key, item.label, copy.width, copy.height)
+    return _Checked(picture, len(data) if copy.is_smaller else None)
 
 
 def _nothing_left(source: Source, aside: list[SetAside]) -> str:

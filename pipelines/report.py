@@ -17,6 +17,7 @@ from pipelines.screen import clock
 
 if TYPE_CHECKING:
     from droppos.export.timm_vit import ExportReport
+    from pipelines.copies import Bounded
     from pipelines.demo import DemoReport
     from pipelines.evaluate import Evaluation
     from pipelines.prepare import PrepareReport
@@ -44,8 +45,20 @@ def prepare_rows(report: PrepareReport) -> list[Row]:
         ("shards", f"{report.shards:,} ({report.bytes / 1e6:,.1f} MB)"),
         ("classes", f"{len(report.classes):,}" if report.classes else "none"),
     ]
+    if report.bounded:
+        rows.append(("made smaller", _smaller(report.bounded, report.pictures)))
     aside = ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.set_aside.items()))
     return [*rows, ("set aside", aside or "none")]
+
+
+def _smaller(bounded: Bounded, pictures: int) -> str:
+    head = f"{bounded.copies:,} of {pictures:,}, to a short side of {bounded.short_side}"
+    if not bounded.copies:
+        return head
+    before, after = bounded.bytes_before / 1e6, bounded.bytes_after / 1e6
+    # Strongly compressed originals may be smaller than their copies: that is worth knowing, too.
+    change = f"{abs(1 - after / before):.0%} {'less' if after <= before else 'more'}"
+    return f"{head} ({after:,.1f} MB instead of {before:,.1f}: {change})"
 
 
 def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from droppos.errors import DataError
+from pipelines.copies import Bounded, bounded_from_json
 from pipelines.storage import Place, explained
 
 SCHEMA_VERSION = 1
@@ -47,7 +48,7 @@ class Picture(NamedTuple):
     """One row of a shard."""
 
     image: bytes
-    """The file's bytes, exactly as they were found."""
+    """The file's bytes, exactly as they were found; or those of its bounded copy."""
     key: str
     """Path relative to the source; unique in the data set."""
     label: int | None
@@ -102,6 +103,8 @@ class Manifest:
     """Pictures and other files of the source that are not in the data set."""
     schema_version: int = SCHEMA_VERSION
     """Version of the format the data set was written in."""
+    bounded: Bounded | None = None
+    """Which pictures are copies; none when all are as they were found."""
 
     @cached_property
     def rows(self) -> int:
@@ -137,7 +140,9 @@ class Manifest:
     def to_json(self) -> str:
         """Write the manifest for people and for :meth:`from_json`."""
         head = {"schema_version": self.schema_version, "rows": self.rows, "digest": self.digest}
-        tail = {"set_aside": self.set_aside, "classes": self.classes}
+        # Only where there are copies, so that other manifests stay as older versions wrote them.
+        bounded = {"bounded": asdict(self.bounded)} if self.bounded else {}
+        tail = {"set_aside": self.set_aside, **bounded, "classes": self.classes}
         shards = [asdict(shard) for shard in self.shards]
         return json.dumps({**head, **tail, "shards": shards}, indent=1) + "\n"
 
@@ -173,6 +178,7 @@ class Manifest:
             classes=None if classes is None else tuple(classes),
             set_aside=_take(loaded, "set_aside", int, origin),
             schema_version=version,
+            bounded=bounded_from_json(loaded.get("bounded"), origin),
         )
         for key in ("rows", "digest"):
             said, found = _take(loaded, key, object, origin), getattr(manifest, key)
