@@ -42,10 +42,7 @@ def prepare(folder: Path, s3: S3Server) -> None:
     tiles = str(folder / "tiles")
     pack(tiles, str(folder / "shards"))
     pack(tiles, f"{s3.bucket('bench')}/shards")
-    try:
-        pack(tiles, str(folder / "bounded"), short_side=320)
-    except TypeError:
-        pass
+    pack(tiles, str(folder / "bounded"), short_side=320)
 
 
 def difference_from_pillow(folder: Path) -> float:
