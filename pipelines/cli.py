@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -159,6 +160,43 @@ def evaluate(
     show_evaluation(console, evaluation)
 
 
+def doctor(
+    data: tyro.conf.Positional[str],
+    gpus: int | None = None,
+    gpu_images_per_s: float = 1500,
+    decode_cpus: int | None = None,
+    image_size: tuple[int, int] = (224, 224),
+    seconds: float = 60,
+    picture: Path = Path("droppos-runs/doctor.png"),
+) -> None:
+    """Measure what bounds ingest of a data set on this cluster, and what the GPUs would need.
+
+    Args:
+        data: Prepared data set; path or s3:// URI.
+        gpus: GPUs to feed; those that the cluster shows, else 1, when not given.
+        gpu_images_per_s: Images that one GPU trains on in a second. 1500 is an assumption, for
+            ViT-B on an A100 or H100; a run tells its own as data/images_per_s.
+        decode_cpus: CPUs that decode; all but one for each GPU when not given.
+        image_size: Height and width of the model's input, in pixels.
+        seconds: How long it may take, about; at least 5.
+        picture: PNG to write.
+    """
+    from pipelines.doctor import Question
+    from pipelines.doctor import doctor as job
+    from pipelines.doctor_report import show_doctor
+
+    question = Question(
+        gpus=gpus,
+        gpu_images_per_s=gpu_images_per_s,
+        decode_cpus=decode_cpus,
+        image_size=image_size,
+        seconds=seconds,
+    )
+    with console.status("loading torch and Ray") as status:
+        report = job(data, question, picture=picture, say=status.update)
+    show_doctor(console, report)
+
+
 def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa: B008 - frozen
     """Run the whole job on embedded photographs: prepare, pretrain, export, evaluate.
 
@@ -185,6 +223,7 @@ COMMANDS = {
     "search": search,
     "export": export,
     "evaluate": evaluate,
+    "doctor": doctor,
 }
 
 

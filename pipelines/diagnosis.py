@@ -20,6 +20,10 @@ HEAD_ROOM = 1.2
 FAR_BELOW = 0.6
 """A stream below this share of what its stages allow is held up by something else. Not higher:
 a busy machine, or cores that share their caches, cost a quarter."""
+BUSY = 0.85
+"""Of the CPUs a stream may use, what it uses when only they hold it up."""
+LARGEST_GROUP = 64e6
+"""Bytes of a row group, at most: a decode task holds all of those its window touches."""
 STORE_SHARE = 0.5
 """Of the object store, what Ray Data lets its tasks fill before it holds them back."""
 GBIT = 1e9 / 8
@@ -97,11 +101,27 @@ def bound_of(readings: Readings) -> Bound:
     streaming, site = readings.streaming, readings.site
     if streaming.spilled > 0:
         return "object store"
-    if streaming.per_s < FAR_BELOW * allowed_per_s(readings):
+    far_below = streaming.per_s < FAR_BELOW * allowed_per_s(readings)
+    if far_below and not cpus_are_busy(readings):
         # Of a store that is small beside one window of each task, half is all Ray would use.
         full = streaming.store_peak >= 0.8 * STORE_SHARE * site.store_bytes
         return "object store" if full else "hand-over"
+    if far_below:
+        return "decode"
     return "storage" if readings.storage_per_s < readings.decode_per_s else "decode"
+
+
+def cpus_are_busy(readings: Readings) -> bool:
+    """Tell whether the stream had all of the CPU there was; unknown counts as not.
+
+    On a machine that others use too, or whose cores are two threads of one, a stream brings less
+    than decoding alone did a minute earlier, with nothing to blame between its stages.
+    """
+    streaming, site = readings.streaming, readings.site
+    if streaming.cpu_seconds is None or site.cores is None:
+        return False
+    had = min(site.decode_cpus, site.cores - (streaming.others or 0.0))
+    return streaming.cpu_seconds / streaming.seconds >= BUSY * had
 
 
 def per_core(readings: Readings, bound: Bound) -> tuple[float, bool]:
@@ -165,13 +185,12 @@ def notes(readings: Readings) -> list[str]:
 
 def bars(readings: Readings) -> list[Bar]:
     """Say what each stage could do, for a picture."""
-    site, cores = readings.site, readings.working_cores
-    one = f"one core measured, times {cores:.2g}" if cores != 1 else "one core"
+    site = readings.site
     where = "from a folder, perhaps its cache" if site.local_data else "from S3"
     tasks = f"{site.decode_cpus} {_plural(site.decode_cpus, 'process', 'processes')}"
     return [
         Bar("storage alone", readings.storage_per_s, f"{tasks}, {where}"),
-        Bar("decode and crop alone", readings.decode_per_s, one, is_model=cores != 1),
+        Bar("decode and crop alone", readings.decode_per_s, f"{tasks}, nothing read"),
         Bar("the stream, end to end", readings.streaming.per_s, f"{tasks}, into one trainer"),
     ]
 
@@ -236,12 +255,11 @@ def _store(readings: Readings) -> list[Advice]:
 def _storage(readings: Readings) -> list[Advice]:
     contents, together = readings.contents, readings.together
     if together.latency_share > 0.5:
-        rows = ceil(400 * contents.pictures / max(1, contents.bytes) * 1e6 / 10 / 100) * 100
         return [
             Advice(
-                f"a row group is {contents.group_bytes / 1e6:.1f} MB, and half of its time is the "
-                "wait for its first byte: larger row groups wait less often",
-                f"droppos prepare SOURCE DEST --group-rows {rows}",
+                f"a row group is {contents.group_bytes / 1e6:.1f} MB, and {together.latency_share:.0%} "
+                "of its time is the wait for its first byte: larger row groups wait less often",
+                f"droppos prepare SOURCE DEST --group-rows {group_rows(readings)}",
             )
         ]
     gbit = readings.site.demand * contents.bytes_per_picture / GBIT
@@ -251,6 +269,14 @@ def _storage(readings: Readings) -> list[Advice]:
             "and take nodes with that much network, or more nodes"
         )
     ]
+
+
+def group_rows(readings: Readings) -> int:
+    """Rows of a group whose first byte takes a fifth of its time, in hundreds: a model."""
+    contents, share = readings.contents, readings.together.latency_share
+    times = min(4 * share / max(1 - share, 1e-3), LARGEST_GROUP / contents.group_bytes)
+    rows = contents.group_bytes / contents.bytes_per_picture
+    return 100 * ceil(max(times, 1.0) * rows / 100)
 
 
 def _pictures(readings: Readings, bound: Bound) -> list[Advice]:
@@ -303,7 +329,7 @@ def _memory(readings: Readings) -> list[Advice]:
     """Warn of what training may run into, though this measurement has not."""
     site = readings.site
     found = []
-    if store_need(readings) > STORE_SHARE * site.store_bytes > 0:
+    if store_need(readings) > site.store_bytes > 0:
         found.append(
             Advice(
                 f"when training is slower than the stream, {site.decode_cpus} windows of "

@@ -21,8 +21,8 @@ from droppos.draw.ingest import draw_ingest
 from droppos.errors import ConfigError, DataError, DropposError
 from pipelines.cluster import OBJECT_STORE_BYTES
 from pipelines.diagnosis import Diagnosis, bars, diagnose
-from pipelines.gauges import look_and_decode, read_for
-from pipelines.readings import Reading, Readings, Site
+from pipelines.gauges import look_and_decode, read_and_crop
+from pipelines.readings import Cropping, Reading, Readings, Site
 from pipelines.recipe import Data
 from pipelines.shards import Manifest, load_manifest
 from pipelines.storage import Place, open_place
@@ -33,7 +33,7 @@ SECONDS = 60.0
 """How long it all may take, about."""
 SHORTEST = 5.0
 """Below this many seconds, nothing would be in its steady state."""
-ALONE, TOGETHER, WARM_UP, STREAM = 0.2, 0.07, 0.1, 0.28
+ALONE, TOGETHER, WARM_UP, STREAM = 0.12, 0.12, 0.08, 0.25
 """Shares of that time; the rest is Ray's start and what begins with each part."""
 GPU_IMAGES_PER_S = 1500.0
 """What one GPU may ask for, by assumption: ViT-B/16 with attentive weights costs 63.4 GFLOP a
@@ -120,8 +120,8 @@ def _measure(
     contents, alone, decoding = _result(
         _task(look_and_decode).remote(data, shards, crop, ALONE * seconds)
     )
-    say(f"reading, {site.decode_cpus} processes")
-    together = _read_together(data, shards, site.decode_cpus, TOGETHER * seconds)
+    say(f"reading and decoding, {site.decode_cpus} processes")
+    together, cropping = _together(data, shards, crop, site.decode_cpus, TOGETHER * seconds)
     say("streaming, end to end")
     fit = Fit.to(manifest.rows, decoding.per_core_s, site.window)
     streaming = stream_for(
@@ -139,19 +139,23 @@ def _measure(
         alone=alone,
         together=together,
         decoding=decoding,
+        cropping=cropping,
         streaming=streaming,
     )
 
 
-def _read_together(data: Any, shards: Any, processes: int, seconds: float) -> Reading:
-    """Have every decode task's process read at once, and add up what arrived."""
-    read = _task(_read)
+def _together(
+    data: Any, shards: Any, crop: CropOptions, processes: int, seconds: float
+) -> tuple[Reading, Cropping]:
+    """Have every decode task's process read at once, then decode at once, and add it up."""
+    work = _task(read_and_crop)
     # Processes start one after another: a first short round waits until all are there.
     for duration in (0.0, seconds):
-        readings: list[Reading] = _result(
-            [read.remote(data, shards, duration, seed) for seed in range(processes)]
+        found: list[tuple[Reading, Cropping]] = _result(
+            [work.remote(data, shards, crop, duration, seed) for seed in range(processes)]
         )
-    return replace(
+    readings, croppings = [reading for reading, _ in found], [cropping for _, cropping in found]
+    reading = replace(
         readings[0],
         bytes=sum(each.bytes for each in readings),
         pictures=sum(each.pictures for each in readings),
@@ -160,10 +164,8 @@ def _read_together(data: Any, shards: Any, processes: int, seconds: float) -> Re
         group_seconds=fmean(each.group_seconds for each in readings),
         latency_seconds=fmean(each.latency_seconds for each in readings),
     )
-
-
-def _read(data: Place, manifest: Manifest, seconds: float, seed: int) -> Reading:
-    return read_for(data, manifest, seconds, seed)[0]
+    crops = sum(each.crops for each in croppings)
+    return reading, Cropping(crops=crops, seconds=fmean(each.seconds for each in croppings))
 
 
 def _task(work: Callable[..., Any]) -> Any:

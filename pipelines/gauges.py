@@ -19,7 +19,7 @@ from droppos.bounded import SMALLEST, Bound, bounded_copy
 from droppos.errors import DataError
 from droppos.jpeg import decode_rows, read_frame
 from droppos.pictures import MAX_PIXELS, crop_seed, random_box, random_crop, upright_rgb
-from pipelines.readings import Contents, Decoding, Reading
+from pipelines.readings import Contents, Cropping, Decoding, Reading
 from pipelines.shards import MANIFEST, Manifest, read_row_group
 from pipelines.storage import Place
 from pipelines.windows import READERS, CropOptions
@@ -110,6 +110,31 @@ def look_and_decode(
         reading,
         decode_for(sample, crop, seconds / 2),
     )
+
+
+def read_and_crop(
+    data: Place, manifest: Manifest, crop: CropOptions, seconds: float, seed: int
+) -> tuple[Reading, Cropping]:
+    """Take the readings of one of many processes: first all read, then all decode.
+
+    Raises:
+        DataError: If a shard or storage fails, or no picture of the sample can be decoded.
+    """
+    reading, tables = read_for(data, manifest, seconds / 2, seed)
+    sample = sample_of(tables)
+    crops, failed, start = 0, 0, time.perf_counter()
+    while True:
+        image = sample.images[(crops + failed) % len(sample.images)]
+        try:
+            _crop(image, crop, crop_seed(seed, crops, "doctor"))
+            crops += 1
+        except DataError:
+            failed += 1
+            if failed >= len(sample.images) and not crops:
+                raise
+        took = time.perf_counter() - start
+        if crops and took >= seconds / 2:
+            return reading, Cropping(crops=crops, seconds=took)
 
 
 def sample_of(tables: list[pa.Table]) -> Sample:

@@ -5,7 +5,7 @@ judges them. "Pictures" are encoded ones until they are decoded and crops of the
 """
 
 from dataclasses import dataclass
-from math import inf, prod
+from math import prod
 
 SMALL_FLOAT = 1e-9
 """Stands in for a time too short for the clock, so that a rate stays a number."""
@@ -124,6 +124,16 @@ class Decoding:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cropping:
+    """Pictures decoded and cropped by every decode task's process at once."""
+
+    crops: int
+    """Of all of them."""
+    seconds: float
+    """Of the clock, their mean."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Streaming:
     """The stream end to end, into one process that does nothing with its batches."""
 
@@ -205,26 +215,16 @@ class Readings:
     together: Reading
     """Every decode task's process reading at once; times are means, bytes and pictures sums."""
     decoding: Decoding
+    """One process that decodes."""
+    cropping: Cropping
     streaming: Streaming
 
     @property
     def storage_per_s(self) -> float:
         """Pictures per second that storage sends when nothing is done with them."""
-        if not self.contents.bytes_per_picture:
-            return inf
         return self.together.bytes_per_s / self.contents.bytes_per_picture
 
     @property
-    def working_cores(self) -> float:
-        """Cores that decode tasks can have: logical CPUs may be more than the machine's."""
-        site = self.site
-        if site.cores is None:
-            return site.decode_cpus
-        free = site.cores - (self.streaming.others or 0.0)
-        # What other programs take, they shared with us: never less than half a core is assumed.
-        return min(float(site.decode_cpus), max(free, 0.5))
-
-    @property
     def decode_per_s(self) -> float:
-        """Pictures per second that the decode CPUs could decode: a model, one core times them."""
-        return self.decoding.per_core_s * self.working_cores
+        """Pictures per second that the decode CPUs decode and crop when nothing is read."""
+        return self.cropping.crops / max(self.cropping.seconds, SMALL_FLOAT)

@@ -32,7 +32,7 @@ def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
     """Tell what became of a source."""
     if report.nothing_to_do:
         console.print(f"{escape(dest)} is complete already: nothing to do", highlight=False)
-    _table(console, "Data set", prepare_rows(report))
+    print_table(console, "Data set", prepare_rows(report))
     if report.set_aside:
         console.print(f"each file set aside is named in {escape(dest)}/set_aside.jsonl")
     _next(console, f"droppos pretrain --data.path {shlex.quote(dest)}")
@@ -76,7 +76,7 @@ def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:
     rows += [("picture", picture) for picture in outcome.pictures]
     done = outcome.checkpoint.step if outcome.checkpoint else 0
     title = "Run" if outcome.finished else f"Run, stopped at step {done:,} of {outcome.steps:,}"
-    _table(console, title, rows)
+    print_table(console, title, rows)
     if not outcome.finished:
         _next(console, "the same command with --resume goes on from there")
     elif outcome.checkpoint is not None:
@@ -105,7 +105,7 @@ def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> Non
         if trial.error is not None:
             console.print(f"{escape(trial.name)}: {escape(trial.error)}", highlight=False)
     if outcome.best is not None:
-        _table(console, "Best", [("checkpoint", outcome.best.checkpoint or "")])
+        print_table(console, "Best", [("checkpoint", outcome.best.checkpoint or "")])
     if not outcome.finished:
         _next(console, "the same command with --resume goes on from there")
     elif outcome.best_recipe is not None:
@@ -115,7 +115,7 @@ def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> Non
 
 def show_export(console: Console, report: ExportReport, out: str) -> None:
     """Tell what was written, and how to load it."""
-    _table(console, "Backbone", [*export_rows(report), ("folder", out)])
+    print_table(console, "Backbone", [*export_rows(report), ("folder", out)])
     if str(report.path) == out:
         _next(console, report.command)
 
@@ -131,7 +131,7 @@ def export_rows(report: ExportReport) -> list[Row]:
 
 def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Tell what a backbone is worth, with what could not be measured."""
-    _table(console, "Evaluation", evaluation_rows(evaluation))
+    print_table(console, "Evaluation", evaluation_rows(evaluation))
     for note in evaluation.notes:
         console.print(f"[dim]not measured: {escape(note)}[/]", highlight=False)
 
@@ -172,12 +172,13 @@ def show_demo(console: Console, report: DemoReport) -> None:
         ("backbone", report.export.path),
         *[("picture", picture) for picture in outcome.pictures],
     ]
-    _table(console, "DropPos on held-out photographs", rows)
+    print_table(console, "DropPos on held-out photographs", rows)
     _next(console, report.export.command)
     _mlflow(console, report.recipe)
 
 
-def _table(console: Console, title: str, rows: list[Row]) -> None:
+def print_table(console: Console, title: str, rows: list[Row]) -> None:
+    """Print names and values; paths below, in one piece, to be copied."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -186,7 +187,7 @@ def _table(console: Console, title: str, rows: list[Row]) -> None:
             table.add_row(escape(name), escape(value))
     console.print(table, highlight=False)
     for name, value in rows:
-        if isinstance(value, Path):  # in one piece, to be copied
+        if isinstance(value, Path):
             console.print(
                 f"[dim]{escape(name)}:[/] {escape(str(value))}", highlight=False, soft_wrap=True
             )

@@ -26,8 +26,6 @@ class Bar:
     """What it could do alone; infinite when it takes no time."""
     note: str
     """How it was measured, in small print."""
-    is_model: bool = False
-    """Whether the figure is computed from a measurement; drawn hatched."""
 
 
 def draw_ingest(bars: Sequence[Bar], demand: float, demand_label: str, path: Path) -> None:
@@ -63,15 +61,7 @@ def draw_ingest(bars: Sequence[Bar], demand: float, demand_label: str, path: Pat
 
 def _draw(axes: Axes, row: int, bar: Bar, end: float, colour: str) -> None:
     length = min(bar.pictures_per_s, end)
-    axes.barh(
-        row,
-        length,
-        height=0.46,
-        color=colour,
-        linewidth=0,
-        hatch="///" if bar.is_model else None,
-        edgecolor="white",
-    )
+    axes.barh(row, length, height=0.46, color=colour)
     cut = bar.pictures_per_s > end
     number = f"{bar.pictures_per_s:,.0f}" if isfinite(bar.pictures_per_s) else "no limit"
     axes.annotate(
@@ -87,7 +77,7 @@ def _draw(axes: Axes, row: int, bar: Bar, end: float, colour: str) -> None:
         bbox={"boxstyle": "round,pad=0.2", "color": colour if cut else "white"},
     )
     axes.annotate(
-        f"{bar.note} (a model)" if bar.is_model else bar.note,
+        bar.note,
         (0, row + 0.26),
         xytext=(2, -3),
         textcoords="offset points",
