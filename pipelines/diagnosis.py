@@ -257,8 +257,9 @@ def _storage(readings: Readings) -> list[Advice]:
     if together.latency_share > 0.5:
         return [
             Advice(
-                f"a row group is {contents.group_bytes / 1e6:.1f} MB, and {together.latency_share:.0%} "
-                "of its time is the wait for its first byte: larger row groups wait less often",
+                f"a row group is {contents.group_bytes / 1e6:.1f} MB, and "
+                f"{together.latency_share:.0%} of its time is the wait for its first byte: larger "
+                "row groups wait less often",
                 f"droppos prepare SOURCE DEST --group-rows {group_rows(readings)}",
             )
         ]
@@ -315,7 +316,14 @@ def _cores(readings: Readings, bound: Bound) -> list[Advice]:
     site = readings.site
     cores = cores_for(site.demand, per_core(readings, bound)[0])
     if cores <= site.decode_cpus:
-        return []
+        tasks = ceil(site.decode_cpus * site.demand / readings.streaming.per_s)
+        return [
+            Advice(
+                f"{cores} cores would do if the stream had them to itself; it did not, so end what "
+                f"else runs on them, or decode on {tasks} CPUs instead of {site.decode_cpus}",
+                f"--data.decode-cpus {tasks}",
+            )
+        ]
     return [
         Advice(
             f"or decode on more CPUs: {cores} instead of {site.decode_cpus}, say on CPU nodes "

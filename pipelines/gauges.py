@@ -71,13 +71,14 @@ def read_for(
 
     def reader(_: int) -> None:
         while True:
-            group = groups[next(turns) % len(groups)]
+            turn = next(turns)
+            group = groups[turn % len(groups)]
             began = time.perf_counter()
             shard = manifest.shards[group.shard]
             table = read_row_group(data, shard, group.group, ["image", "width", "height"])
             now = time.perf_counter()
             read.append((now - began, table.nbytes, table.num_rows))
-            if sum(each.num_rows for each in kept) < SAMPLE:
+            if turn < len(groups) and turn * group.rows < SAMPLE:
                 kept.append(table)
             if now - start >= seconds:
                 return
