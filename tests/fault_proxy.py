@@ -12,19 +12,15 @@ right. Clients may be in any process; what they must do is take `proxy.env`:
 
 import asyncio
 import random
-import socket
-import struct
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from urllib.parse import unquote, urlsplit
 
+from tests.http_wire import HEAD_LIMIT, Head, Peer, connect, reset
 from tests.s3_server import S3Server
-
-_PIECE = 1 << 16
-_HEAD_LIMIT = 1 << 16
 
 
 class Fault(Enum):
@@ -151,7 +147,7 @@ class FaultProxy:
 
     async def run(self, ready: threading.Event, stop: asyncio.Event) -> None:
         """Serve until ``stop``, on any free port of the loopback interface."""
-        listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_HEAD_LIMIT)
+        listener = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=HEAD_LIMIT)
         async with listener:
             host, port = listener.sockets[0].getsockname()
             self.server = replace(self.server, endpoint=f"http://{host}:{port}")
@@ -159,12 +155,12 @@ class FaultProxy:
             await stop.wait()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        client = _Peer(reader, writer)
-        server: _Peer | None = None
+        client = Peer(reader, writer)
+        server: Peer | None = None
         try:
             while head := await client.head():
                 if server is None or server.reader.at_eof():
-                    server = await _connect(self._behind.hostname, self._behind.port)
+                    server = await connect(self._behind.hostname, self._behind.port)
                 if not await self._exchange(head, client, server):
                     return
         except (OSError, EOFError, asyncio.CancelledError):
@@ -174,26 +170,28 @@ class FaultProxy:
             if server:
                 server.writer.close()
 
-    async def _exchange(self, head: "_Head", client: "_Peer", server: "_Peer") -> bool:
+    async def _exchange(self, head: Head, client: Peer, server: Peer) -> bool:
         """Answer one request, and say whether the connection can take another."""
-        request = head.request()
+        request = _request(head)
         rule, fault = self._choose(request)
         request.fault = fault
         self._requests.append(request)
         if fault is Fault.RESET:
-            raise _reset(client, server)
+            raise reset(client, server)
         if fault in _ANSWERS:
             return await _answer(head, request, client, *_ANSWERS[fault])
         if fault is Fault.SILENCE:
             await client.until_gone()
         if fault in (Fault.CUT, Fault.STALL) and head.has_body:
+            if "expect" in head.headers:
+                await client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             server.writer.write(head.raw)
             async for piece in head.body(client.reader, half=True):
                 request.received += len(piece)
                 await server.write(piece)
             if fault is Fault.STALL:
                 await client.until_gone()
-            raise _reset(client, server)
+            raise reset(client, server)
         if rule and fault is Fault.SLOW_START:
             await asyncio.sleep(rule.seconds)
         return await self._pass(head, request, client, server)
@@ -204,13 +202,14 @@ class FaultProxy:
                 return rule, fault
         return None, None
 
-    async def _pass(
-        self, head: "_Head", request: Request, client: "_Peer", server: "_Peer"
-    ) -> bool:
+    async def _pass(self, head: Head, request: Request, client: Peer, server: Peer) -> bool:
         async def upload() -> None:
-            async for piece in head.body(client.reader):
-                request.received += len(piece)
-                await server.write(piece)
+            try:
+                async for piece in head.body(client.reader):
+                    request.received += len(piece)
+                    await server.write(piece)
+            except (OSError, EOFError):
+                reset(server)  # else the server, and so this proxy, would wait for the rest
 
         await server.write(head.raw)
         # Beside the answer, which may begin before the body ends: 100 Continue, or a refusal.
@@ -219,14 +218,14 @@ class FaultProxy:
             while (answer := await server.head()) and answer.is_interim:
                 await client.write(answer.raw)
             if answer is None:
-                raise _reset(client, server)
+                raise reset(client, server)
             if request.fault is Fault.LOST_ANSWER:
-                raise _reset(client, server)
+                raise reset(client, server)
             whole = await _pass_answer(answer, request, client, server)
             return whole and uploading.done() and not answer.closes
         finally:
             uploading.cancel()
-            with suppress(asyncio.CancelledError, OSError, EOFError):
+            with suppress(asyncio.CancelledError):
                 await uploading
 
 
@@ -251,106 +250,14 @@ def fault_proxy(server: S3Server) -> Iterator[FaultProxy]:
         thread.join(10)
 
 
-@dataclass
-class _Head:
-    """First lines of a request or an answer."""
-
-    raw: bytes
-    start: list[str]
-    headers: dict[str, str]
-    bodiless: bool = field(default=False)
-
-    @property
-    def length(self) -> int | None:
-        return int(self.headers["content-length"]) if "content-length" in self.headers else None
-
-    @property
-    def chunked(self) -> bool:
-        return self.headers.get("transfer-encoding", "").lower() == "chunked"
-
-    @property
-    def has_body(self) -> bool:
-        return not self.bodiless and (self.chunked or bool(self.length))
-
-    @property
-    def is_interim(self) -> bool:
-        return self.start[1].startswith("1")
-
-    @property
-    def closes(self) -> bool:
-        return self.headers.get("connection", "").lower() == "close"
-
-    def request(self) -> Request:
-        path, _, query = self.start[1].partition("?")
-        return Request(
-            self.start[0], unquote(path).lstrip("/"), unquote(query), self.headers.get("range")
-        )
-
-    async def body(self, reader: asyncio.StreamReader, half: bool = False) -> AsyncIterator[bytes]:
-        """Yield the body as it came, with its framing; of half of it, a chunked one has a byte."""
-        if not self.has_body:
-            return
-        if half and self.chunked:
-            yield await reader.readexactly(1)
-        elif self.length is not None:
-            left = (self.length + 1) // 2 if half else self.length
-            while left:
-                piece = await reader.read(min(left, _PIECE))
-                if not piece:
-                    raise EOFError
-                left -= len(piece)
-                yield piece
-        else:
-            size = -1
-            while size:
-                line = await reader.readuntil(b"\r\n")
-                size = int(line.split(b";")[0], 16)
-                # The last chunk is empty; trailers and an empty line follow it.
-                rest = await reader.readexactly(size + 2) if size else await _trailers(reader)
-                yield line + rest
-
-
-async def _trailers(reader: asyncio.StreamReader) -> bytes:
-    lines = [await reader.readuntil(b"\r\n")]
-    while lines[-1] != b"\r\n":
-        lines.append(await reader.readuntil(b"\r\n"))
-    return b"".join(lines)
-
-
-@dataclass
-class _Peer:
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    async def head(self) -> _Head | None:
-        try:
-            raw = await self.reader.readuntil(b"\r\n\r\n")
-        except asyncio.IncompleteReadError as error:
-            if error.partial:
-                raise
-            return None
-        first, *lines = raw.decode("latin-1").split("\r\n")
-        pairs = (line.partition(":") for line in lines if line)
-        headers = {name.lower(): value.strip() for name, _, value in pairs}
-        return _Head(raw, first.split(" ", 2), headers)
-
-    async def write(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
-
-    async def until_gone(self) -> None:
-        """Swallow what still comes, until the peer gives up."""
-        while await self.reader.read(_PIECE):
-            pass
-        raise EOFError
-
-
-async def _connect(host: str | None, port: int | None) -> _Peer:
-    return _Peer(*await asyncio.open_connection(host, port, limit=_HEAD_LIMIT))
+def _request(head: Head) -> Request:
+    method, target, _ = head.start
+    path, _, query = target.partition("?")
+    return Request(method, unquote(path).lstrip("/"), unquote(query), head.headers.get("range"))
 
 
 async def _answer(
-    head: _Head, request: Request, client: _Peer, status: int, code: str | None, text: str
+    head: Head, request: Request, client: Peer, status: int, code: str | None, text: str
 ) -> bool:
     """Answer in the server's place."""
     request.status = status
@@ -372,7 +279,7 @@ async def _answer(
     return not waits
 
 
-async def _pass_answer(answer: _Head, request: Request, client: _Peer, server: _Peer) -> bool:
+async def _pass_answer(answer: Head, request: Request, client: Peer, server: Peer) -> bool:
     """Pass an answer on, perhaps half of it, and say whether the connection is still good."""
     request.status = int(answer.start[1])
     answer.bodiless = request.method == "HEAD" or request.status in (204, 304)
@@ -387,15 +294,5 @@ async def _pass_answer(answer: _Head, request: Request, client: _Peer, server: _
     if request.fault is Fault.STALL:
         await client.until_gone()
     if half:
-        raise _reset(client, server)
+        raise reset(client, server)
     return True
-
-
-def _reset(*peers: _Peer) -> ConnectionError:
-    """Close at once, so that the peers get a reset instead of an orderly end."""
-    for peer in peers:
-        peer_socket = peer.writer.get_extra_info("socket")
-        with suppress(OSError):
-            peer_socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        peer.writer.transport.abort()
-    return ConnectionResetError("as scripted")
