@@ -3,6 +3,7 @@
 DropposError
 ├── ConfigError      fix the recipe or the command line
 ├── DataError        fix the pictures, the shards or the storage they are on
+│   └── StorageError     nothing is known to be wrong with the data: they could not be asked for
 └── TrainingError    the run itself: a checkpoint that does not fit, a stream out of step
 
 Every message names the thing, the value it had, what was expected and what to do.
@@ -19,6 +20,14 @@ class ConfigError(DropposError):
 
 class DataError(DropposError):
     """Pictures, shards or storage are missing, unreadable or not what they claim to be."""
+
+
+class StorageError(DataError):
+    """Storage does not answer, refuses for now, or lets nobody in.
+
+    What it holds may be perfect, so no picture may ever be counted as bad because of this. Who
+    catches DataError to pass over a picture catches this before it, and lets it go on.
+    """
 
 
 class TrainingError(DropposError):
