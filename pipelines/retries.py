@@ -97,7 +97,7 @@ def patiently(what: str, work: Callable[[], Result], patience: float | None = No
     except RetryError as error:
         last = error.last_attempt
         seconds = retrying.statistics["delay_since_first_attempt"]
-        times = "once" if last.attempt_number == 1 else f"{last.attempt_number} times"
+        times = "1 time" if last.attempt_number == 1 else f"{last.attempt_number} times"
         raise OSError(
             f"tried {times} in {seconds:.0f} s, at last: {last.exception()}"
         ) from last.exception()
