@@ -148,7 +148,7 @@ class Place:
     def files(self) -> list[Entry]:
         """Every file below, however deep, sorted by name; links are followed."""
         found = self._list(recursive=True)
-        return sorted(Entry(name, info.size) for name, info in found.items() if info.is_file)
+        return sorted(Entry(name, size) for name, size in found.items() if size is not None)
 
     def open_input(self) -> pa.NativeFile:
         """Open the object for random access, by someone who can't begin anew: else :meth:`read`.
@@ -179,13 +179,10 @@ class Place:
 
     def write_bytes(self, data: bytes | pa.Buffer) -> None:
         """Write the whole object, or nothing: no reader ever sees half of it."""
-
-        def write() -> None:
-            _require_bucket(self)
-            s3.write_whole(self, data)
-
         if self.is_s3:
-            self._try("write", write)
+            self._try("write", lambda: _require_bucket(self))
+            with explained(self, "write"):
+                s3.write_whole(self, data)
         else:
             with self.open_output() as file:
                 file.write(data)
@@ -210,18 +207,12 @@ class Place:
 
     def delete(self) -> None:
         """Delete the object here and all below; nothing here is fine."""
-
-        def delete() -> None:
-            _require_bucket(self)
-            s3.delete_tree(self)
-
-        if self.is_s3:
-            if not self.key:
-                raise ConfigError(f"will not delete all of {self}; name a folder in the bucket")
-            self._try("delete", delete)
-            return
         with explained(self, "delete"):
-            if Path(self.path).is_dir():
+            if self.is_s3:
+                if not self.key:
+                    raise ConfigError(f"will not delete all of {self}; name a folder in it")
+                s3.delete_tree(self)
+            elif Path(self.path).is_dir():
                 shutil.rmtree(self.path)
             else:
                 Path(self.path).unlink(missing_ok=True)
@@ -235,20 +226,20 @@ class Place:
 
         return self._try(verb, look)
 
-    def _list(self, recursive: bool) -> dict[str, pafs.FileInfo]:
-        """List by relative name, without the half-written files of a process that was killed."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+    def _list(self, recursive: bool) -> dict[str, int | None]:
+        """List by relative name, without the half-written files of a process that was killed.
 
-        start = len(self.path.rstrip("/")) + 1
-
-        def look() -> dict[str, pafs.FileInfo]:
-            infos = self.once.get_file_info(selector)
-            if not infos and self.is_s3:
-                _require_bucket(self)
-            return {info.path[start:]: info for info in infos}
-
-        found = self._try("list", look)
-        return {name: info for name, info in found.items() if not _is_part(name)}
+        Returns:
+            Bytes of each file, None for folders.
+        """
+        with explained(self, "list"):
+            if self.is_s3:
+                found = s3.listing(self, recursive)
+            else:
+                selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+                start = len(self.path.rstrip("/")) + 1
+                found = {i.path[start:]: i.size for i in self.fs.get_file_info(selector)}
+        return {name: size for name, size in found.items() if not _is_part(name)}
 
     def _try(self, verb: str, work: Callable[[], Result], patience: float | None = None) -> Result:
         """Do what may be done twice: the one way in which this module asks S3 for anything."""
@@ -346,11 +337,12 @@ def _explanation(place: Place, verb: str, error: OSError) -> DataError:
         return DataError(
             f"{start}{error.strerror or text}; check its permissions and the space left"
         )
+    endpoint = s3.Endpoint.from_environment()
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
         return DataError(
-            f"{start}there is no bucket {place.bucket!r}; create it, or correct its name"
+            f"{start}there is no bucket {place.bucket!r} at {endpoint}; create it, or correct its "
+            "name"
         )
-    endpoint = s3.Endpoint.from_environment()
     if any(sign in text for sign in _UNREACHABLE):
         return StorageError(
             f"{start}{endpoint} does not answer; check the network, and AWS_ENDPOINT_URL if "

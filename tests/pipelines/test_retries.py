@@ -35,7 +35,7 @@ def _failing(times: int, error: Exception):
         THROTTLED,
         "AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body.",
         "AWS Error INTERNAL_FAILURE during GetObject operation: ",
-        "AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 28, Timeout was reached",
+        "AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 28, Timeout was",
         "An error occurred (SlowDown) when calling the PutObject operation (HTTP status 503)",
         "AWS Error NETWORK_CONNECTION: Read timeout on endpoint URL: http://127.0.0.1",
     ],
