@@ -56,7 +56,7 @@ def retries() -> int:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same request may well succeed in a moment."""
-    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+    if not isinstance(error, OSError):
         return False
     if isinstance(error, ShortAnswerError):
         return True

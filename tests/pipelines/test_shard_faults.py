@@ -76,6 +76,15 @@ def test_a_row_group_outlasts_what_passes(
     assert count_retries() > before
 
 
+@pytest.mark.slow
+def test_a_slow_first_byte_is_no_failure(proxy: FaultProxy, place: Place, shard: Shard) -> None:
+    """Of the seconds there are in earnest; three would be the client's default."""
+    before = count_retries()
+    proxy.fail(Fault.SLOW_START, method="GET", seconds=4.5)
+    assert _keys(place, shard, 0)[0] == "000.jpg"
+    assert count_retries() == before
+
+
 def test_what_fails_beyond_patience_says_nothing_of_the_shard(
     proxy: FaultProxy, place: Place, shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from time import monotonic, sleep
 
 import pytest
 
 from droppos.errors import DataError, StorageError
 from pipelines import retries
+from pipelines.s3 import Upload
 from pipelines.storage import Place, open_place
 from pipelines.storage import retries as count_retries
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
@@ -131,12 +133,38 @@ def test_the_lost_answer_to_the_last_request_of_an_upload(
     assert _stored(s3, place / "w") == LARGE
 
 
-def test_a_slow_first_byte_is_no_failure(proxy: FaultProxy, place: Place) -> None:
-    before = count_retries()
-    proxy.fail(Fault.SLOW_START, method="GET", seconds=0.6)
-    assert (place / "a").read_bytes() == BODY
-    assert len(proxy.requests(method="GET")) == 1
-    assert count_retries() == before
+@pytest.mark.parametrize("completed", [True, False])
+def test_an_upload_the_store_forgot_counts_if_its_object_is_there(
+    place: Place, s3: S3Server, completed: bool
+) -> None:
+    """Some stores forget an upload with its completion, whose answer may have been lost."""
+    two_parts = LARGE[: 10 * 2**20]
+    (place / "w").write_bytes(two_parts if completed else b"old")
+    upload = Upload(place / "w")
+    upload.write(two_parts)
+    key = (place / "w").key
+    s3.client().abort_multipart_upload(Bucket=BUCKET, Key=key, UploadId=upload._id)
+    with nullcontext() if completed else pytest.raises(OSError, match="NoSuchUpload"):
+        upload.finish()
+
+
+@pytest.mark.slow
+def test_each_page_has_patience_of_its_own(proxy: FaultProxy, place: Place, s3: S3Server) -> None:
+    client = s3.client()
+    names = [f"{i:04d}" for i in range(1050)]
+    with ThreadPoolExecutor(8) as pool:
+        keys = [(place / "many" / name).key for name in names]
+        list(pool.map(lambda key: client.put_object(Bucket=BUCKET, Key=key, Body=b"1"), keys))
+    proxy.fail(Fault.SLOW_DOWN, times=2, key="continuation-token")
+    assert [tuple(entry) for entry in (place / "many").files()] == [(name, 1) for name in names]
+    assert len(proxy.requests(key="list-type=2")) == 1 + 3
+    assert (place / "many").children() == names
+    proxy.clear()
+    proxy.fail(Fault.LOST_ANSWER, method="POST")
+    (place / "many").delete()
+    assert len(proxy.requests(key="list-type=2")) == 2
+    assert len(proxy.requests(method="POST")) == 2 + 1
+    assert place.children() == ["a"]
 
 
 @pytest.mark.slow
