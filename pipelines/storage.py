@@ -3,7 +3,8 @@
 ``/data/photos``, ``file:///data/photos`` and ``s3://bucket/photos`` all open as a
 :class:`Place` over one pyarrow filesystem. Credentials are found the standard AWS way
 (environment, profile, instance role); nothing here stores or prints them. They need
-s3:ListBucket, s3:GetObject, s3:PutObject and, to delete old checkpoints, s3:DeleteObject.
+s3:ListBucket, s3:GetObject, s3:PutObject, to delete old checkpoints s3:DeleteObject, and
+s3:AbortMultipartUpload, without which uploads that failed stay and are charged for.
 
 Traps this module keeps others out of:
 
