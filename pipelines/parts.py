@@ -118,19 +118,16 @@ class PartWriter(StorageWriter):
         header, chunks = _layout(file, items)
         place = self.place / file
         digest = hashlib.sha256()
-        with explained(place, "write"):
-            if not place.is_s3:  # which has no folders, only names with slashes
-                self.place.fs.create_dir(self.place.path, recursive=True)
-            with place.fs.open_output_stream(place.path) as stream:
-                stream.write(header)
-                digest.update(header)
-                for item in items:
-                    # One tensor at a time leaves the device.
-                    tensor = planner.resolve_data(item)
-                    assert isinstance(tensor, Tensor)
-                    raw = _raw(tensor.detach().cpu().contiguous())
-                    stream.write(raw)
-                    digest.update(raw)
+        with place.open_output() as stream:
+            stream.write(header)
+            digest.update(header)
+            for item in items:
+                # One tensor at a time leaves the device.
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, Tensor)
+                raw = _raw(tensor.detach().cpu().contiguous())
+                stream.write(raw)
+                digest.update(raw)
         record = FileRecord(len(header) + sum(c.nbytes for c in chunks), digest.hexdigest())
         return [
             WriteResult(item.index, chunk.nbytes, _Written(chunk, record))
