@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 from droppos.errors import ConfigError, DataError, DropposError, TrainingError
 from pipelines import checkpoints
 from pipelines.backbone import from_checkpoint
-from pipelines.cluster import Share, connect, gpu_workers
+from pipelines.cluster import Share, connect, decode_tasks_of, gpu_workers
 from pipelines.events import Events
 from pipelines.gallery import draw_gallery
 from pipelines.holdout import load_pictures
@@ -219,8 +219,8 @@ def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> Non
     events = Events.start()
     trainer = TorchTrainer(
         partial(train_worker, Job(recipe, schedule, events)),
-        datasets={"train": Remaining(recipe, schedule, share.decoding)},
-        dataset_config=data_config(),
+        datasets={"train": Remaining(recipe, schedule, decode_tasks_of(recipe, share))},
+        dataset_config=data_config(recipe.data.buffer_mb),
         scaling_config=ScalingConfig(
             num_workers=recipe.run.workers,
             use_gpu=on_gpu,
