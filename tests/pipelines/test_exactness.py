@@ -9,9 +9,12 @@ Also a program, a driver that can be killed:
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -168,6 +171,9 @@ def driver(
     file.write_text(to_yaml(recipe))
     address = cluster or ray.get_runtime_context().gcs_address
     root = Path(__file__).parents[2]
+    # Ray's Cluster leaves its address in this folder, for every `ray.init` of the machine to find.
+    # Short, for there are sockets in it.
+    own = {"RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-")} if cluster == "nodes" else {}
     with (folder / "driver.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, __file__, "drive", str(file), address, *["resume"] * resume],
@@ -175,7 +181,7 @@ def driver(
             stderr=log,
             text=True,
             cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"},
+            env={**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled", **own},
         )
     try:
         yield process
@@ -184,6 +190,8 @@ def driver(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
+        for name in own.values():
+            shutil.rmtree(name, ignore_errors=True)
 
 
 def listen(process: "subprocess.Popen[str]", heard: Heard) -> None:
@@ -289,6 +297,8 @@ def test_nodes_killed_with_9_cost_no_picture(
         listen(process, heard)
         assert process.wait() == 0, (tmp_path / "driver.log").read_text()[-3000:]
     assert len(heard.starts) == 2 and heard.starts[1] > 0
+    kills = re.findall(r"kills a node with (\d+)", (tmp_path / "driver.log").read_text())
+    assert len(kills) == 2 and "0" not in kills
     assert heard.losses == whole.losses
     assert_exact(recipe, whole)
 
@@ -343,41 +353,47 @@ def drive(file: str, cluster: str, *resume: str) -> None:
 def start_nodes() -> tuple[str, OnStep]:
     """Start a cluster of real nodes, and tell how two of them are killed in the course of a run.
 
+    Each has CPUs for both workers, so they share one; the others decode, and hold the pictures.
+
     Returns:
         Its address, and what kills a node that only decodes at step 6, one that trains at 15.
     """
     from ray.cluster_utils import Cluster
 
-    settings = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
-    memory = 100 * 2**20
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "object_store_memory": memory,
-            "include_dashboard": False,
-            "_system_config": settings,
-        },
-    )
+    size = {"object_store_memory": 100 * 2**20}
+    head = {**size, "num_cpus": 0, "include_dashboard": False}
+    health = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
     for _ in range(4):
-        cluster.add_node(num_cpus=1, object_store_memory=memory, wait=False)
+        cluster.add_node(num_cpus=2, wait=False, **size)
     cluster.wait_for_nodes()
-    raylets = {node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
+    raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes]
     killed: list[int] = []
 
     def kill(heard: Heard) -> None:
         step = max(heard.losses, default=0)
-        training = [
-            psutil.Process(pid).ppid() for pid in heard.pids.values() if psutil.pid_exists(pid)
-        ]
+        training = {psutil.Process(pid).ppid() for pid in heard.pids.values()} if step else set()
         if not killed and step >= 6:
-            killed.append(next(pid for pid in raylets if pid not in training))
-            os.kill(killed[-1], signal.SIGKILL)
-        if len(killed) == 1 and step >= 15:
-            killed.append(next(pid for pid in raylets if pid in training))
-            os.kill(killed[-1], signal.SIGKILL)
+            idle = [pid for pid in raylets if pid not in training]
+            killed.append(max(idle, key=decoders))
+        elif len(killed) == 1 and step >= 15:
+            killed.append(training.pop())
+        else:
+            return
+        print(f"kills a node with {decoders(killed[-1])} processes", file=sys.stderr)
+        os.kill(killed[-1], signal.SIGKILL)
 
-    return cluster.address, kill
+    def once(heard: Heard) -> None:
+        if len(killed) < 2:
+            kill(heard)
+
+    return cluster.address, once
+
+
+def decoders(raylet: int) -> int:
+    """Count the processes of a node that run tasks, or did; Ray's own agents are none."""
+    names = [" ".join(child.cmdline()) for child in psutil.Process(raylet).children()]
+    return sum("ray::" in name and "Agent" not in name for name in names)
 
 
 if __name__ == "__main__":
