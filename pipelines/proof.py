@@ -49,8 +49,8 @@ class Proof:
         attempt = claim_for_group(home, driver, device)
         step = saved.step if saved else 0
         if dist.get_rank() == 0:
+            # The others need not wait here: before anybody writes ids, all settle their counts.
             forget_after(home, step)
-        dist.barrier()  # nobody writes ids while what a killed group left is being deleted
         tally = Tally(schedule, step, pictures_begun(saved, schedule), device)
         ids = IdWriter(attempt, schedule, dist.get_rank(), step) if record_ids else None
         return cls(attempt, tally, ids)
