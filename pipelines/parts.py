@@ -64,16 +64,21 @@ class PartWriter(StorageWriter):
     """Write one part each rank; rank 0 adds the index once every part is there."""
 
     def __init__(
-        self, place: Place, finished: Callable[[dict[str, FileRecord], int], bytes]
+        self,
+        place: Place,
+        starting: Callable[[], None],
+        finished: Callable[[dict[str, FileRecord], int], bytes],
     ) -> None:
         """Prepare to write.
 
         Args:
             place: Folder of the checkpoint; what was in it is deleted.
+            starting: Called on rank 0 before anything is deleted or written.
             finished: Called on rank 0 with all files and the world size, when all are written.
                 What it returns reaches every rank as the saved metadata's storage_data.
         """
         self.place = place
+        self.starting = starting
         self.finished = finished
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -88,6 +93,7 @@ class PartWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Empty the folder while all ranks still wait for their plan, and number the parts."""
+        self.starting()
         if self.place.exists():
             self.place.delete()
         return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]

@@ -96,6 +96,8 @@ class Run:
     """Newest checkpoints to keep."""
     max_failures: int = 3
     """Times the workers may be lost and started again from the newest checkpoint."""
+    record_ids: bool = False
+    """Keep which picture was trained on in which step, for `droppos audit`; a few bytes each."""
 
     def __post_init__(self) -> None:
         require(

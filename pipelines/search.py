@@ -25,9 +25,10 @@ from ray.tune import Callback, ResultGrid, Stopper, TuneConfig, Tuner
 
 from droppos.errors import ConfigError
 from pipelines.cluster import Share, buffer_mb_of, connect
+from pipelines.facts import FIXED
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
 from pipelines.order import Schedule
-from pipelines.pretrain import FIXED, STOP_SIGNALS, OnEvent, located, plan
+from pipelines.pretrain import STOP_SIGNALS, OnEvent, located, plan
 from pipelines.recipe import Recipe
 from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
