@@ -15,7 +15,16 @@ from pipelines.shards import Manifest
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("model", "method", "optim", "data.window", "data.crop_scale", "data.flip", "run.seed")
+FIXED = (
+    "model",
+    "method",
+    "optim",
+    "data.window",
+    "data.crop_scale",
+    "data.flip",
+    "data.scaled_decoding",
+    "run.seed",
+)
 """What must not change under a resumed run, or it is another run."""
 
 FREE = {"optim.accumulate"}
@@ -62,9 +71,10 @@ def check_resume(
         )
     ours, theirs = flatten(recipe), flatten(saved.record["recipe"])
     changed = [
-        f"{name}: {theirs.get(name)!r} in the checkpoint, {value!r} now"
+        f"{name}: {theirs[name]!r} in the checkpoint, {value!r} now"
         for name, value in ours.items()
-        if name.startswith(FIXED) and name not in FREE and theirs.get(name) != value
+        # A field that the checkpoint does not know is newer than it, and starts at its old way.
+        if name.startswith(FIXED) and name not in FREE and theirs.get(name, value) != value
     ]
     if saved.record["manifest"] != schedule.manifest.digest:
         then, now = saved.record.get("data"), data_facts(schedule.manifest)

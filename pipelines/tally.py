@@ -20,7 +20,7 @@ from pipelines.stream import Batch
 
 
 class Plan:
-    """The rows of one step after another; holds one window."""
+    """The rows of one step after another; holds the windows that the next step is in."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -32,18 +32,19 @@ class Plan:
     def rows(self, step: int) -> Int64[np.ndarray, "B"]:
         """Return the row planned for each slot of a step; steps must not go backwards."""
         size = self._schedule.global_batch
-        turn = step * size
-        if not self._first <= turn < self._first + len(self._rows):
-            self._turn_to(step)
-        return self._rows[turn - self._first :][:size]
-
-    def _turn_to(self, step: int) -> None:
         epoch = self._schedule.position(step).epoch
         if epoch != self._epoch:
             self._epoch, self._windows = epoch, self._schedule.windows(epoch)
-        turn = step * self._schedule.global_batch
-        window = next(each for each in self._windows if turn < each.first + each.size)
-        self._first, self._rows = window.first, window.rows()
+            self._rows = self._rows[:0]
+        start = step * size
+        self._rows = self._rows[start - self._first :] if len(self._rows) else self._rows
+        self._first = start
+        while len(self._rows) < size:
+            window = next(self._windows)
+            if window.first + window.size > start:
+                ahead = window.rows()[max(0, start - window.first) :]
+                self._rows = np.concatenate([self._rows, ahead])
+        return self._rows[:size]
 
 
 class Tally:

@@ -47,7 +47,8 @@ def batch_of(step: int, rows: list[int]) -> Batch:
         images=torch.zeros(len(rows), 1, 1, 3, dtype=torch.uint8),
         rows=torch.tensor(rows),
         slots=torch.zeros(len(rows), dtype=torch.int32),
-        ok=torch.ones(len(rows), dtype=torch.bool),
+        mirrored=torch.zeros(len(rows), dtype=torch.bool),
+        problems={},
         waited=0.0,
     )
 

@@ -17,12 +17,12 @@ from pyarrow import fs as pafs
 
 from pipelines.order import Schedule
 from pipelines.shards import Manifest, Picture, ShardWriter
-from pipelines.storage import Place
-from pipelines.windows import Crop, Windows, read_window
+from pipelines.storage import Place, open_place
+from pipelines.windows import CropOptions, Windows, read_window
 
 B = 8
 ROWS, GROUP = 200, 10
-CROP = Crop(size=(8, 8), scale=(0.5, 1.0), flip=False)
+CROP = CropOptions(size=(8, 8), scale=(0.5, 1.0), flip=False)
 
 pytestmark = [
     # Ray's own: it sets a setting it calls deprecated whenever it makes a DataContext.
@@ -68,9 +68,9 @@ class Noted:
 
     def __init__(self, folder: Path) -> None:
         self.fs = NotingFileSystem()
-        place = Place(str(folder), str(folder), pafs.PyFileSystem(pafs.FSSpecHandler(self.fs)))
-        self.place = place
-        writer = ShardWriter(Place(str(folder), str(folder), pafs.LocalFileSystem()), group_rows=10)
+        noting = pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+        self.place = Place(str(folder), str(folder), noting, noting)
+        writer = ShardWriter(open_place(str(folder)), group_rows=10)
         shards = []
         for row in range(ROWS):
             writer.add(Picture(png(row), f"{row}.png", None, 8, 8))

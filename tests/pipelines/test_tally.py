@@ -27,12 +27,12 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def schedule() -> Schedule:
-    """75 pictures, 9 steps an epoch, windows of 2 steps."""
+@pytest.fixture(params=[2 * B, B // 2, B // 4])
+def schedule(request: pytest.FixtureRequest) -> Schedule:
+    """75 pictures, 9 steps an epoch, windows of 2 steps or parts of one."""
     shard = Shard("shard-0.parquet", 75, (10,) * 7 + (5,), bytes=0, sha256="", content="")
     return Schedule(
-        manifest=Manifest(shards=(shard,)), seed=1, global_batch=B, window=2 * B, epochs=2
+        manifest=Manifest(shards=(shard,)), seed=1, global_batch=B, window=request.param, epochs=2
     )
 
 
@@ -49,7 +49,8 @@ def batch_of(step: int, rows: list[int], slots: list[int]) -> Batch:
         images=torch.zeros(len(rows), 1, 1, 3, dtype=torch.uint8),
         rows=torch.tensor(rows),
         slots=torch.tensor(slots, dtype=torch.int32),
-        ok=torch.ones(len(rows), dtype=torch.bool),
+        mirrored=torch.zeros(len(rows), dtype=torch.bool),
+        problems={},
         waited=0.0,
     )
 
