@@ -3,7 +3,7 @@
 DropposError
 ├── ConfigError      fix the recipe or the command line
 ├── DataError        fix the pictures, the shards or the storage they are on
-│   └── StorageError storage cannot be reached, or refuses, just now
+│   └── StorageError storage does not answer just now; what it holds may be perfect
 └── TrainingError    the run itself: a checkpoint that does not fit, a stream out of step
 
 Every message names the thing, the value it had, what was expected and what to do.
@@ -23,7 +23,11 @@ class DataError(DropposError):
 
 
 class StorageError(DataError):
-    """Storage cannot be reached or refuses; what is on it may be as good as ever."""
+    """Storage does not answer, refuses for now, or lets nobody in.
+
+    What it holds may be perfect, so no picture may ever be counted as bad because of this. Who
+    catches DataError to pass over a picture catches this before it, and lets it go on.
+    """
 
 
 class TrainingError(DropposError):

@@ -19,7 +19,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -52,7 +52,7 @@ class Saved:
     step: int
     """Optimizer steps taken when it was saved."""
     cursor: Mapping[str, int]
-    """Where the stream goes on: epoch, batch, step."""
+    """Where the stream goes on: epoch, batch, step, and pictures of that epoch trained on."""
     files: Mapping[str, FileRecord]
     """Every file but complete.json."""
     record: Mapping[str, Any]
@@ -72,7 +72,12 @@ class Saved:
 
 
 def save(
-    home: Place, step: int, state: dict[str, Any], facts: Mapping[str, Any], keep: int
+    home: Place,
+    step: int,
+    state: dict[str, Any],
+    facts: Mapping[str, Any],
+    keep: int,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Saved:
     """Write a checkpoint; every rank of the default process group calls this, or one process.
 
@@ -84,9 +89,11 @@ def save(
         step: Optimizer steps taken.
         state: Nested dicts of tensors (sharded ones too), numbers, strings, booleans, None,
             lists and tuples, as torch.distributed.checkpoint.state_dict makes them.
-        facts: What complete.json tells besides, as JSON: `cursor` (epoch, batch, step),
+        facts: What complete.json tells besides, as JSON: `cursor` (epoch, batch, step, pictures),
             digests of recipe and manifest, seed, global batch.
         keep: Newest checkpoints to keep, this one included.
+        may_write: Called on rank 0 before the first file and before the last; what it raises is
+            raised on all ranks, and the checkpoint does not count.
 
     Raises:
         DataError: If storage refuses.
@@ -114,12 +121,13 @@ def save(
             "files": {name: file._asdict() for name, file in files.items()},
         }
         text = json.dumps(record, indent=1).encode() + b"\n"
+        may_write()
         (place / COMPLETE).write_bytes(text)
         return text
 
     with _one_error(f"checkpoint {place} cannot be written"):
         metadata = state_dict_saver.save(
-            state, storage_writer=PartWriter(place, finished), planner=PartSavePlanner()
+            state, storage_writer=PartWriter(place, may_write, finished), planner=PartSavePlanner()
         )
     if not dist.is_initialized() or dist.get_rank() == 0:
         prune(home, keep)

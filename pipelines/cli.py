@@ -197,6 +197,22 @@ def doctor(
     show_doctor(console, report)
 
 
+def audit(run: tyro.conf.Positional[str]) -> None:
+    """Compare what a run trained on, picture by picture, with its schedule.
+
+    Args:
+        run: Folder of a run that was made with run.record_ids, or of one of its checkpoints.
+    """
+    from pipelines.audit import audit as job
+    from pipelines.report import show_audit
+
+    with console.status("reading ids"):
+        result = job(run)
+    show_audit(console, result)
+    if not result.is_exact:
+        sys.exit(1)
+
+
 def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa: B008 - frozen
     """Run the whole job on embedded photographs: prepare, pretrain, export, evaluate.
 
@@ -224,6 +240,7 @@ COMMANDS = {
     "export": export,
     "evaluate": evaluate,
     "doctor": doctor,
+    "audit": audit,
 }
 
 

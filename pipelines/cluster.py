@@ -3,16 +3,19 @@
 import logging
 import os
 from dataclasses import dataclass
-from math import prod
 
 import ray
 import ray._private.state
+from psutil import virtual_memory
 
 from droppos.errors import ConfigError
+from pipelines.memory import SHARE, Footprint, decode_tasks
 from pipelines.recipe import Recipe
 
 OBJECT_STORE_BYTES = 512 * 1024**2
-"""Of a private cluster, at least; large batches in flight get more."""
+"""Of a private cluster, at least; large windows and batches get more."""
+MEMORY_SHARE = 0.3
+"""Part of this machine's memory that a private cluster's object store may take, as Ray's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +88,31 @@ def _start_private(recipe: Recipe, at_once: int) -> None:
     ray.init(
         address="local",  # or it would join whatever cluster was last started on this machine
         num_cpus=at_once * (training + decoding),
-        object_store_memory=max(OBJECT_STORE_BYTES, at_once * _in_flight(recipe)),
+        object_store_memory=_store_bytes(recipe, decoding, at_once),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
 
 
-def _in_flight(recipe: Recipe) -> int:
-    """Bytes of decoded pictures on their way: two batches ahead, one in use, one being made."""
-    micro_batches = recipe.run.workers * recipe.worker_batch
-    return 4 * micro_batches * 3 * prod(recipe.model.image_size)
+def _store_bytes(recipe: Recipe, tasks: int, at_once: int) -> int:
+    """Size a private object store: for all decode tasks, within this machine's memory."""
+    # Ray keeps a little of it to itself, so a few percent more than by the formula.
+    wanted = 1.05 * at_once * Footprint.of(recipe).total(tasks) / SHARE
+    return max(OBJECT_STORE_BYTES, int(min(wanted, MEMORY_SHARE * virtual_memory().total)))
+
+
+def buffer_mb_of(recipe: Recipe, at_once: int = 1) -> float:
+    """Find the MB of decoded pictures that one of several such runs may hold in the cluster."""
+    if recipe.data.buffer_mb is not None:
+        return recipe.data.buffer_mb
+    return SHARE * ray.cluster_resources().get("object_store_memory", 0) / at_once / 1e6
+
+
+def decode_tasks_of(recipe: Recipe, share: Share) -> int:
+    """Count the windows that are decoded at once in the cluster this process has joined."""
+    cpus = ray.cluster_resources().get("CPU", 0)
+    return decode_tasks(recipe, share.decoding, buffer_mb_of(recipe), cpus)
 
 
 def _most_cpus() -> int:

@@ -91,7 +91,7 @@ class Schedule:
     global_batch: int
     """Pictures of one optimizer step, over all workers."""
     window: int
-    """Pictures to shuffle together, about: see :attr:`rows_per_window`."""
+    """Pictures to shuffle together, about: see :func:`window_rows`."""
     epochs: int
 
     def __post_init__(self) -> None:
@@ -124,16 +124,8 @@ class Schedule:
 
     @cached_property
     def rows_per_window(self) -> int:
-        """Pictures shuffled together; the last window of an epoch may have fewer.
-
-        Whole global batches, rounded up. A window smaller than one is the divisor of it that
-        comes nearest, by ratio: 1024 of 4096 stays, of 5000 it becomes 1000, of a prime all.
-        """
-        batch = self.global_batch
-        if self.window >= batch:
-            return min(ceil(self.window / batch) * batch, self.rows_per_epoch)
-        divisors = (rows for rows in range(1, batch + 1) if batch % rows == 0)
-        return min(divisors, key=lambda rows: (abs(log(rows / self.window)), -rows))
+        """Pictures shuffled together; the last window of an epoch may have fewer."""
+        return min(window_rows(self.window, self.global_batch), self.rows_per_epoch)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -170,6 +162,18 @@ class Schedule:
     def rows(self, epoch: int) -> Int64[np.ndarray, "rows"]:
         """Return a whole epoch's rows in order; reshaped to (-1, B), row k is global batch k."""
         return np.concatenate([window.rows() for window in self.windows(epoch)])
+
+
+def window_rows(window: int, global_batch: int) -> int:
+    """Fit a window to the global batch: whole batches, or a whole fraction of one.
+
+    It is rounded up to batches; below one it becomes the divisor that comes nearest, by ratio:
+    1024 of 4096 stays, of 5000 it becomes 1000, of 5003, a prime, all.
+    """
+    if window >= global_batch:
+        return ceil(window / global_batch) * global_batch
+    divisors = (rows for rows in range(1, global_batch + 1) if global_batch % rows == 0)
+    return min(divisors, key=lambda rows: (abs(log(rows / window)), -rows))
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:

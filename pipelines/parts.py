@@ -64,16 +64,21 @@ class PartWriter(StorageWriter):
     """Write one part each rank; rank 0 adds the index once every part is there."""
 
     def __init__(
-        self, place: Place, finished: Callable[[dict[str, FileRecord], int], bytes]
+        self,
+        place: Place,
+        starting: Callable[[], None],
+        finished: Callable[[dict[str, FileRecord], int], bytes],
     ) -> None:
         """Prepare to write.
 
         Args:
             place: Folder of the checkpoint; what was in it is deleted.
+            starting: Called on rank 0 before anything is deleted or written.
             finished: Called on rank 0 with all files and the world size, when all are written.
                 What it returns reaches every rank as the saved metadata's storage_data.
         """
         self.place = place
+        self.starting = starting
         self.finished = finished
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -88,6 +93,7 @@ class PartWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Empty the folder while all ranks still wait for their plan, and number the parts."""
+        self.starting()
         if self.place.exists():
             self.place.delete()
         return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
@@ -118,19 +124,16 @@ class PartWriter(StorageWriter):
         header, chunks = _layout(file, items)
         place = self.place / file
         digest = hashlib.sha256()
-        with explained(place, "write"):
-            if not place.is_s3:  # which has no folders, only names with slashes
-                self.place.fs.create_dir(self.place.path, recursive=True)
-            with place.fs.open_output_stream(place.path) as stream:
-                stream.write(header)
-                digest.update(header)
-                for item in items:
-                    # One tensor at a time leaves the device.
-                    tensor = planner.resolve_data(item)
-                    assert isinstance(tensor, Tensor)
-                    raw = _raw(tensor.detach().cpu().contiguous())
-                    stream.write(raw)
-                    digest.update(raw)
+        with place.open_output() as stream:
+            stream.write(header)
+            digest.update(header)
+            for item in items:
+                # One tensor at a time leaves the device.
+                tensor = planner.resolve_data(item)
+                assert isinstance(tensor, Tensor)
+                raw = _raw(tensor.detach().cpu().contiguous())
+                stream.write(raw)
+                digest.update(raw)
         record = FileRecord(len(header) + sum(c.nbytes for c in chunks), digest.hexdigest())
         return [
             WriteResult(item.index, chunk.nbytes, _Written(chunk, record))

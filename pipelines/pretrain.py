@@ -23,15 +23,17 @@ from ray.train.torch import TorchTrainer
 
 from droppos.errors import ConfigError, DataError, DropposError, TrainingError
 from pipelines import checkpoints
+from pipelines.attempt import claim_for_driver
 from pipelines.backbone import from_checkpoint
-from pipelines.cluster import Share, connect, gpu_workers
+from pipelines.cluster import Share, connect, decode_tasks_of, gpu_workers
 from pipelines.events import Events
+from pipelines.facts import check_resume
 from pipelines.gallery import draw_gallery
 from pipelines.holdout import load_pictures
 from pipelines.ledger import Ledger, local_folder
 from pipelines.order import Schedule
 from pipelines.recipe import Recipe
-from pipelines.recipe_file import flatten, to_yaml
+from pipelines.recipe_file import to_yaml
 from pipelines.shards import load_manifest
 from pipelines.skipped import FILE, Skipped
 from pipelines.storage import open_place
@@ -40,9 +42,6 @@ from pipelines.worker import Job, train_worker
 
 logger = logging.getLogger(__name__)
 
-FIXED = ("model", "method", "optim", "data.window", "data.crop_scale", "data.flip", "run.seed")
-"""What must not change under a resumed run, or it is another run."""
-
 DRAWN = 256
 """Held-out pictures that the driver, which has no GPU, looks at for its drawings."""
 
@@ -50,9 +49,6 @@ POLL_S = 0.2
 """Seconds between two looks at what the workers said."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-FREE = {"optim.accumulate"}
-"""Of those, what gives the same steps: half the workers may take twice the micro-batches."""
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Told of each event in order, in the driver: a live line, a Tune report."""
@@ -166,44 +162,6 @@ def plan(recipe: Recipe) -> Schedule:
     )
 
 
-def check_resume(
-    recipe: Recipe,
-    schedule: Schedule,
-    saved: checkpoints.Saved | None,
-    *,
-    resume: bool,
-    allow_changes: bool,
-) -> None:
-    """Refuse to overwrite a run, or to go on with one as if it were another.
-
-    Raises:
-        ConfigError: Naming the run or each difference, and the way out.
-    """
-    if saved is None:
-        return
-    if not resume:
-        raise ConfigError(
-            f"run {recipe.home} already has a checkpoint at step {saved.step}; add --resume to go "
-            "on with it, or choose another run.name"
-        )
-    ours = {**flatten(recipe), "data (manifest digest)": schedule.manifest.digest}
-    theirs = {**flatten(saved.record["recipe"]), "data (manifest digest)": saved.record["manifest"]}
-    fixed = (*FIXED, "data (manifest digest)")
-    changed = [
-        f"{name}: {theirs.get(name)!r} in the checkpoint, {value!r} now"
-        for name, value in ours.items()
-        if name.startswith(fixed) and name not in FREE and theirs.get(name) != value
-    ]
-    if changed and not allow_changes:
-        raise ConfigError(
-            f"run {recipe.home} was made with other settings; "
-            + "; ".join(changed)
-            + "; put them back, choose another run.name, or accept with --allow-changes"
-        )
-    if changed:
-        logger.warning("resuming with changes: %s", "; ".join(changed))
-
-
 def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> None:
     """Train on the cluster until the last step, a request to stop, or too many failures.
 
@@ -217,10 +175,11 @@ def fit(recipe: Recipe, schedule: Schedule, share: Share, heard: "Heard") -> Non
     device = "cuda" if on_gpu else "cpu"
     recipe = replace(recipe, compute=replace(recipe.compute, device=device))
     events = Events.start()
+    driver = claim_for_driver(home)  # workers of an older driver, if any are left, give up
     trainer = TorchTrainer(
-        partial(train_worker, Job(recipe, schedule, events)),
-        datasets={"train": Remaining(recipe, schedule, share.decoding)},
-        dataset_config=data_config(),
+        partial(train_worker, Job(recipe, schedule, events, driver)),
+        datasets={"train": Remaining(recipe, schedule, decode_tasks_of(recipe, share))},
+        dataset_config=data_config(recipe.data.buffer_mb),
         scaling_config=ScalingConfig(
             num_workers=recipe.run.workers,
             use_gpu=on_gpu,

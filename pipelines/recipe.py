@@ -35,6 +35,9 @@ class Data:
     skip_limit: float = 0.001
     """Fraction of the data set's pictures that may be skipped when their turn comes, because they
     are damaged or gone, before the run saves and ends; 0 ends at the first."""
+    buffer_mb: float | None = None
+    """MB of decoded pictures that may wait for training, over the whole cluster; none takes half
+    of Ray's object stores. Where windows do not fit, fewer are decoded at once."""
     decode_cpus: int | None = None
     """CPUs that read and decode, over the whole cluster; none takes all that training leaves."""
 
@@ -54,6 +57,13 @@ class Data:
             self.skip_limit,
             "a fraction from 0 to 1",
             "0.001 ends the run at one picture in a thousand",
+        )
+        require(
+            self.buffer_mb is None or self.buffer_mb > 0,
+            "data.buffer_mb",
+            self.buffer_mb,
+            "positive, or none",
+            "a window of 1024 crops of 224 pixels has 154",
         )
         require(
             self.decode_cpus is None or self.decode_cpus > 0,
@@ -86,6 +96,8 @@ class Run:
     """Newest checkpoints to keep."""
     max_failures: int = 3
     """Times the workers may be lost and started again from the newest checkpoint."""
+    record_ids: bool = False
+    """Keep which picture was trained on in which step, for `droppos audit`; a few bytes each."""
 
     def __post_init__(self) -> None:
         require(

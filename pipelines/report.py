@@ -17,6 +17,7 @@ from pipelines.screen import clock
 
 if TYPE_CHECKING:
     from droppos.export.timm_vit import ExportReport
+    from pipelines.audit import Audit
     from pipelines.copies import Bounded
     from pipelines.demo import DemoReport
     from pipelines.evaluate import Evaluation
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from pipelines.search import SearchOutcome
 
 Row = tuple[str, str | Path]
+
+EPOCHS = 40
+"""Epochs of an audit that are all shown; of more, those that are not exact."""
 
 
 def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
@@ -153,6 +157,26 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
         rows.append(("linear probe", str(evaluation.probe)))
     rank = f"{evaluation.effective_rank:.1f} of {evaluation.width}"
     return [*rows, ("effective rank of features", rank)]
+
+
+def show_audit(console: Console, audit: Audit) -> None:
+    """Tell for each epoch what was trained on, and at the end whether it was the schedule."""
+    table = Table(title=f"Pictures of {audit.run}", title_justify="left")
+    columns = ("expected", "seen", "missing", "twice", "out_of_order")
+    table.add_column("epoch")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    shown = audit.epochs if len(audit.epochs) <= EPOCHS else audit.inexact
+    for epoch in shown:
+        table.add_row(str(epoch.epoch), *(f"{getattr(epoch, name):,}" for name in columns))
+    sums = [sum(getattr(epoch, name) for epoch in audit.epochs) for name in columns]
+    table.add_row(
+        "all" if len(shown) == len(audit.epochs) else f"all {len(audit.epochs):,}",
+        *(f"{value:,}" for value in sums),
+    )
+    console.print(table, highlight=False)
+    style = "green" if audit.is_exact else "bold red"
+    console.print(f"[{style}]{escape(audit.verdict)}[/]", highlight=False, soft_wrap=True)
 
 
 def show_demo(console: Console, report: DemoReport) -> None:

@@ -24,10 +24,11 @@ from ray import tune
 from ray.tune import Callback, ResultGrid, Stopper, TuneConfig, Tuner
 
 from droppos.errors import ConfigError
-from pipelines.cluster import connect
+from pipelines.cluster import Share, buffer_mb_of, connect
+from pipelines.facts import FIXED
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
 from pipelines.order import Schedule
-from pipelines.pretrain import FIXED, STOP_SIGNALS, OnEvent, located, plan
+from pipelines.pretrain import STOP_SIGNALS, OnEvent, located, plan
 from pipelines.recipe import Recipe
 from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
@@ -161,6 +162,12 @@ def begin(home: Place, recipe: Recipe, schedule: Schedule, *, resume: bool) -> N
     record.write_bytes(json.dumps(ours, indent=1).encode())
 
 
+def _shared(recipe: Recipe, share: Share, buffer_mb: float) -> Recipe:
+    """Give a trial its part of the CPUs that decode and of the memory that holds pictures."""
+    data = replace(recipe.data, decode_cpus=share.decoding, buffer_mb=buffer_mb)
+    return replace(recipe, data=data)
+
+
 def run_trials(
     recipe: Recipe, trials: Sequence[Trial], parent_run: str, say: OnEvent
 ) -> dict[str, str]:
@@ -174,15 +181,8 @@ def run_trials(
     """
     at_once = min(recipe.search.max_concurrent, len(trials))
     share = connect(recipe, at_once)
-    trials = [
-        replace(
-            trial,
-            recipe=replace(
-                trial.recipe, data=replace(trial.recipe.data, decode_cpus=share.decoding)
-            ),
-        )
-        for trial in trials
-    ]
+    buffer_mb = buffer_mb_of(recipe, at_once)
+    trials = [replace(trial, recipe=_shared(trial.recipe, share, buffer_mb)) for trial in trials]
 
     def trainable(config: dict[str, Any]) -> dict[str, Any]:
         return run_trial(trials[config["number"]], parent_run)

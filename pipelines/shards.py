@@ -14,6 +14,7 @@ A picture's row id is its position in (shard, row group, row) order.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from droppos.errors import DataError
 from pipelines.copies import Bounded, bounded_from_json
-from pipelines.storage import Place, explained
+from pipelines.storage import Place
 
 SCHEMA_VERSION = 1
 """Goes up when an older reader would misread a data set."""
@@ -242,19 +243,19 @@ def read_row_group(
 
     Raises:
         DataError: If the file is missing, damaged, or not the one the manifest speaks of.
+        StorageError: If storage can't be asked for it, which says nothing about the file.
     """
     file = place / shard.name
     metadata = _footer(file, shard)
-    with explained(file, "read"), file.open_input() as source:
-        try:
+
+    def read(source: pa.NativeFile) -> pa.Table:
+        with _damage_named(file):
             parquet = pq.ParquetFile(
                 source, metadata=metadata, pre_buffer=True, page_checksum_verification=True
             )
-            table = parquet.read_row_group(group, columns=columns, use_threads=False)
-        except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, pa.ArrowInvalid) or "checksum" in str(error):
-                raise DataError(_damaged(file, str(error))) from error
-            raise
+            return parquet.read_row_group(group, columns=columns, use_threads=False)
+
+    table = file.read(read)
     if table.num_rows != shard.row_groups[group]:
         found = f"row group {group} has {table.num_rows} rows, not {shard.row_groups[group]}"
         raise DataError(_damaged(file, found))
@@ -368,17 +369,35 @@ class ShardWriter:
 
 @lru_cache(maxsize=256)
 def _footer(file: Place, shard: Shard) -> pq.FileMetaData:
-    """Read a shard's footer once in each process: from S3 it costs two requests."""
-    with explained(file, "read"):
-        found = file.size()
-        if found != shard.bytes:
-            raise DataError(_damaged(file, f"it has {found} bytes, not {shard.bytes}"))
-        with file.open_input() as source:
-            metadata = pq.read_metadata(source)
+    """Read a shard's footer once in each process: from S3 it costs two requests.
+
+    What raises is not kept, so the next call asks again.
+    """
+
+    def read(source: pa.NativeFile) -> pq.FileMetaData:
+        if source.size() != shard.bytes:
+            raise DataError(_damaged(file, f"it has {source.size()} bytes, not {shard.bytes}"))
+        with _damage_named(file):
+            return pq.read_metadata(source)
+
+    metadata = file.read(read)
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     if groups != shard.row_groups:
         raise DataError(_damaged(file, f"its row groups hold {groups}, not {shard.row_groups}"))
     return metadata
+
+
+@contextmanager
+def _damage_named(file: Place) -> Iterator[None]:
+    """Tell what parquet finds wrong with a file from what storage raises while it is read."""
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        # Parquet's own have no number: a wrong checksum, a header that makes no sense.
+        of_storage = isinstance(error, OSError) and (error.errno or "AWS Error" in str(error))
+        if of_storage:
+            raise
+        raise DataError(_damaged(file, str(error))) from error
 
 
 def _damaged(file: Place, found: str) -> str:

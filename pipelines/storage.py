@@ -3,7 +3,8 @@
 ``/data/photos``, ``file:///data/photos`` and ``s3://bucket/photos`` all open as a
 :class:`Place` over one pyarrow filesystem. Credentials are found the standard AWS way
 (environment, profile, instance role); nothing here stores or prints them. They need
-s3:ListBucket, s3:GetObject, s3:PutObject and, to delete old checkpoints, s3:DeleteObject.
+s3:ListBucket, s3:GetObject, s3:PutObject, to delete old checkpoints s3:DeleteObject, and
+s3:AbortMultipartUpload, without which uploads that failed stay and are charged for.
 
 Traps this module keeps others out of:
 
@@ -13,30 +14,31 @@ Traps this module keeps others out of:
   become a bucket: the bucket is looked up before anything is written.
 - pyarrow answers "path does not exist" for a missing bucket too, and "access denied" for
   requests that had no credentials at all; the errors here tell these apart.
+- Storage fails in passing. All that may be done twice is done by
+  :func:`pipelines.retries.patiently`; what does not pass, such as a missing object, is told at
+  once. :mod:`pipelines.s3` has the traps of the clients.
 """
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.parse import unquote
 from uuid import uuid4
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from droppos.errors import ConfigError, DataError
+from droppos.errors import ConfigError, DataError, StorageError
+from pipelines import s3
+from pipelines.retries import is_passing, patiently
+from pipelines.retries import retries as retries  # for those who know only this module
 
-CONNECT_TIMEOUT = 10.0
-"""Seconds until an endpoint that does not answer counts as unreachable."""
-REQUEST_TIMEOUT = 60.0
-"""Seconds a request may be silent (pyarrow heeds it on macOS and Windows only)."""
-ATTEMPTS = 5
-"""Tries of each request, with growing pauses; an endpoint that refuses costs about 10 s."""
+FIRST_PATIENCE = 15.0
+"""Seconds for storage to answer before a job starts: a wrong address never will."""
 
 _DENIED = (
     "ACCESS_DENIED",
@@ -47,9 +49,12 @@ _DENIED = (
     "ExpiredToken",
     "InvalidToken",
     "HTTP status 403",
+    "Unable to locate credentials",
 )
 _UNREACHABLE = ("NETWORK_CONNECTION", "REQUEST_TIMEOUT", "curlCode")
 _PART = ".part"
+
+Result = TypeVar("Result")
 
 
 class Entry(NamedTuple):
@@ -73,12 +78,15 @@ class Place:
     path: str = field(compare=False, repr=False)
     """The same as the filesystem spells it."""
     fs: pafs.FileSystem = field(compare=False, repr=False)
-    """pyarrow filesystem, for the few calls this class does not wrap."""
+    """pyarrow filesystem that retries by itself, for Ray; its way to write to S3 is unsafe."""
+    once: pafs.FileSystem = field(compare=False, repr=False)
+    """The same, for work that is retried as a whole."""
 
     def __truediv__(self, name: str) -> "Place":
         """Go to what is called ``name`` (which may hold slashes) below this place."""
         name = name.strip("/")
-        return Place(f"{self.uri.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}", self.fs)
+        uri, path = f"{self.uri.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}"
+        return Place(uri, path, self.fs, self.once)
 
     def __str__(self) -> str:
         return self.uri
@@ -101,18 +109,23 @@ class Place:
         """Bucket of an S3 place."""
         return self.path.split("/", 1)[0]
 
+    @property
+    def key(self) -> str:
+        """Key of an S3 place, without its bucket."""
+        return self.path.partition("/")[2]
+
     def check_reachable(self) -> None:
         """Fail now, with the reason, if nothing could be read or written here.
 
         A job calls it before it starts, since finding out after the first epoch is late.
 
         Raises:
-            DataError: If the bucket is missing or may not be entered, the endpoint does not
-                answer, or there are no credentials.
+            DataError: If the bucket is missing.
+            StorageError: If the bucket may not be entered, the endpoint does not answer, or
+                there are no credentials.
         """
         if self.is_s3:
-            with explained(self, "reach"):
-                _require_bucket(self)
+            self._try("reach", lambda: _require_bucket(self), FIRST_PATIENCE)
 
     def exists(self) -> bool:
         """Whether there is an object here, or any below."""
@@ -136,10 +149,10 @@ class Place:
     def files(self) -> list[Entry]:
         """Every file below, however deep, sorted by name; links are followed."""
         found = self._list(recursive=True)
-        return sorted(Entry(name, info.size) for name, info in found.items() if info.is_file)
+        return sorted(Entry(name, size) for name, size in found.items() if size is not None)
 
     def open_input(self) -> pa.NativeFile:
-        """Open the object for random access.
+        """Open the object for random access, by someone who can't begin anew: else :meth:`read`.
 
         Not as a stream, even to read it whole: pyarrow's ``open_input_stream`` took 3 to 8
         times as long from S3. Reads from the file raise OSError: see :func:`explained`.
@@ -147,48 +160,92 @@ class Place:
         with explained(self, "read"):
             return self.fs.open_input_file(self.path)
 
+    def read(self, work: Callable[[pa.NativeFile], Result]) -> Result:
+        """Open the object and let ``work`` read it; both again when storage fails in passing.
+
+        Raises:
+            DataError: If there is no such object.
+            StorageError: If storage can't be reached, throttles beyond patience, or refuses.
+        """
+
+        def attempt() -> Result:
+            with self.once.open_input_file(self.path) as file:
+                return work(file)
+
+        return self._try("read", attempt)
+
     def read_bytes(self) -> bytes:
         """Read the whole object."""
-        with explained(self, "read"), self.fs.open_input_file(self.path) as file:
-            return file.read()
+        return self.read(s3.read_whole if self.is_s3 else lambda file: file.read())
 
     def write_bytes(self, data: bytes | pa.Buffer) -> None:
         """Write the whole object, or nothing: no reader ever sees half of it."""
+        if self.is_s3:
+            self._try("write", lambda: _require_bucket(self))
+            with explained(self, "write"):
+                s3.write_whole(self, data)
+        else:
+            with self.open_output() as file:
+                file.write(data)
+
+    @contextmanager
+    def open_output(self) -> Iterator["BinaryIO | s3.Upload"]:
+        """Open to write piece by piece; the object appears whole if the block ends well."""
         with explained(self, "write"):
             if not self.is_s3:
-                _write_and_rename(Path(self.path), data)
+                with _replacing(Path(self.path)) as file:
+                    yield file
                 return
-            _require_bucket(self)
-            with self.fs.open_output_stream(self.path) as file:
-                file.write(data)
+            self._try("write", lambda: _require_bucket(self))
+            upload = s3.Upload(self)
+            try:
+                yield upload
+                upload.finish()
+            except BaseException:
+                with suppress(OSError):
+                    upload.abort()
+                raise
 
     def delete(self) -> None:
         """Delete the object here and all below; nothing here is fine."""
         with explained(self, "delete"):
             if self.is_s3:
-                _delete_objects(self)
+                if not self.key:
+                    raise ConfigError(f"will not delete all of {self}; name a folder in it")
+                s3.delete_tree(self)
             elif Path(self.path).is_dir():
                 shutil.rmtree(self.path)
             else:
                 Path(self.path).unlink(missing_ok=True)
 
     def _info(self, verb: str) -> pafs.FileInfo:
-        with explained(self, verb):
-            info = self.fs.get_file_info(self.path)
+        def look() -> pafs.FileInfo:
+            info = self.once.get_file_info(self.path)
             if info.type == pafs.FileType.NotFound and self.is_s3:
                 _require_bucket(self)
             return info
 
-    def _list(self, recursive: bool) -> dict[str, pafs.FileInfo]:
-        """List by relative name, without the half-written files of a process that was killed."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        return self._try(verb, look)
+
+    def _list(self, recursive: bool) -> dict[str, int | None]:
+        """List by relative name, without the half-written files of a process that was killed.
+
+        Returns:
+            Bytes of each file, None for folders.
+        """
         with explained(self, "list"):
-            infos = self.fs.get_file_info(selector)
-            if not infos and self.is_s3:
-                _require_bucket(self)
-            start = len(self.path.rstrip("/")) + 1
-            found = {info.path[start:]: info for info in infos}
-        return {name: info for name, info in found.items() if not _is_part(name)}
+            if self.is_s3:
+                found = s3.listing(self, recursive)
+            else:
+                selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+                start = len(self.path.rstrip("/")) + 1
+                found = {i.path[start:]: i.size for i in self.fs.get_file_info(selector)}
+        return {name: size for name, size in found.items() if not _is_part(name)}
+
+    def _try(self, verb: str, work: Callable[[], Result], patience: float | None = None) -> Result:
+        """Do what may be done twice: the one way in which this module asks S3 for anything."""
+        with explained(self, verb):
+            return patiently(f"{verb} {self}", work, patience) if self.is_s3 else work()
 
 
 def open_place(uri: str) -> Place:
@@ -204,12 +261,15 @@ def open_place(uri: str) -> Place:
     scheme, separator, rest = uri.partition("://")
     if not separator:
         path = Path(uri).expanduser().absolute()
-        return Place(str(path), path.as_posix(), pafs.LocalFileSystem())
+        local = pafs.LocalFileSystem()
+        return Place(str(path), path.as_posix(), local, local)
     if scheme == "file" and rest.startswith("/"):
         return open_place(unquote(rest))
     if scheme == "s3" and rest.strip("/"):
         path = rest.strip("/")
-        return Place(f"s3://{path}", path, _s3(_Endpoint.from_environment(), _identity()))
+        known = s3.Endpoint.from_environment(), s3.identity()
+        fs, once = s3.filesystem(*known, s3.ATTEMPTS), s3.filesystem(*known, 1)
+        return Place(f"s3://{path}", path, fs, once)
     raise ConfigError(
         f"a place must be a path, file:///path or s3://bucket/path, got {uri!r}; "
         "other stores are reached when they speak S3: set AWS_ENDPOINT_URL"
@@ -218,72 +278,34 @@ def open_place(uri: str) -> Place:
 
 @contextmanager
 def explained(place: Place, verb: str) -> Iterator[None]:
-    """Turn what a filesystem raises inside the block into a DataError with a way out.
+    """Turn what a filesystem raises inside the block into an error with a way out.
 
     Args:
         place: What is worked on.
         verb: What is tried, as in "cannot read".
+
+    Raises:
+        DataError: If what is there, or isn't, is the cause.
+        StorageError: If S3 does not answer, fails, or refuses.
     """
     try:
         yield
     except OSError as error:
-        raise DataError(_explanation(place, verb, error)) from error
+        raise _explanation(place, verb, error) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"cannot {verb} {place}: the name {error.object!r} is not UTF-8; rename the file"
         ) from error
 
 
-class _Endpoint(NamedTuple):
-    scheme: str
-    address: str | None
-    region: str | None
-
-    @classmethod
-    def from_environment(cls) -> "_Endpoint":
-        url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if not url:
-            return cls("https", None, region)
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.netloc:
-            raise ConfigError(
-                f"AWS_ENDPOINT_URL must be http://host:port or https://host, got {url!r}"
-            )
-        # A region is part of every signature, and other servers than Amazon's have none.
-        return cls(parts.scheme, parts.netloc, region or "us-east-1")
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.address}" if self.address else "Amazon S3"
-
-
-def _identity() -> int:
-    """Tell one set of credentials from another, without keeping it."""
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
-    return hash(tuple(os.environ.get(name) for name in names))
-
-
-@lru_cache(maxsize=8)
-def _s3(endpoint: _Endpoint, identity: int) -> pafs.S3FileSystem:
-    """One filesystem for each endpoint and identity, so that connections are kept."""
-    return pafs.S3FileSystem(
-        endpoint_override=endpoint.address,
-        scheme=endpoint.scheme,
-        region=endpoint.region,
-        connect_timeout=CONNECT_TIMEOUT,
-        request_timeout=REQUEST_TIMEOUT,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        # One request for a small object instead of three.
-        allow_delayed_open=True,
-    )
-
-
-def _write_and_rename(path: Path, data: bytes | pa.Buffer) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside ``path``, and rename it if the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex}{_PART}")
     try:
         with part.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -296,70 +318,45 @@ def _is_part(name: str) -> bool:
 
 
 def _require_bucket(place: Place) -> None:
-    if place.fs.get_file_info(place.bucket).type == pafs.FileType.NotFound:
+    if place.once.get_file_info(place.bucket).type == pafs.FileType.NotFound:
         raise DataError(
             f"cannot reach {place}: there is no bucket {place.bucket!r} at "
-            f"{_Endpoint.from_environment()}; create it, or correct its name"
+            f"{s3.Endpoint.from_environment()}; create it, or correct its name"
         )
 
 
-def _delete_objects(place: Place) -> None:
-    """Delete with boto3: pyarrow would leave an empty object in place of the folder above."""
-    _, _, key = place.path.partition("/")
-    if not key:
-        raise ConfigError(f"will not delete all of {place}; name a folder in the bucket")
-    _require_bucket(place)
-    import boto3  # a third of a second, which decode tasks need not pay
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    endpoint = _Endpoint.from_environment()
-    url = str(endpoint) if endpoint.address else None
-    client: Any = boto3.client("s3", endpoint_url=url, region_name=endpoint.region)
-    try:
-        pages = client.get_paginator("list_objects_v2").paginate(
-            Bucket=place.bucket, Prefix=f"{key}/"
-        )
-        keys = [found["Key"] for page in pages for found in page.get("Contents", [])]
-        # Folders last, deepest first: S3 has none, but SeaweedFS goes on listing empty ones.
-        folders = {f"{parent}/" for name in keys for parent in _folders(name, below=key)}
-        keys = [key, *keys, *sorted(folders, key=len, reverse=True)]
-        for i in range(0, len(keys), 1000):  # the most that one request may hold
-            batch = {"Objects": [{"Key": name} for name in keys[i : i + 1000]], "Quiet": True}
-            failed = client.delete_objects(Bucket=place.bucket, Delete=batch).get("Errors", [])
-            if failed:
-                first = failed[0]
-                raise OSError(f"{first.get('Code')} {first.get('Message')} ({first.get('Key')})")
-    except (BotoCoreError, ClientError) as error:
-        raise OSError(str(error)) from error
-
-
-def _folders(name: str, below: str) -> list[str]:
-    """Every folder that holds ``name``, down from ``below``."""
-    return [str(p) for p in PurePosixPath(name).parents if len(str(p)) >= len(below)]
-
-
-def _explanation(place: Place, verb: str, error: OSError) -> str:
+def _explanation(place: Place, verb: str, error: OSError) -> DataError:
     text = str(error)
     start = f"cannot {verb} {place}: "
     if isinstance(error, FileNotFoundError):
         if place.is_s3:
-            with explained(place, verb):
-                _require_bucket(place)
-        return _missing(place, verb)
+            place._try(verb, lambda: _require_bucket(place))
+        return DataError(_missing(place, verb))
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{start}part of its path is a file, not a folder; choose another place"
+        return DataError(f"{start}part of its path is a file, not a folder; choose another place")
     if not place.is_s3:
-        return f"{start}{error.strerror or text}; check its permissions and the space left"
+        return DataError(
+            f"{start}{error.strerror or text}; check its permissions and the space left"
+        )
+    endpoint = s3.Endpoint.from_environment()
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
-        return f"{start}there is no bucket {place.bucket!r}; create it, or correct its name"
+        return DataError(
+            f"{start}there is no bucket {place.bucket!r} at {endpoint}; create it, or correct its "
+            "name"
+        )
     if any(sign in text for sign in _UNREACHABLE):
-        return (
-            f"{start}{_Endpoint.from_environment()} does not answer; check the network, and "
-            f"AWS_ENDPOINT_URL if the store is not Amazon's ({text})"
+        return StorageError(
+            f"{start}{endpoint} does not answer; check the network, and AWS_ENDPOINT_URL if "
+            f"the store is not Amazon's ({text})"
+        )
+    if is_passing(error):
+        return StorageError(
+            f"{start}{endpoint} is overloaded or out of order; try again later, or with fewer "
+            f"workers or data.decode_cpus if it throttles ({text})"
         )
     if any(sign in text for sign in _DENIED):
-        return start + _denied(text)
-    return f"{start}{text}"
+        return StorageError(start + _denied(text))
+    return DataError(f"{start}{text}")
 
 
 def _missing(place: Place, verb: str) -> str:

@@ -28,7 +28,13 @@ import numpy as np
 import ray.data
 import torch
 from jaxtyping import Bool, Int32, Int64, UInt8
-from ray.data import DataContext, DataIterator, Dataset, ExecutionOptions
+from ray.data import (
+    DataContext,
+    DataIterator,
+    Dataset,
+    ExecutionOptions,
+    ExecutionResources,
+)
 from ray.exceptions import RayTaskError
 from ray.train import DataConfig
 from torch import Tensor
@@ -91,7 +97,7 @@ def make_dataset(
     *,
     worker_batch: int,
     start_step: int = 0,
-    decode_cpus: int | None = None,
+    decode_tasks: int | None = None,
     windows_per_execution: int = 2000,
 ) -> Dataset:
     """Make the data set of all that is left of a run, for TorchTrainer.
@@ -105,7 +111,9 @@ def make_dataset(
         crop: What is cut out of each picture.
         worker_batch: Pictures of a micro-batch on one worker.
         start_step: First optimizer step that is still to be done.
-        decode_cpus: Tasks that read and decode at once; all free CPUs when not given.
+        decode_tasks: Windows that are read and decoded at once, each by one task on one CPU; as
+            many as there are free CPUs when not given. While the first is under way, what is
+            done of the others waits in the object store (:mod:`pipelines.memory`).
         windows_per_execution: A new execution drains the pipeline first, so small data sets do
             several epochs in one: as many whole epochs as have about so many windows.
 
@@ -124,7 +132,7 @@ def make_dataset(
         read_window, data=data, crop=crop, global_batch=schedule.global_batch, block=block
     )
     source = Windows(schedule, read, start_step=start_step, epochs_per_execution=span)
-    dataset = ray.data.read_datasource(source, override_num_blocks=1, concurrency=decode_cpus)
+    dataset = ray.data.read_datasource(source, override_num_blocks=1, concurrency=decode_tasks)
     _keep_blocks_whole(dataset.context, block, crop)
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -142,7 +150,7 @@ class Remaining:
 
     recipe: Recipe
     schedule: Schedule
-    decode_cpus: int
+    decode_tasks: int
 
     def __call__(self) -> ray.data.Dataset:
         """Start where the newest checkpoint stands, as the workers do."""
@@ -155,13 +163,21 @@ class Remaining:
             CropOptions(recipe.model.image_size, recipe.data.crop_scale, recipe.data.flip),
             worker_batch=recipe.worker_batch,
             start_step=saved.step if saved else 0,
-            decode_cpus=self.decode_cpus,
+            decode_tasks=self.decode_tasks,
         )
 
 
-def data_config() -> DataConfig:
-    """Tell Ray Train to hand the blocks out in order, wherever they are."""
-    return DataConfig(execution_options=_execution_options(), enable_shard_locality=False)
+def data_config(buffer_mb: float | None = None) -> DataConfig:
+    """Tell Ray Train to hand the blocks out in order, wherever they are.
+
+    Args:
+        buffer_mb: MB in the object stores above which tasks pause; by default half of these.
+    """
+    options = _execution_options()
+    if buffer_mb is not None:
+        limits = ExecutionResources.for_limits(object_store_memory=int(buffer_mb * 1e6))
+        options.resource_limits = limits
+    return DataConfig(execution_options=options, enable_shard_locality=False)
 
 
 def batches(

@@ -76,7 +76,7 @@ def stream_for(
     schedule = Schedule(
         manifest=manifest, seed=0, global_batch=fit.batch, window=fit.window, epochs=EPOCHS
     )
-    dataset = make_dataset(schedule, data, crop, worker_batch=fit.batch, decode_cpus=decode_cpus)
+    dataset = make_dataset(schedule, data, crop, worker_batch=fit.batch, decode_tasks=decode_cpus)
     (shard,) = data_config().configure({"train": dataset}, 1, None, None)
     stream = batches(shard["train"], worker_batch=fit.batch, start_step=0, stop_step=schedule.steps)
     in_a_round = decode_cpus * schedule.rows_per_window

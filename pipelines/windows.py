@@ -183,18 +183,17 @@ class _WindowReader:
         Returns:
             The crop, and what is wrong with the picture itself; empty if it is its own.
         """
-        try:
-            return self._cropped(turn), ""
-        except DataError as error:
-            problem = str(error)
-        for other in chain(range(turn - 1, -1, -1), range(turn + 1, self._window.size)):
+        problem = ""
+        for other in chain(range(turn, -1, -1), range(turn + 1, self._window.size)):
             try:
                 return self._cropped(other), problem
-            except DataError:
-                continue
+            except StorageError:
+                raise  # no picture is bad because storage is away
+            except DataError as error:
+                problem = problem or str(error)
         raise DataError(
             f"none of the {self._window.size} pictures of a window of {self._data} can be had; "
-            f"the last one: {problem}; restore the shards, or prepare the data set again"
+            f"the first of them: {problem}; restore the shards, or prepare the data set again"
         )
 
     def _cropped(self, turn: int) -> Crop:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from math import isfinite
 from time import perf_counter
-from typing import Any
 
 import ray.train
 import torch
@@ -20,9 +19,12 @@ from droppos.errors import TrainingError
 from droppos.parallel import precision, unwrap
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
 from pipelines import checkpoints
+from pipelines.attempt import SupersededError
 from pipelines.events import Events
+from pipelines.facts import facts
 from pipelines.holdout import Holdout
 from pipelines.order import Schedule
+from pipelines.proof import Proof
 from pipelines.recipe import Recipe
 from pipelines.storage import Place, open_place
 from pipelines.stream import Batch, batches
@@ -38,6 +40,8 @@ class Job:
     recipe: Recipe
     schedule: Schedule
     events: Events
+    driver: str
+    """Name of the driver's attempt, see :mod:`pipelines.attempt`."""
 
     @property
     def home(self) -> Place:
@@ -48,12 +52,12 @@ class Job:
 def train_worker(job: Job) -> None:
     """Train from the newest checkpoint to the last step, or until asked to stop.
 
-    A run that diverged ends here, on all ranks at once: raising would have Ray start the same
-    steps again, run.max_failures times.
+    A run that diverged, or that another driver has taken over, ends here, on all ranks at once:
+    raising would have Ray start the same again, run.max_failures times.
     """
     try:
         _train(job)
-    except DivergedError as error:
+    except (DivergedError, SupersededError) as error:
         if dist.get_rank() == 0:
             job.events.send({"kind": "failed", "error": str(error)})
     job.events.flush(FLUSH_S)
@@ -63,7 +67,9 @@ def _train(job: Job) -> None:
     torch.set_num_threads(job.recipe.run.cpus_per_worker)
     recipe, schedule = job.recipe, job.schedule
     state = create_state(recipe, schedule.steps_per_epoch)
-    restore(state, checkpoints.newest(job.home))
+    saved = checkpoints.newest(job.home)
+    restore(state, saved)
+    proof = start_proof(job, state, saved)
     job.events.send(
         {
             "kind": "started",
@@ -86,10 +92,10 @@ def _train(job: Job) -> None:
     holdout = Holdout.open(recipe, state.device)
     pace = Pace(recipe.optim.global_batch)
     for group in grouped(stream, recipe.optim.accumulate):
-        report = train_step(
-            state, [MicroBatch(batch.images, batch.slots, batch.mirrored) for batch in group]
-        )
+        proof.count(group)  # before the step: what is not of the schedule is not trained on
+        report = train_step(state, [micro_batch(batch) for batch in group])
         pace.count(group)
+        tell_skipped(job, group)
 
         last = state.step == schedule.steps
         due = last or state.step % recipe.run.checkpoint_every == 0
@@ -100,7 +106,7 @@ def _train(job: Job) -> None:
             measure(job, state, holdout)
             pace.pause()
         if due or stop:
-            save(job, state)  # last: once it counts, nothing of this step is done again
+            save(job, state, proof)  # last: once it counts, nothing of this step is done again
             pace.pause()
         if stop:
             return
@@ -149,32 +155,41 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
         group |= {"weight_decay": decay, "betas": state.optim.betas}
 
 
-def save(job: Job, state: TrainState) -> None:
+def start_proof(job: Job, state: TrainState, saved: checkpoints.Saved | None) -> Proof:
+    """Take the run over for this group of workers, and count its pictures from here on."""
+    return Proof.begin(
+        job.home,
+        job.driver,
+        job.schedule,
+        saved,
+        record_ids=job.recipe.run.record_ids,
+        device=state.device,
+    )
+
+
+def save(job: Job, state: TrainState, proof: Proof) -> None:
     """Write a checkpoint of all ranks, and tell the driver."""
     started = perf_counter()
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    position = job.schedule.position(state.step)
-    saved = checkpoints.save(
-        job.home,
-        state.step,
-        {"model": model, "optimizer": optimizer},
-        {"cursor": {**asdict(position), "step": state.step}, **facts(job)},
-        job.recipe.run.keep_checkpoints,
-    )
+    cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
+    with proof.committing(state.step) as pictures:
+        saved = checkpoints.save(
+            job.home,
+            state.step,
+            {"model": model, "optimizer": optimizer},
+            {
+                "cursor": {**cursor, "pictures": pictures},
+                **facts(job.recipe, job.schedule.manifest),
+                "world_size": dist.get_world_size(),
+            },
+            job.recipe.run.keep_checkpoints,
+            may_write=proof.attempt.check,
+        )
     if dist.get_rank() == 0:
         seconds = perf_counter() - started
         job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})
         values = {"checkpoint/blocked_s": seconds, "checkpoint/size_mb": saved.size / 1e6}
         job.events.send({"kind": "metrics", "step": state.step, "values": values})
-
-
-def facts(job: Job) -> dict[str, Any]:
-    """Tell what a checkpoint depends on: a resumed run must agree, and export reads the model."""
-    return {
-        "recipe": asdict(job.recipe),
-        "manifest": job.schedule.manifest.digest,
-        "world_size": dist.get_world_size(),
-    }
 
 
 def log(job: Job, state: TrainState, report: StepReport, pace: "Pace") -> bool:

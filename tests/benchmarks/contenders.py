@@ -156,7 +156,7 @@ def _stream(uri: str) -> Iterator:
         epochs=1000,
     )
     crop = CropOptions((SIDE, SIDE), SCALE, flip=True)
-    dataset = make_dataset(schedule, data, crop, worker_batch=BATCH, decode_cpus=2)
+    dataset = make_dataset(schedule, data, crop, worker_batch=BATCH, decode_tasks=2)
     (shard,) = data_config().configure({"train": dataset}, 1, None, None)
     return batches(shard["train"], worker_batch=BATCH, start_step=0, stop_step=schedule.steps)
 

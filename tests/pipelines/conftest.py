@@ -10,14 +10,30 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from tests.fault_proxy import FaultProxy, fault_proxy
 from tests.s3_server import S3Server
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3: S3Server) -> Iterator[None]:
+def ray_s3(s3: S3Server) -> Iterator[FaultProxy]:
+    """What Ray's processes take for the S3 server; take `ray_faults` to let them fail."""
+    with fault_proxy(s3) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def ray_faults(ray_s3: FaultProxy, ray_cluster: None) -> Iterator[FaultProxy]:
+    """The proxy between Ray's processes and S3, for faults and counts of one test."""
+    ray_s3.clear()
+    yield ray_s3
+    ray_s3.clear()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_s3: FaultProxy) -> Iterator[None]:
     """A real local Ray with six logical CPUs, however many the machine has.
 
-    Its processes reach the tests' S3 server by the standard variables.
+    Its processes reach the tests' S3 server by the standard variables, through a proxy.
     """
     ray.init(
         address="local",  # never another test's cluster that happens to stand
@@ -26,7 +42,7 @@ def ray_cluster(s3: S3Server) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="warning",
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", **s3.env}},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", **ray_s3.env}},
     )
     yield
     ray.shutdown()

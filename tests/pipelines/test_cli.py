@@ -33,13 +33,15 @@ def test_help_is_quick_and_names_every_job() -> None:
         text=True,
         check=True,
     )
-    for job in ("demo", "prepare", "pretrain", "export", "evaluate", "search"):
+    for job in ("demo", "prepare", "pretrain", "export", "evaluate", "search", "audit", "doctor"):
         assert job in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "ray", "mlflow"}
 
 
-@pytest.mark.parametrize("job", ["demo", "prepare", "pretrain", "export", "evaluate", "search"])
+@pytest.mark.parametrize(
+    "job", ["demo", "prepare", "pretrain", "export", "evaluate", "search", "audit", "doctor"]
+)
 def test_every_job_has_help(capsys: pytest.CaptureFixture[str], job: str) -> None:
     code, text = said(capsys, job, "--help")
     assert code == 0

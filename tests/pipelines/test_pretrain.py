@@ -197,7 +197,7 @@ def test_stopped_and_resumed_with_one_worker_and_with_more(
     assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
 
     record = json.loads((outcome.checkpoint.place / "complete.json").read_bytes())
-    assert record["cursor"] == {"epoch": 4, "batch": 0, "step": STEPS}
+    assert record["cursor"] == {"epoch": 4, "batch": 0, "step": STEPS, "pictures": 0}
     assert checkpoints.newest(open_place(recipe.home)) is not None
 
 

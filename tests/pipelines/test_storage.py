@@ -4,10 +4,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
-from droppos.errors import ConfigError, DataError
+from droppos.errors import ConfigError, DataError, StorageError
+from pipelines import storage
 from pipelines.storage import Place, open_place
 from tests.s3_server import SECRET_KEY, S3Server
 
@@ -119,14 +121,14 @@ def test_wrong_credentials_are_told_from_none(
     bucket = s3_env.bucket("locked")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
     for act in (lambda p: p.read_bytes(), lambda p: p.children(), lambda p: p.write_bytes(b"")):
-        with pytest.raises(DataError, match="s3://locked/x: access denied: the cred") as denied:
+        with pytest.raises(StorageError, match="s3://locked/x: access denied: the cred") as denied:
             act(open_place(f"{bucket}/x"))
         assert "wrong-secret" not in str(denied.value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
-    with pytest.raises(DataError, match="no AWS credentials found; set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageError, match="no AWS credentials found; set AWS_ACCESS_KEY_ID"):
         open_place(f"{bucket}/x").read_bytes()
 
 
@@ -139,8 +141,11 @@ def test_a_dead_endpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, "any")
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-        with pytest.raises(DataError, match=f"s3://bucket/x: {endpoint} does not answer"):
+        monkeypatch.setattr(storage, "FIRST_PATIENCE", 2.0)
+        start = monotonic()
+        with pytest.raises(StorageError, match=f"s3://bucket/x: {endpoint} does not answer"):
             open_place("s3://bucket/x").check_reachable()
+        assert monotonic() - start < 8
 
 
 def test_a_whole_bucket_is_never_deleted(s3_env: S3Server) -> None:

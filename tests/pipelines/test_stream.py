@@ -105,7 +105,7 @@ def consume(
         CROP,
         worker_batch=worker_batch,
         start_step=start,
-        decode_cpus=decode_cpus,
+        decode_tasks=decode_cpus,
         windows_per_execution=windows_per_execution,
     )
     shards = data_config().configure({"train": dataset}, workers, None, None)
@@ -169,7 +169,7 @@ def after(seen: dict[tuple[int, int], Seen], step: int) -> dict[tuple[int, int],
 def test_global_batches_are_those_of_the_schedule_whoever_reads(
     uneven: Data, workers: int, accumulate: int, decode_cpus: int
 ) -> None:
-    seen = consume(uneven, workers=workers, accumulate=accumulate, decode_cpus=decode_cpus)
+    seen = consume(uneven, workers=workers, accumulate=accumulate, decode_tasks=decode_cpus)
     assert seen == expected(uneven)
     for epoch in range(2):
         rows = {each.row for (step, _), each in seen.items() if step // 12 == epoch}

@@ -1,0 +1,119 @@
+"""The facts a checkpoint tells of its run, and which of them must still hold when it goes on."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from droppos.errors import ConfigError
+from pipelines.checkpoints import Saved
+from pipelines.order import Schedule
+from pipelines.recipe import Recipe
+from pipelines.recipe_file import flatten
+from pipelines.shards import Manifest
+
+logger = logging.getLogger(__name__)
+
+FIXED = (
+    "model",
+    "method",
+    "optim",
+    "data.window",
+    "data.crop_scale",
+    "data.flip",
+    "data.scaled_decoding",
+    "run.seed",
+)
+"""What must not change under a resumed run, or it is another run."""
+
+FREE = {"optim.accumulate"}
+"""Of those, what gives the same steps: half the workers may take twice the micro-batches."""
+
+
+def facts(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
+    """Tell what a checkpoint depends on: a resumed run must agree, and export reads the model."""
+    return {"recipe": asdict(recipe), "manifest": manifest.digest, "data": data_facts(manifest)}
+
+
+def data_facts(manifest: Manifest) -> dict[str, Any]:
+    """Describe a data set by what a person can compare; the digest alone says only 'other'."""
+    content = "".join(shard.content for shard in manifest.shards)
+    return {
+        "pictures": manifest.rows,
+        "shards": len(manifest.shards),
+        "row groups": len(manifest.groups),
+        "bytes": manifest.size,
+        "classes": None if manifest.classes is None else list(manifest.classes),
+        "content": hashlib.sha256(content.encode()).hexdigest(),
+    }
+
+
+def check_resume(
+    recipe: Recipe,
+    schedule: Schedule,
+    saved: Saved | None,
+    *,
+    resume: bool,
+    allow_changes: bool,
+) -> None:
+    """Refuse to overwrite a run, or to go on with one as if it were another.
+
+    Raises:
+        ConfigError: Naming the run or each difference, and the way out.
+    """
+    if saved is None:
+        return
+    if not resume:
+        raise ConfigError(
+            f"run {recipe.home} already has a checkpoint at step {saved.step}; add --resume to go "
+            "on with it, or choose another run.name"
+        )
+    ours, theirs = flatten(recipe), flatten(saved.record["recipe"])
+    changed = [
+        f"{name}: {theirs[name]!r} in the checkpoint, {value!r} now"
+        for name, value in ours.items()
+        # A field that the checkpoint does not know is newer than it, and starts at its old way.
+        if name.startswith(FIXED) and name not in FREE and theirs.get(name, value) != value
+    ]
+    if saved.record["manifest"] != schedule.manifest.digest:
+        then, now = saved.record.get("data"), data_facts(schedule.manifest)
+        changed.append(f"data set {recipe.data.path}: {'; '.join(data_changes(then, now))}")
+    if changed and not allow_changes:
+        raise ConfigError(
+            f"run {recipe.home} was made with other settings; "
+            + "; ".join(changed)
+            + "; put them back, choose another run.name, or accept with --allow-changes"
+        )
+    if changed:
+        logger.warning("resuming with changes: %s", "; ".join(changed))
+
+
+def data_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Iterator[str]:
+    """Say in words how two data sets of different digests differ.
+
+    Args:
+        then: What `data_facts` told of the first; None for a checkpoint from before it did.
+        now: What it tells of the second.
+    """
+    if then is None:
+        yield "it is not the one the checkpoint was made with (which did not keep its counts)"
+        return
+    for name in ("pictures", "shards", "row groups", "bytes"):
+        if then[name] != now[name]:
+            yield f"{name} {then[name]:,} in the checkpoint, {now[name]:,} now"
+    if then["classes"] != now["classes"]:
+        yield f"classes {_classes(then, now)} in the checkpoint, {_classes(now, then)} now"
+    if then["content"] != now["content"]:
+        yield "content: pictures, their names, labels or order are others"
+    elif then["row groups"] == now["row groups"]:
+        yield "row groups: as many, but they are of other sizes"
+
+
+def _classes(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Count the classes of one data set, and name the first that the other lacks."""
+    if one["classes"] is None:
+        return "none"
+    only = [name for name in one["classes"] if name not in (other["classes"] or [])]
+    example = f" ({only[0]!r} only there)" if only else ""
+    return f"{len(one['classes'])}{example}"

@@ -1,0 +1,102 @@
+"""What each worker keeps so that exactness can be shown, and not only be claimed.
+
+Its group trains on the pictures that the schedule names, each once (:mod:`pipelines.tally`), and
+nobody else writes the run meanwhile (:mod:`pipelines.attempt`); on request storage says which
+pictures those were (:mod:`pipelines.ids`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from pipelines import checkpoints
+from pipelines.attempt import Attempt, SupersededError, claim_for_group
+from pipelines.ids import IdWriter, forget_after
+from pipelines.order import Schedule
+from pipelines.storage import Place
+from pipelines.stream import Batch
+from pipelines.tally import Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One worker's part of it."""
+
+    attempt: Attempt
+    tally: Tally
+    ids: IdWriter | None
+    """None where run.record_ids is off."""
+
+    @classmethod
+    def begin(
+        cls,
+        home: Place,
+        driver: str,
+        schedule: Schedule,
+        saved: checkpoints.Saved | None,
+        *,
+        record_ids: bool,
+        device: torch.device,
+    ) -> "Proof":
+        """Take the run over for this group, and start to count; every rank calls this.
+
+        Raises:
+            SupersededError: On all ranks, if another driver has taken the run over.
+        """
+        attempt = claim_for_group(home, driver, device)
+        step = saved.step if saved else 0
+        if dist.get_rank() == 0:
+            # The others need not wait here: before anybody writes ids, all settle their counts.
+            forget_after(home, step)
+        tally = Tally(schedule, step, pictures_begun(saved, schedule), device)
+        ids = IdWriter(attempt, schedule, dist.get_rank(), step) if record_ids else None
+        return cls(attempt, tally, ids)
+
+    def count(self, group: Sequence[Batch]) -> None:
+        """Take note of a step's pictures before they are trained on; every rank calls this.
+
+        Raises:
+            TrainingError: If they are not those of the schedule.
+        """
+        self.tally.count(group)
+        if self.ids is not None:
+            self.ids.add(group)
+
+    @contextmanager
+    def committing(self, step: int) -> Iterator[int]:
+        """Settle all counts before the checkpoint that is made in the block; every rank calls this.
+
+        Yields:
+            Pictures of the begun epoch that were trained on, for the checkpoint's cursor.
+
+        Raises:
+            TrainingError: If they are not those of the schedule.
+            SupersededError: As the block raised it; the ids of this checkpoint are gone then.
+        """
+        pictures = self.tally.settle()
+        if self.ids is not None:
+            self.ids.write(step)
+        try:
+            yield pictures
+        except SupersededError:
+            if self.ids is not None:
+                self.ids.withdraw()
+            raise
+
+
+def pictures_begun(saved: checkpoints.Saved | None, schedule: Schedule) -> int:
+    """Tell how many pictures of the begun epoch the groups before trained on.
+
+    The checkpoint says so. Older ones did not yet, and one that was made with another batch or
+    other data (--allow-changes) speaks of another epoch: these are believed to be exact.
+    """
+    if saved is None:
+        return 0
+    position = schedule.position(saved.step)
+    planned = position.batch * schedule.global_batch
+    now = {**asdict(position), "batch size": schedule.global_batch}
+    then = {**saved.cursor, "batch size": saved.record["recipe"]["optim"]["global_batch"]}
+    return then.get("pictures", planned) if then.items() >= now.items() else planned

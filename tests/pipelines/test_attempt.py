@@ -1,0 +1,82 @@
+"""Who writes a run: the newest attempt, and nobody else."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipelines import checkpoints
+from pipelines.attempt import Attempt, SupersededError, claim_for_driver, claim_for_group
+from pipelines.storage import Place, open_place
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Place:
+    return open_place(str(tmp_path))
+
+
+def save(home: Place, step: int, attempt: Attempt) -> None:
+    facts = {"made_by": attempt.group}
+    checkpoints.save(home, step, {"w": torch.ones(3)}, facts, 3, may_write=attempt.check)
+
+
+def test_a_later_group_of_the_same_driver_is_in_the_right(home: Place) -> None:
+    driver = claim_for_driver(home)
+    first = claim_for_group(home, driver, CPU)
+    save(home, 1, first)
+    second = claim_for_group(home, driver, CPU)
+    with pytest.raises(SupersededError, match="taken over by process"):
+        save(home, 2, first)
+    save(home, 2, second)
+
+
+def test_a_later_driver_is_in_the_right_even_before_its_workers_start(home: Place) -> None:
+    older = claim_for_group(home, driver := claim_for_driver(home), CPU)
+    claim_for_driver(home)
+    with pytest.raises(SupersededError):
+        save(home, 1, older)
+    # Ray starts workers that were lost again; those of the older driver must not win it back.
+    with pytest.raises(SupersededError):
+        claim_for_group(home, driver, CPU)
+
+
+def test_what_a_superseded_group_saves_neither_counts_nor_harms(home: Place) -> None:
+    older = claim_for_group(home, claim_for_driver(home), CPU)
+    save(home, 4, older)
+    newer = claim_for_group(home, claim_for_driver(home), CPU)
+    save(home, 8, newer)
+    for step in (8, 12):  # a checkpoint that the newer has written already, and one it has not
+        with pytest.raises(SupersededError):
+            save(home, step, older)
+    saved = checkpoints.newest(home)
+    assert saved is not None
+    assert (saved.step, saved.record["made_by"]) == (8, newer.group)
+    checkpoints.load(saved, {"w": torch.zeros(3)})
+    assert (home / "checkpoints").children() == ["step-00000004", "step-00000008"]
+
+
+def test_a_group_that_is_superseded_while_it_saves_does_not_count(home: Place) -> None:
+    older = claim_for_group(home, claim_for_driver(home), CPU)
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # every part is written, complete.json is not
+            claim_for_driver(home)
+        older.check()
+
+    with pytest.raises(SupersededError):
+        checkpoints.save(home, 4, {"w": torch.ones(3)}, {}, 3, may_write=check)
+    assert checkpoints.newest(home) is None

@@ -1,0 +1,400 @@
+"""Exactly once, whatever happens: runs that are stopped, killed and resumed on a real Ray over S3.
+
+Each run records which picture it trained on in which step. What an interrupted run has committed
+in the end must be, record by record, what the uninterrupted one has.
+
+Also a program, a driver that can be killed:
+`python test_exactness.py drive RECIPE ADDRESS|nodes [resume]` prints its events, one a line.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from droppos.config import Compute, Method, Model, Optim
+from droppos.errors import ConfigError, TrainingError
+from pipelines import checkpoints
+from pipelines.audit import audit
+from pipelines.ids import id_files
+from pipelines.prepare import prepare
+from pipelines.pretrain import pretrain
+from pipelines.recipe import Data, Recipe, Run, Tracking
+from pipelines.recipe_file import from_dict, read, to_yaml
+from pipelines.storage import open_place
+from tests.s3_server import S3Server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("ray_cluster"),
+    # Notices of Ray, MLflow and SQLAlchemy about themselves.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+EPOCHS, STEPS = 12, 48
+"""72 pictures in batches of 16: four steps an epoch, and 8 pictures that it leaves out."""
+
+OnStep = Callable[["Heard"], None]
+
+
+@dataclass
+class Heard:
+    """What a run said, and what to do once it is some steps further than where it started."""
+
+    after: int | None = None
+    do: OnStep | None = None
+    losses: dict[int, float] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "started":
+            self.pids[event["rank"]] = event["pid"]
+            if event["rank"] == 0:
+                self.starts.append(event["step"])
+        if event["kind"] == "metrics" and "train/loss" in event["values"]:
+            self.losses[event["step"]] = event["values"]["train/loss"]
+            if self.do and self.after and event["step"] >= self.starts[0] + self.after:
+                do, self.do = self.do, None
+                do(self)
+
+
+@pytest.fixture(scope="module")
+def s3_all_along(s3: S3Server) -> Iterator[S3Server]:
+    """The server, for fixtures that outlive a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.env.items():
+            patch.setenv(name, value)
+        yield s3
+
+
+@pytest.fixture(scope="module")
+def recipe(
+    s3_all_along: S3Server, photographs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Recipe:
+    bucket = s3_all_along.bucket("exactness")
+    prepare(str(photographs), f"{bucket}/data", group_rows=10)
+    database = tmp_path_factory.mktemp("exactness") / "mlflow.db"
+    return Recipe(
+        model=Model(
+            size="tiny",
+            image_size=(32, 48),
+            patch_size=8,
+            width=48,
+            depth=1,
+            heads=4,
+            decoder_width=32,
+            decoder_heads=4,
+        ),
+        method=Method(mask_ratio=0.25),
+        optim=Optim(epochs=EPOCHS, global_batch=16, warmup_epochs=1, lr_per_256=2e-2),
+        compute=Compute(strategy="fsdp2", precision="float32", device="cpu"),
+        data=Data(path=f"{bucket}/data", window=32, decode_cpus=1),
+        run=Run(
+            name="whole",
+            storage=f"{bucket}/runs",
+            workers=2,
+            log_every=1,
+            checkpoint_every=3,
+            keep_checkpoints=2,
+            record_ids=True,
+        ),
+        tracking=Tracking(uri=f"sqlite:///{database}"),
+    )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The run that nothing disturbs."""
+
+    losses: dict[int, float]
+    records: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, ray_cluster: None) -> Reference:
+    heard = Heard()
+    assert pretrain(recipe, on_event=heard).finished
+    return Reference(heard.losses, committed(recipe))
+
+
+def named(recipe: Recipe, name: str, **changes: Any) -> Recipe:
+    return replace(recipe, run=replace(recipe.run, name=name, **changes))
+
+
+def committed(recipe: Recipe) -> np.ndarray:
+    """Sorted (step, epoch, row) of all that a run's newest checkpoint is made of."""
+    home = open_place(recipe.home)
+    saved = checkpoints.newest(home)
+    assert saved is not None
+    tables = [file.read() for file in id_files(home) if file.end <= saved.step]
+    records = np.concatenate([np.stack([c.to_numpy() for c in t.columns], 1) for t in tables])
+    return records[np.lexsort(records.T[::-1])]
+
+
+def assert_exact(recipe: Recipe, whole: Reference) -> None:
+    """What is committed equals the reference, the audit agrees, and so does plain counting."""
+    records = committed(recipe)
+    np.testing.assert_array_equal(records, whole.records)
+    found = audit(recipe.home)
+    assert found.is_exact and found.step == STEPS
+    for epoch in range(EPOCHS):
+        rows, times = np.unique(records[records[:, 1] == epoch, 2], return_counts=True)
+        assert len(rows) == 64 and (times == 1).all() and rows.min() >= 0 and rows.max() < 72
+    left_out = [set(range(72)) - set(records[records[:, 1] == e, 2].tolist()) for e in range(2)]
+    assert left_out[0] != left_out[1]
+    files = id_files(open_place(recipe.home))
+    assert all(file.end <= STEPS for file in files)
+
+
+@contextmanager
+def driver(
+    recipe: Recipe, folder: Path, cluster: str = "", resume: bool = False
+) -> Iterator["subprocess.Popen[str]"]:
+    """A driver in a process of its own: on the tests' cluster, or on one of its own nodes."""
+    file = folder / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    address = cluster or ray.get_runtime_context().gcs_address
+    root = Path(__file__).parents[2]
+    # Ray's Cluster leaves its address in this folder, for every `ray.init` of the machine to find.
+    # Short, for there are sockets in it.
+    own = {"RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-")} if cluster == "nodes" else {}
+    with (folder / "driver.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "drive", str(file), address, *["resume"] * resume],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled", **own},
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+        for name in own.values():
+            shutil.rmtree(name, ignore_errors=True)
+
+
+def listen(process: "subprocess.Popen[str]", heard: Heard) -> None:
+    """Hear a driver out, or until it is killed by what is heard."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            heard(json.loads(line))
+
+
+def kill_worker(heard: Heard) -> None:
+    os.kill(heard.pids[1], signal.SIGKILL)
+
+
+def test_the_reference_is_exact(recipe: Recipe, whole: Reference) -> None:
+    assert_exact(recipe, whole)
+    saved = checkpoints.newest(open_place(recipe.home))
+    assert saved is not None
+    assert saved.cursor == {"epoch": EPOCHS, "batch": 0, "step": STEPS, "pictures": 0}
+
+
+def test_stopped_killed_and_resumed_at_any_size_a_run_commits_the_same_pictures(
+    recipe: Recipe, whole: Reference, tmp_path: Path
+) -> None:
+    recipe = named(recipe, "odyssey", max_failures=0)
+    stop = Heard(4, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert not pretrain(recipe, on_event=stop).finished
+
+    four = Heard(4, kill_worker)
+    with pytest.raises(TrainingError, match="max_failures"):
+        pretrain(named(recipe, "odyssey", workers=4), resume=True, on_event=four)
+
+    with driver(named(recipe, "odyssey", workers=1), tmp_path, resume=True) as process:
+        one = Heard(4, lambda _: process.kill())
+        listen(process, one)
+        assert process.wait() == -signal.SIGKILL
+
+    two = Heard()
+    assert pretrain(recipe, resume=True, on_event=two).finished
+    starts = [heard.starts[0] for heard in (stop, four, one, two)]
+    assert starts == sorted(set(starts)) and len(starts) == 4
+    assert_exact(recipe, whole)
+
+
+def test_a_driver_killed_with_9_costs_no_bit(
+    recipe: Recipe, whole: Reference, photographs: Path, tmp_path: Path
+) -> None:
+    recipe = named(recipe, "orphaned")
+    with driver(recipe, tmp_path) as process:
+        first = Heard(10, lambda _: process.kill())
+        listen(process, first)
+    workers = [psutil.Process(pid) for pid in first.pids.values() if psutil.pid_exists(pid)]
+    # Ray ends them: nothing may go on writing this run on a cluster that outlives its driver.
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+
+    for changed, words in (
+        (replace(recipe, run=replace(recipe.run, seed=1)), "run.seed: 0 in the checkpoint, 1 now"),
+        (replace(recipe, optim=replace(recipe.optim, global_batch=8)), "optim.global_batch: 16"),
+        (with_other_picture(recipe, photographs, tmp_path), "content: pictures, their names"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            pretrain(changed, resume=True)
+
+    second = Heard()
+    assert pretrain(recipe, resume=True, on_event=second).finished
+    assert second.starts[0] >= 9
+    both = first.losses | second.losses
+    assert both == whole.losses  # to the last bit
+    assert all(whole.losses[step] == loss for step, loss in first.losses.items())
+    assert_exact(recipe, whole)
+
+
+def test_workers_that_nobody_reached_give_up_when_they_come_back(
+    recipe: Recipe, whole: Reference, tmp_path: Path
+) -> None:
+    """Frozen and thawed, as on a node that the network cut off while another driver went on."""
+    recipe = named(recipe, "two-drivers", checkpoint_every=8, workers=1)
+    with driver(recipe, tmp_path) as process:
+        older = Heard(4, lambda heard: os.kill(heard.pids[0], signal.SIGSTOP))
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                older(json.loads(line))
+            if older.do is None:
+                break
+        newer = Heard()
+        assert pretrain(recipe, resume=True, on_event=newer).finished
+        os.kill(older.pids[0], signal.SIGCONT)
+        listen(process, older)
+        assert process.wait() == 1
+    assert "was taken over by process" in (tmp_path / "driver.log").read_text()
+    assert_exact(recipe, whole)
+
+
+def test_nodes_killed_with_9_cost_no_picture(
+    recipe: Recipe, whole: Reference, tmp_path: Path
+) -> None:
+    """First a node that decodes, then one that trains."""
+    recipe = named(recipe, "nodes")
+    heard = Heard()
+    with driver(recipe, tmp_path, cluster="nodes") as process:
+        listen(process, heard)
+        assert process.wait() == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    assert len(heard.starts) == 2 and heard.starts[1] > 0
+    kills = re.findall(r"kills a node with (\d+)", (tmp_path / "driver.log").read_text())
+    assert len(kills) == 2 and "0" not in kills
+    assert heard.losses == whole.losses
+    assert_exact(recipe, whole)
+
+
+def test_changes_that_are_allowed_go_on(
+    recipe: Recipe, whole: Reference, photographs: Path, tmp_path: Path
+) -> None:
+    other = with_other_picture(recipe, photographs, tmp_path)
+    other = replace(other, optim=replace(other.optim, epochs=EPOCHS + 1))
+    heard = Heard()
+    assert pretrain(other, resume=True, allow_changes=True, on_event=heard).finished
+    assert heard.starts == [STEPS]
+    assert len(heard.losses) == 4
+
+
+def with_other_picture(recipe: Recipe, photographs: Path, folder: Path) -> Recipe:
+    """The same run on data in which one picture is another."""
+    bucket = recipe.run.storage.removesuffix("/runs")
+    source = folder / "other"
+    if not source.exists():
+        for picture in photographs.glob("*/*.jpg"):
+            target = source / picture.relative_to(photographs)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(picture.read_bytes())
+        (source / "cat/03.jpg").write_bytes((photographs / "cat/04.jpg").read_bytes())
+    prepare(str(source), f"{bucket}/other-{folder.name}", group_rows=10)
+    return replace(recipe, data=replace(recipe.data, path=f"{bucket}/other-{folder.name}"))
+
+
+def drive(file: str, cluster: str, *resume: str) -> None:
+    """Be a driver that prints what it hears."""
+    kill = None
+    if cluster == "nodes":
+        cluster, kill = start_nodes()
+    names = ("AWS_", "OMP_NUM_THREADS")
+    env = {name: value for name, value in os.environ.items() if name.startswith(names)}
+    ray.init(
+        address=cluster, log_to_driver=False, logging_level="error", runtime_env={"env_vars": env}
+    )
+    heard = Heard()
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["kind"] in {"started", "metrics"}:
+            print(json.dumps(event), flush=True)
+        heard(event)
+        if kill is not None:
+            kill(heard)
+
+    pretrain(from_dict(read(file)), resume=bool(resume), on_event=on_event)
+
+
+def start_nodes() -> tuple[str, OnStep]:
+    """Start a cluster of real nodes, and tell how two of them are killed in the course of a run.
+
+    Each has CPUs for both workers, so they share one; the others decode, and hold the pictures.
+
+    Returns:
+        Its address, and what kills a node that only decodes at step 6, one that trains at 15.
+    """
+    from ray.cluster_utils import Cluster
+
+    size = {"object_store_memory": 100 * 2**20}
+    head = {**size, "num_cpus": 0, "include_dashboard": False}
+    health = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
+    for _ in range(4):
+        cluster.add_node(num_cpus=2, wait=False, **size)
+    cluster.wait_for_nodes()
+    raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes]
+    killed: list[int] = []
+
+    def kill(heard: Heard) -> None:
+        step = max(heard.losses, default=0)
+        training = {psutil.Process(pid).ppid() for pid in heard.pids.values()} if step else set()
+        if not killed and step >= 6:
+            idle = [pid for pid in raylets if pid not in training]
+            killed.append(max(idle, key=decoders))
+        elif len(killed) == 1 and step >= 15:
+            killed.append(training.pop())
+        else:
+            return
+        print(f"kills a node with {decoders(killed[-1])} processes", file=sys.stderr)
+        os.kill(killed[-1], signal.SIGKILL)
+
+    def once(heard: Heard) -> None:
+        if len(killed) < 2:
+            kill(heard)
+
+    return cluster.address, once
+
+
+def decoders(raylet: int) -> int:
+    """Count the processes of a node that run tasks, or did; Ray's own agents are none."""
+    names = [" ".join(child.cmdline()) for child in psutil.Process(raylet).children()]
+    return sum("ray::" in name and "Agent" not in name for name in names)
+
+
+if __name__ == "__main__":
+    {"drive": drive}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,110 @@
+"""Memory of the stream: the formula, and slow training on a real Ray that spills nothing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droppos.config import Model, Optim
+from pipelines.memory import SHARE, Footprint, decode_tasks
+from pipelines.prepare import prepare
+from pipelines.recipe import Data, Recipe, Run
+from tests.pipelines import slow_consumer
+
+GB = 1000.0
+"""MB of a gigabyte."""
+
+
+def a_recipe(*, window: int = 1024, batch: int = 1024, workers: int = 4, **data: float) -> Recipe:
+    return Recipe(
+        model=Model(image_size=(224, 224)),
+        optim=Optim(global_batch=batch),
+        data=replace(Data(window=window), **data),
+        run=Run(workers=workers),
+    )
+
+
+def test_a_window_of_1024_crops_of_224_pixels_has_154_mb() -> None:
+    footprint = Footprint.of(a_recipe())
+    assert footprint.window == 1024 * 224 * 224 * 3
+    assert footprint.ahead == 4 * footprint.window
+    assert footprint.total(10) == 14 * footprint.window
+
+
+@given(
+    window=st.integers(64, 10_000),
+    batch=st.integers(1, 1024).map(lambda n: 4 * n),
+    cpus=st.integers(1, 500),
+    buffer_mb=st.floats(1, 1e6),
+)
+def test_what_is_started_fits_or_is_one(
+    window: int, batch: int, cpus: int, buffer_mb: float
+) -> None:
+    recipe = a_recipe(window=window, batch=batch)
+    tasks = decode_tasks(recipe, cpus, buffer_mb, cpus)
+    footprint = Footprint.of(recipe)
+    assert 1 <= tasks <= cpus
+    assert tasks == 1 or footprint.total(tasks) <= buffer_mb * 1e6
+    assert tasks == cpus or footprint.total(tasks + 1) > buffer_mb * 1e6
+
+
+def test_fewer_tasks_than_cpus_is_said_with_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
+    assert decode_tasks(a_recipe(), 16, 16 * GB, 16) == 16
+    assert not caplog.records
+    assert decode_tasks(a_recipe(), 16, 2 * GB, 16) == 8
+    assert "only 8 of 16 decode CPUs are used" in caplog.text
+    assert "lower data.window (1024), raise data.buffer_mb" in caplog.text
+
+
+def test_nodes_to_come_bring_memory_unless_the_recipe_bounds_it() -> None:
+    assert decode_tasks(a_recipe(), 64, 2 * GB, 8) == 64
+    assert decode_tasks(a_recipe(buffer_mb=2 * GB), 64, 2 * GB, 8) == 8
+
+
+def test_ray_data_would_not_take_more_of_the_stores_than_we_plan_with() -> None:
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    assert ResourceManager.DEFAULT_OBJECT_STORE_MEMORY_LIMIT_FRACTION >= SHARE
+
+
+def slow_run(folder: Path, window: int, tasks: int) -> dict[str, int]:
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("slow_consumer.py"))]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [*command, str(folder), str(window), str(tasks), "80"],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_training_slower_than_reading_spills_nothing(tmp_path: Path, photographs: Path) -> None:
+    for copy in range(20):  # 1,440 pictures
+        shutil.copytree(photographs, tmp_path / "pictures" / str(copy))
+    prepare(str(tmp_path / "pictures"), str(tmp_path / "data"), group_rows=20)
+    store = slow_consumer.STORE
+    recipe = replace(
+        a_recipe(window=256, batch=slow_consumer.BATCH, workers=1),
+        model=Model(image_size=(slow_consumer.SIDE, slow_consumer.SIDE)),
+    )
+    tasks = decode_tasks(recipe, slow_consumer.CPUS, SHARE * store / 1e6, slow_consumer.CPUS)
+    assert tasks == 3
+    held = slow_run(tmp_path / "data", 256, tasks)
+    assert held["spilled"] == 0
+    # What is read ahead of training fills the plan, and one block a task may be under way.
+    budget = SHARE * store
+    block = 64 * 3 * slow_consumer.SIDE**2
+    assert budget / 2 < held["peak"] <= budget + (tasks + 1) * block
+
+    # The same with as many tasks and as large windows as one likes is what this prevents.
+    assert slow_run(tmp_path / "data", 1408, slow_consumer.CPUS)["spilled"] > 0
