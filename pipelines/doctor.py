@@ -6,6 +6,7 @@ runs end to end. What the numbers mean is the business of :mod:`pipelines.diagno
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ ALONE, TOGETHER, WARM_UP, STREAM = 0.12, 0.12, 0.08, 0.25
 GPU_IMAGES_PER_S = 1500.0
 """What one GPU may ask for, by assumption: ViT-B/16 with attentive weights costs 63.4 GFLOP a
 picture, so this is 95 TFLOP/s, 30 % of an A100's peak in bfloat16."""
+CONNECT_SECONDS = 10.0
+"""Until a cluster that does not answer counts as unreachable."""
 PICTURE = Path("droppos-runs/doctor.png")
 
 
@@ -196,11 +199,11 @@ def _cluster(question: Question) -> Iterator[bool]:
         yield False
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _join(address)
+    else:
+        _start_private(question)
     try:
-        if address:
-            _join(address)
-        else:
-            _start_private(question)
         yield not address
     finally:
         ray.shutdown()
@@ -208,8 +211,11 @@ def _cluster(question: Question) -> Iterator[bool]:
 
 def _join(address: str) -> None:
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "/" not in host:  # or Ray tries for minutes
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+    except (OSError, RayError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster can be reached at RAY_ADDRESS={address} ({error}); start it, correct "
             "the address, or unset RAY_ADDRESS to measure this machine alone"

@@ -6,11 +6,11 @@ together end together, so pictures arrive in bursts: a measurement spans whole r
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import psutil
 import ray
@@ -21,13 +21,15 @@ from pipelines.order import Schedule
 from pipelines.readings import Streaming
 from pipelines.shards import Manifest
 from pipelines.storage import Place
-from pipelines.stream import batches, data_config, make_dataset
+from pipelines.stream import Batch, batches, data_config, make_dataset
 from pipelines.windows import CropOptions
 
 BATCH = 256
 """Pictures of a batch, at most: one block."""
 ROUND_SECONDS = 1.5
 """A window is small enough to be decoded in about this time."""
+THREAD_SECONDS = 10.0
+"""Ray's thread that fetches batches ends when it has the next one, or so late."""
 EPOCHS = 10**6
 """More than anyone waits for."""
 
@@ -80,8 +82,8 @@ def stream_for(
     (shard,) = data_config().configure({"train": dataset}, 1, None, None)
     stream = batches(shard["train"], worker_batch=fit.batch, start_step=0, stop_step=schedule.steps)
     in_a_round = decode_cpus * schedule.rows_per_window
-    arrivals = (len(batch.images) for batch in stream)
-    with _store_watched() as store:
+    with _ended(stream), _store_watched() as store:
+        arrivals = (len(batch.images) for batch in stream)
         first, last, longest = _marks(arrivals, in_a_round, warm_up, seconds)
     used, others = None, None
     if first.cpu is not None and last.cpu is not None:
@@ -99,6 +101,18 @@ def stream_for(
         batch=fit.batch,
         window=schedule.rows_per_window,
     )
+
+
+@contextmanager
+def _ended(stream: Iterator[Batch]) -> Iterator[None]:
+    """Leave a stream early: its thread would complain if Ray ended while it fetches."""
+    try:
+        yield
+    finally:
+        cast(Generator[Batch], stream).close()
+        for thread in threading.enumerate():
+            if thread.name == "iter_threaded":
+                thread.join(THREAD_SECONDS)
 
 
 class _Cpu(NamedTuple):

@@ -266,6 +266,19 @@ def test_what_cannot_be_measured_is_refused_before_ray_starts(
     assert "Traceback" not in text
 
 
+def test_a_cluster_that_does_not_answer_is_named(
+    capsys: pytest.CaptureFixture[str],
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # whatever other tests have started
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    prepare(str(photographs), str(tmp_path / "data"))
+    code, text = said(capsys, str(tmp_path / "data"))
+    assert code == 1 and "RAY_ADDRESS=127.0.0.1:9" in text and "unset RAY_ADDRESS" in text
+
+
 def test_help_tells_what_a_gpu_is_assumed_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = said(capsys, "--help")
     assert code == 0
