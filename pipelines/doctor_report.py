@@ -52,10 +52,11 @@ def measured_rows(readings: Readings) -> list[Row]:
     where = (
         "this machine" if site.cores else f"{site.nodes} {'node' if site.nodes == 1 else 'nodes'}"
     )
+    gpus = f"{site.gpus} {'GPU' if site.gpus == 1 else 'GPUs'}"
     tasks = f"{site.decode_cpus} {'process' if site.decode_cpus == 1 else 'processes'}"
     per_core = f", {streaming.per_core_s:,.0f} per core" if streaming.per_core_s else ""
     return [
-        ("cluster", f"{where}, {site.decode_cpus} CPUs to decode, {site.gpus} GPU(s) to feed"),
+        ("cluster", f"{where}, {site.decode_cpus} CPUs to decode, {gpus} to feed"),
         ("storage, one process", f"{alone.bytes_per_s / 1e6:,.0f} MB/s"),
         ("  CPU time", f"{alone.cpu_ms_per_mb:.2f} ms a MB"),
         ("  smallest request", _latency(alone.latency_seconds)),
