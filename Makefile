@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test fast bench-bounded format lint types check clean
+.PHONY: help demo test fast bench-ingest bench-bounded format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
 	@echo "make test    run all tests"
 	@echo "make fast    run the tests that take seconds"
+	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
 	@echo "make check   format, lint and types, as CI does before the tests"
 
@@ -21,6 +22,9 @@ test: $(READY)
 
 fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+bench-ingest: $(READY)
+	@$(BIN)/python -m tests.benchmarks.ingest $(if $(PICTURES),--photographs $(PICTURES))
 
 bench-bounded: $(READY)
 	@$(BIN)/python -m tests.benchmarks.bounded_copies $(PICTURES)

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 
 from pipelines import checkpoints
-from pipelines.attempt import Attempt, SupersededError, claim_for_group
+from pipelines.attempt import Attempt, SupersededError
 from pipelines.ids import IdWriter, forget_after
 from pipelines.order import Schedule
-from pipelines.storage import Place
 from pipelines.stream import Batch
 from pipelines.tally import Tally
 
@@ -33,24 +32,25 @@ class Proof:
     @classmethod
     def begin(
         cls,
-        home: Place,
-        driver: str,
+        attempt: Attempt,
         schedule: Schedule,
         saved: checkpoints.Saved | None,
-        *,
         record_ids: bool,
         device: torch.device,
     ) -> "Proof":
-        """Take the run over for this group, and start to count; every rank calls this.
+        """Start to count where a checkpoint stands, and drop ids beyond it; every rank calls this.
 
-        Raises:
-            SupersededError: On all ranks, if another driver has taken the run over.
+        Args:
+            attempt: This group, which has taken the run over.
+            schedule: The order of the whole run.
+            saved: Where the group starts; None at the beginning.
+            record_ids: Keep which picture was trained on in which step.
+            device: Where the process group adds up.
         """
-        attempt = claim_for_group(home, driver, device)
         step = saved.step if saved else 0
         if dist.get_rank() == 0:
             # The others need not wait here: before anybody writes ids, all settle their counts.
-            forget_after(home, step)
+            forget_after(attempt.home, step)
         tally = Tally(schedule, step, pictures_begun(saved, schedule), device)
         ids = IdWriter(attempt, schedule, dist.get_rank(), step) if record_ids else None
         return cls(attempt, tally, ids)

@@ -19,7 +19,7 @@ from droppos.errors import TrainingError
 from droppos.parallel import precision, unwrap
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
 from pipelines import checkpoints
-from pipelines.attempt import SupersededError
+from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.events import Events
 from pipelines.facts import facts
 from pipelines.holdout import Holdout
@@ -67,9 +67,10 @@ def _train(job: Job) -> None:
     torch.set_num_threads(job.recipe.run.cpus_per_worker)
     recipe, schedule = job.recipe, job.schedule
     state = create_state(recipe, schedule.steps_per_epoch)
+    attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
     saved = checkpoints.newest(job.home)
     restore(state, saved)
-    proof = start_proof(job, state, saved)
+    proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
     job.events.send(
         {
             "kind": "started",
@@ -153,18 +154,6 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
     decays = (state.optim.weight_decay, 0.0)
     for group, decay in zip(state.optimizer.param_groups, decays, strict=True):
         group |= {"weight_decay": decay, "betas": state.optim.betas}
-
-
-def start_proof(job: Job, state: TrainState, saved: checkpoints.Saved | None) -> Proof:
-    """Take the run over for this group of workers, and count its pictures from here on."""
-    return Proof.begin(
-        job.home,
-        job.driver,
-        job.schedule,
-        saved,
-        record_ids=job.recipe.run.record_ids,
-        device=state.device,
-    )
 
 
 def save(job: Job, state: TrainState, proof: Proof) -> None:

@@ -3,6 +3,7 @@ import sys
 import warnings
 import zlib
 from io import BytesIO
+from math import ceil, floor
 from pathlib import Path
 from random import Random
 
@@ -20,6 +21,7 @@ from droppos.pictures import (
     crop_seed,
     random_box,
     random_crop,
+    upright_rgb,
     upright_size,
 )
 
@@ -147,6 +149,49 @@ def test_crops_are_pillows_within_a_quarter_of_a_level(photographs: Path, kind: 
             theirs = decoded.convert("RGB").crop(box).resize((64, 64), Image.Resampling.BICUBIC)
         differences.append(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).mean())
     assert np.mean(differences) < 0.25
+
+
+def _turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return _encode(_ramp(60, 40), "JPEG", quality=100, subsampling=0, exif=exif)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(_encode(_ramp(60, 40).convert("L"), "JPEG"), id="grey JPEG"),
+        pytest.param(_encode(_ramp(60, 40).convert("CMYK"), "JPEG"), id="CMYK JPEG"),
+        pytest.param(_encode(_ramp(60, 40), "JPEG", progressive=True), id="progressive JPEG"),
+        pytest.param(_turned(6), id="JPEG turned by EXIF"),
+        pytest.param(_turned(2), id="JPEG mirrored by EXIF"),
+        pytest.param(_encode(_ramp(60, 40).quantize(32)), id="palette"),
+        pytest.param(_encode(_ramp(60, 40).convert("RGBA")), id="alpha"),
+        pytest.param(
+            _encode(Image.fromarray(np.full((40, 60), 40_000, np.uint16)), "TIFF"), id="16 bits"
+        ),
+        pytest.param(_encode(_ramp(1, 1), "JPEG"), id="1 pixel"),
+        pytest.param(_encode(_ramp(900, 1), "JPEG"), id="1 pixel high"),
+    ],
+)
+def test_a_crop_is_of_the_picture_as_prepare_saw_it(data: bytes) -> None:
+    """Whichever decoder took it: the box is of the upright picture, the pixels are its own."""
+    whole = upright_rgb(data)
+    assert whole.size == upright_size(data)
+    for seed in range(5):
+        crop = random_crop(data, (16, 16), seed=seed)
+        left, top, right, bottom = random_box(*whole.size, (0.2, 1.0), Random(seed))
+        box = (floor(left), floor(top), ceil(right), ceil(bottom))
+        expected = np.asarray(whole.crop(box).resize((16, 16), Image.Resampling.BICUBIC))
+        assert np.abs(crop.pixels.astype(int) - expected).max() <= 3
+
+
+def test_a_jpeg_bomb_is_refused_before_it_is_decoded() -> None:
+    data = _encode(_ramp(16, 16), "JPEG")
+    size = (16).to_bytes(2, "big") * 2
+    bomb = data.replace(size, (60_000).to_bytes(2, "big") * 2, 1)
+    with pytest.raises(DataError, match="will not decode"):
+        random_crop(bomb, (8, 8), seed=0)
 
 
 def test_what_lies_around_a_crop_has_no_influence() -> None:

@@ -348,6 +348,8 @@ def drive(file: str, cluster: str, *resume: str) -> None:
             kill(heard)
 
     pretrain(from_dict(read(file)), resume=bool(resume), on_event=on_event)
+    # Before nodes of this process end, or Ray ends the process with them, and with code 1.
+    ray.shutdown()
 
 
 def start_nodes() -> tuple[str, OnStep]:

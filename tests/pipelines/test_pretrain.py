@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 from droppos.config import Compute, Method, Model, Optim
-from droppos.errors import ConfigError
+from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints
 from pipelines.evaluate import evaluate
 from pipelines.export import export_checkpoint
 from pipelines.prepare import prepare
 from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
+from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from tests.s3_server import S3Server
 
@@ -235,3 +236,53 @@ def test_the_demo_stopped_by_ctrl_c_names_its_checkpoint_and_goes_on(tmp_path: P
     for words in ("placed right", "chance", "backbone", "reassembly.png", "mlflow ui"):
         assert words in done.stderr
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def damaged(bucket: str, s3: S3Server, photographs: Path) -> str:
+    """The photographs in small shards over S3: one gone, one cut off, one with a changed byte."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.env.items():
+            patch.setenv(name, value)
+        prepare(str(photographs), f"{bucket}/damaged", shard_bytes=60_000, group_rows=4)
+        place = open_place(f"{bucket}/damaged")
+        (place / "shard-00001.parquet").delete()
+        cut, changed = place / "shard-00003.parquet", place / "shard-00005.parquet"
+        cut.write_bytes(cut.read_bytes()[:-2000])
+        data = bytearray(changed.read_bytes())
+        data[1000] ^= 255
+        changed.write_bytes(bytes(data))
+    return str(place)
+
+
+def test_damaged_shards_cost_their_pictures_and_are_named(recipe: Recipe, damaged: str) -> None:
+    data = replace(recipe.data, path=damaged, holdout=None, skip_limit=0.6)
+    recipe = replace(named(recipe, "damaged"), data=data)
+    outcome = pretrain(recipe)
+
+    assert outcome.finished
+    shards = load_manifest(open_place(damaged)).shards
+    starts = [sum(shard.rows for shard in shards[:i]) for i in range(len(shards))]
+    gone = {row for i in (1, 3) for row in range(starts[i], starts[i] + shards[i].rows)}
+    group = set(range(starts[5], starts[5] + shards[5].row_groups[0]))
+    listed = (open_place(recipe.home) / "skipped.jsonl").read_bytes().decode().splitlines()
+    problems = {entry["row"]: entry["problem"] for entry in map(json.loads, listed)}
+    assert set(problems) == gone | group  # four epochs of six batches see every picture
+    assert "no such object" in problems[starts[1]]
+    assert "bytes" in problems[starts[3]]
+    assert "checksum" in problems[starts[5]].lower()
+    skipped = history(recipe, outcome, "data/pictures_skipped")
+    assert [value for _, value in skipped] == sorted(value for _, value in skipped)
+    assert skipped[-1][1] == len(problems)
+    assert max(value for _, value in history(recipe, outcome, "data/pictures_replaced")) > 0
+
+
+def test_too_many_skipped_pictures_end_the_run_with_a_checkpoint(
+    recipe: Recipe, damaged: str
+) -> None:
+    data = replace(recipe.data, path=damaged, holdout=None, skip_limit=0.05)
+    recipe = replace(named(recipe, "hopeless", checkpoint_every=1000), data=data)
+    with pytest.raises(DataError, match=r"of 72 pictures could not be had.*skip_limit 0\.05"):
+        pretrain(recipe)
+    saved = checkpoints.newest(open_place(recipe.home))
+    assert saved is not None and 0 < saved.step <= STEPS
