@@ -140,6 +140,17 @@ def make_dataset(
     return dataset
 
 
+def crop_options(recipe: Recipe) -> CropOptions:
+    """Take what a recipe says of crops."""
+    data = recipe.data
+    return CropOptions(
+        size=recipe.model.image_size,
+        scale=data.crop_scale,
+        flip=data.flip,
+        scaled_decoding=data.scaled_decoding,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Remaining:
     """Makes the stream of what is left of a run; Ray Train calls it for each group of workers.
@@ -160,7 +171,7 @@ class Remaining:
         return make_dataset(
             self.schedule,
             open_place(recipe.data.path),
-            CropOptions(recipe.model.image_size, recipe.data.crop_scale, recipe.data.flip),
+            crop_options(recipe),
             worker_batch=recipe.worker_batch,
             start_step=saved.step if saved else 0,
             decode_tasks=self.decode_tasks,

@@ -211,8 +211,9 @@ CONTENDERS = {
 def main() -> None:
     """Run one contender between its two marks."""
     name, folder = sys.argv[1], Path(sys.argv[2])
-    arrived, marked = 0, False
-    for pictures in CONTENDERS[name].arrive(folder):
+    arrived, marked, first = 0, False, 0
+    arrivals = CONTENDERS[name].arrive(folder)  # kept: its processes end with it
+    for pictures in arrivals:
         arrived += pictures
         if not marked and arrived >= WARM_UP:
             marked = True

@@ -13,12 +13,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from droppos.config import Model
 from droppos.errors import DataError, TrainingError
 from droppos.pictures import crop_seed, random_crop
 from pipelines.order import Schedule
+from pipelines.recipe import Data, Recipe
 from pipelines.shards import Manifest, Picture, ShardWriter, read_rows
 from pipelines.storage import Place, open_place
-from pipelines.stream import Batch, batches, block_rows, data_config, make_dataset
+from pipelines.stream import (
+    Batch,
+    batches,
+    block_rows,
+    crop_options,
+    data_config,
+    make_dataset,
+)
 from pipelines.windows import CropOptions
 
 CROP = CropOptions(size=(16, 24), scale=(0.2, 1.0), flip=True)
@@ -226,6 +235,14 @@ def test_a_loop_that_starts_elsewhere_than_its_data_is_told(uneven: Data) -> Non
 def test_a_loop_longer_than_its_data_is_told(uneven: Data) -> None:
     with pytest.raises(TrainingError, match="ended before step 24"):
         consume(uneven, start=23, stop=25)
+
+
+def test_every_field_of_a_recipe_that_tells_of_crops_acts() -> None:
+    data = Data(crop_scale=(0.4, 0.9), flip=False, scaled_decoding=True)
+    recipe = Recipe(model=Model(image_size=(32, 48), patch_size=16), data=data)
+    assert crop_options(recipe) == CropOptions(
+        size=(32, 48), scale=(0.4, 0.9), flip=False, scaled_decoding=True
+    )
 
 
 def test_a_start_beyond_the_end_is_refused(uneven: Data) -> None:
