@@ -15,7 +15,6 @@ chroma subsampling, the more detailed half of all tiles.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -176,7 +175,4 @@ def summary(results: dict[str, list[Result]], difference: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:
-        shutil.rmtree(ROOT / ".bench", ignore_errors=True)
+    main()

@@ -16,8 +16,8 @@ from PIL import Image
 from droppos.config import Model
 from droppos.errors import DataError, TrainingError
 from droppos.pictures import crop_seed, random_crop
+from pipelines import recipe as recipes
 from pipelines.order import Schedule
-from pipelines.recipe import Data, Recipe
 from pipelines.shards import Manifest, Picture, ShardWriter, read_rows
 from pipelines.storage import Place, open_place
 from pipelines.stream import (
@@ -238,8 +238,8 @@ def test_a_loop_longer_than_its_data_is_told(uneven: Data) -> None:
 
 
 def test_every_field_of_a_recipe_that_tells_of_crops_acts() -> None:
-    data = Data(crop_scale=(0.4, 0.9), flip=False, scaled_decoding=True)
-    recipe = Recipe(model=Model(image_size=(32, 48), patch_size=16), data=data)
+    data = recipes.Data(crop_scale=(0.4, 0.9), flip=False, scaled_decoding=True)
+    recipe = recipes.Recipe(model=Model(image_size=(32, 48), patch_size=16), data=data)
     assert crop_options(recipe) == CropOptions(
         size=(32, 48), scale=(0.4, 0.9), flip=False, scaled_decoding=True
     )
