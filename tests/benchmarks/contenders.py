@@ -6,9 +6,8 @@ random resized crops of 224 pixels, 0.2 to 1 of the area, bicubic, half of them 
 """
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing import Pool
@@ -25,10 +24,13 @@ SCALE = (0.2, 1.0)
 BATCH = 256
 PROCESSES = 2
 """That decode, of every contender."""
+STORE = 1000 * 2**20
+"""Bytes of Ray's object store: for two windows of 1024 crops, and what lies ahead of training."""
 WARM_UP = 2048
 """Pictures before the first mark."""
 MEASURED = 8192
-"""Pictures between the marks."""
+"""Pictures between the marks: whole rounds of two windows of 1024, since two tasks that started
+together also end together, and their pictures come in bursts."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -40,6 +42,8 @@ class Contender:
     """What it is, for the table."""
     arrive: Callable[[Path], Iterator[int]]
     """Yields the size of each batch, as it is in the training process's memory."""
+    measured: int = MEASURED
+    """Pictures between its marks; fewer where they take long."""
 
 
 def prepare(folder: Path, s3: S3Server) -> None:
@@ -72,7 +76,7 @@ def floor(folder: Path) -> Iterator[int]:
     In as many processes as all others decode in, for cores that share memory slow each other.
     """
     files = sorted((folder / "tiles").rglob("*.jpg"))
-    with Pool(PROCESSES, signal.signal, (signal.SIGPIPE, signal.SIG_DFL)) as pool:  # end with us
+    with Pool(PROCESSES) as pool:
         starts = ((files, start) for start in count(0, BATCH))
         yield from pool.imap_unordered(_crop_batch, islice(starts, 1000))
 
@@ -167,7 +171,7 @@ def _stream(uri: str) -> Iterator:
         manifest=load_manifest(data),
         seed=0,
         global_batch=BATCH,
-        window=int(os.environ.get("WINDOW", "1024")),
+        window=1024,
         epochs=1000,
     )
     crop = CropOptions((SIDE, SIDE), SCALE, flip=True)
@@ -201,7 +205,7 @@ def _start_ray() -> None:
     ray.init(
         address="local",
         num_cpus=PROCESSES,
-        object_store_memory=int(os.environ.get("STORE_MB", "600")) * 2**20,
+        object_store_memory=STORE,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -214,8 +218,8 @@ def _start_ray() -> None:
 
 CONTENDERS = {
     "floor": Contender("decode and crop in a loop, nothing else", floor),
-    "torchvision": Contender("DataLoader(ImageFolder), float32", torchvision),
-    "read_images": Contender("Ray's read_images + map, float32", read_images),
+    "torchvision": Contender("DataLoader(ImageFolder), float32", torchvision, 4096),
+    "read_images": Contender("Ray's read_images + map, float32", read_images, 2048),
     "ours": Contender("our stream from a folder, uint8", ours),
     "s3": Contender("our stream from S3, uint8", s3),
     "prepared": Contender("our stream of copies with short side 320", prepared),
@@ -228,17 +232,20 @@ def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
     arrived, marked, first = 0, False, 0
     arrivals = CONTENDERS[name].arrive(folder)  # kept: its processes end with it
+    measured = CONTENDERS[name].measured
     for pictures in arrivals:
         arrived += pictures
         if not marked and arrived >= WARM_UP:
             marked = True
             first = arrived
             print(f"MARK {arrived}", flush=True)
-        if marked and arrived >= first + MEASURED:
+        if marked and arrived >= first + measured:
             print(f"MARK {arrived}", flush=True)
             break
     sys.stdin.read()  # until the other side has added up what all processes used
-    os._exit(0)  # Ray's and DataLoader's processes end with this one
+    if isinstance(arrivals, Generator):
+        arrivals.close()  # ends processes that would hold on to our standard output
+    os._exit(0)  # Ray's end with this one
 
 
 if __name__ == "__main__":
