@@ -53,20 +53,22 @@ def normalise(
         images: RGB.
         mirrored: Which of them to mirror, left to right; none when not given.
     """
+    # Planes first: with three channels innermost, the same arithmetic takes twice as long on a CPU.
+    planes = images.permute(0, 3, 1, 2).contiguous()
     if mirrored is not None:
-        images = _mirror(images, mirrored)
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device) * 255
-    std = torch.tensor(IMAGENET_STD, device=images.device) * 255
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+        planes = _mirror(planes, mirrored)
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255
+    return planes.float().sub_(mean).div_(std)
 
 
 def _mirror(
-    images: UInt8[Tensor, "B rows columns 3"], mirrored: Bool[Tensor, "B"]
-) -> UInt8[Tensor, "B rows columns 3"]:
+    planes: UInt8[Tensor, "B 3 rows columns"], mirrored: Bool[Tensor, "B"]
+) -> UInt8[Tensor, "B 3 rows columns"]:
     # A gather and no mask: on a GPU, indexing by a mask would wait for the device.
-    straight = torch.arange(images.shape[2], device=images.device)
+    straight = torch.arange(planes.shape[3], device=planes.device)
     columns = torch.where(mirrored[:, None], straight.flip(0), straight)
-    return images.gather(2, columns[:, None, :, None].expand_as(images))
+    return planes.gather(3, columns[:, None, None, :].expand_as(planes))
 
 
 def sincos_positions(grid: Grid, width: int) -> Float[Tensor, "1 T width"]:
