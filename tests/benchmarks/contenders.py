@@ -217,14 +217,15 @@ def _start_ray() -> None:
 
 
 CONTENDERS = {
-    "floor": Contender("decode and crop in a loop, nothing else", floor),
-    "torchvision": Contender("DataLoader(ImageFolder), float32", torchvision, 4096),
     "read_images": Contender("Ray's read_images + map, float32", read_images, 2048),
+    "torchvision": Contender("DataLoader(ImageFolder), float32", torchvision, 4096),
     "ours": Contender("our stream from a folder, uint8", ours),
+    "floor": Contender("decode and crop in a loop, nothing else", floor),
     "s3": Contender("our stream from S3, uint8", s3),
     "prepared": Contender("our stream of copies with short side 320", prepared),
     "float32": Contender("our stream from a folder, float32 and normalised", float32),
 }
+"""In the order of a round: what is compared runs one after the other, as the machine is then."""
 
 
 def main() -> None:
