@@ -79,6 +79,9 @@ def decode_rows(data: bytes, frame: Frame, bottom: int, factor: int = 1) -> NDAr
     Returns:
         RGB of shape (rows, columns, 3), at ``1 / factor`` of the size, rounded up.
 
+    Damage inside the coded rows is not noticed, only an end that is missing: a data set's shards
+    have checksums for that, and `prepare` has seen every picture whole.
+
     Raises:
         ValueError: If libjpeg-turbo can't decode it.
     """

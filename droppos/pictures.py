@@ -116,18 +116,18 @@ def random_crop(
     """
     random = Random(seed)
     frame = read_frame(image_bytes)
-    if frame is not None and frame.width * frame.height <= MAX_PIXELS:
+    if frame is None or frame.width * frame.height > MAX_PIXELS:
+        image = _decode(image_bytes)
+        box = random_box(image.width, image.height, scale, random)
+        pixels = np.asarray(image)
+    else:
         box = random_box(frame.width, frame.height, scale, random)
         factor = _factor(box, size) if scaled_decoding else 1
         try:
             pixels = decode_rows(image_bytes, frame, ceil(box.bottom), factor)
-        except ValueError as error:
-            raise DataError(f"cannot decode a picture: {error}") from error
-        box = Box(*(edge / factor for edge in box))
-    else:
-        image = _decode(image_bytes)
-        box = random_box(image.width, image.height, scale, random)
-        pixels = np.asarray(image)
+            box = Box(*(edge / factor for edge in box))
+        except ValueError:  # rare kinds that Pillow may know; or it says what is wrong
+            pixels = np.asarray(_decode(image_bytes))
     return Crop(_resized_crop(pixels, box, size), flip and random.random() < 0.5)
 
 

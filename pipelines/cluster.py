@@ -102,17 +102,24 @@ def _store_bytes(recipe: Recipe, tasks: int, at_once: int) -> int:
     return max(OBJECT_STORE_BYTES, int(min(wanted, MEMORY_SHARE * virtual_memory().total)))
 
 
-def buffer_mb_of(recipe: Recipe, at_once: int = 1) -> float:
-    """Find the MB of decoded pictures that one of several such runs may hold in the cluster."""
+def buffer_mb_of(recipe: Recipe, at_once: int = 1) -> float | None:
+    """Find the MB of decoded pictures that one of several such runs may hold in the cluster.
+
+    Nodes that an autoscaler will add are taken to bring as much memory for each CPU as those that
+    stand; None while there is none to go by, only a head that offers no CPU.
+    """
     if recipe.data.buffer_mb is not None:
-        return recipe.data.buffer_mb
-    return SHARE * ray.cluster_resources().get("object_store_memory", 0) / at_once / 1e6
+        return recipe.data.buffer_mb / at_once
+    now = ray.cluster_resources()
+    if not (cpus := now.get("CPU", 0)):
+        return None
+    grown = max(1.0, _most_cpus() / cpus)
+    return SHARE * now.get("object_store_memory", 0) * grown / at_once / 1e6
 
 
 def decode_tasks_of(recipe: Recipe, share: Share) -> int:
     """Count the windows that are decoded at once in the cluster this process has joined."""
-    cpus = ray.cluster_resources().get("CPU", 0)
-    return decode_tasks(recipe, share.decoding, buffer_mb_of(recipe), cpus)
+    return decode_tasks(recipe, share.decoding, buffer_mb_of(recipe))
 
 
 def _most_cpus() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from droppos.errors import ConfigError
 from pipelines.checkpoints import Saved
-from pipelines.order import Schedule
+from pipelines.order import VERSION, Schedule
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten
 from pipelines.shards import Manifest
@@ -33,7 +33,12 @@ FREE = {"optim.accumulate"}
 
 def facts(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     """Tell what a checkpoint depends on: a resumed run must agree, and export reads the model."""
-    return {"recipe": asdict(recipe), "manifest": manifest.digest, "data": data_facts(manifest)}
+    return {
+        "recipe": asdict(recipe),
+        "manifest": manifest.digest,
+        "data": data_facts(manifest),
+        "order": VERSION,
+    }
 
 
 def data_facts(manifest: Manifest) -> dict[str, Any]:
@@ -79,6 +84,14 @@ def check_resume(
     if saved.record["manifest"] != schedule.manifest.digest:
         then, now = saved.record.get("data"), data_facts(schedule.manifest)
         changed.append(f"data set {recipe.data.path}: {'; '.join(data_changes(then, now))}")
+    if (version := saved.record.get("order", 1)) != VERSION:
+        logger.warning(
+            "the checkpoint was made with version %s of the order and crops of pictures, this "
+            "droppos has version %s: what is left of its epoch is not exactly what it would have "
+            "been",
+            version,
+            VERSION,
+        )
     if changed and not allow_changes:
         raise ConfigError(
             f"run {recipe.home} was made with other settings; "

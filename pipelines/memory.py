@@ -51,18 +51,17 @@ class Footprint:
         return max(1, min(most, int((budget - self.ahead) // self.window)))
 
 
-def decode_tasks(recipe: Recipe, decode_cpus: int, buffer_mb: float, cpus: float) -> int:
+def decode_tasks(recipe: Recipe, decode_cpus: int, buffer_mb: float | None) -> int:
     """Choose how many windows are decoded at once.
 
     Args:
         recipe: The run.
         decode_cpus: CPUs it has for decoding, those of nodes that an autoscaler may add included.
-        buffer_mb: MB it may hold decoded in the cluster as it is now.
-        cpus: CPUs there are now. Unless the recipe says data.buffer_mb, nodes to come are taken
-            to bring as much memory for each of theirs.
+        buffer_mb: MB it may hold decoded; None while nobody knows, since no node that decodes is
+            there yet. Ray's own limit still holds then.
     """
-    if recipe.data.buffer_mb is None and cpus:
-        buffer_mb *= max(1.0, decode_cpus / cpus)
+    if buffer_mb is None:
+        return decode_cpus
     footprint = Footprint.of(recipe)
     tasks = footprint.tasks(buffer_mb * 1e6, decode_cpus)
     if tasks < decode_cpus:

@@ -27,6 +27,10 @@ from jaxtyping import Int64
 from droppos.errors import ConfigError
 from pipelines.shards import Group, Manifest, Shard
 
+VERSION = 2
+"""Goes up when the same manifest, seed and settings give another order or other crops. 1 rounded
+windows below a global batch up to it, and resized with Pillow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -172,7 +176,9 @@ def window_rows(window: int, global_batch: int) -> int:
     """
     if window >= global_batch:
         return ceil(window / global_batch) * global_batch
-    divisors = (rows for rows in range(1, global_batch + 1) if global_batch % rows == 0)
+    # A divisor far below what was asked, 1 of a prime say, would be no window at all.
+    least = ceil(window / 4)
+    divisors = (rows for rows in range(least, global_batch + 1) if global_batch % rows == 0)
     return min(divisors, key=lambda rows: (abs(log(rows / window)), -rows))
 
 

@@ -112,7 +112,12 @@ def pretrain(
     with Ledger.open(
         recipe, schedule.manifest.digest, resume=saved is not None, parent_run=parent_run
     ) as ledger:
-        skipped = Skipped(home, schedule.manifest.rows, recipe.data.skip_limit)
+        skipped = Skipped(
+            home,
+            schedule.manifest.rows,
+            recipe.data.skip_limit,
+            resumed=saved is not None and saved.record["manifest"] == schedule.manifest.digest,
+        )
         heard = Heard(ledger, skipped, on_event)
         heard.event({"kind": "plan", "step": saved.step if saved else 0, "steps": schedule.steps})
         if saved is None or saved.step < schedule.steps:
@@ -274,7 +279,8 @@ class Heard:
         """Take all that has arrived."""
         for event in events.drain():
             self.event(event)
-        self._skipped.write()
+        if self._skipped.write():
+            self._ledger.text(FILE, self._skipped.text())
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event."""
@@ -294,7 +300,6 @@ class Heard:
     def _skip(self, event: Mapping[str, Any]) -> None:
         if self._skipped.add(event["step"], event["problems"]):
             self._ledger.log(event["step"], {"data/pictures_skipped": len(self._skipped)})
-            self._ledger.text(FILE, self._skipped.text())
 
 
 @contextmanager

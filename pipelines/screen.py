@@ -98,7 +98,8 @@ class Screen:
             parts.append(f"right {accuracy:.1%} (chance {self._recipe.counts.chance:.1%})")
         if "holdout/position/accuracy" in values:
             parts.append(f"held out {values['holdout/position/accuracy']:.1%}")
-        parts.append(f"waiting for data {values.get('data/wait_fraction', 0):.0%}")
+        if "data/wait_fraction" in values:
+            parts.append(f"waiting for data {values['data/wait_fraction']:.0%}")
         if self._skipped:
             parts.append(f"{len(self._skipped):,} pictures skipped")
         return " · ".join(parts)

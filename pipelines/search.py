@@ -162,7 +162,7 @@ def begin(home: Place, recipe: Recipe, schedule: Schedule, *, resume: bool) -> N
     record.write_bytes(json.dumps(ours, indent=1).encode())
 
 
-def _shared(recipe: Recipe, share: Share, buffer_mb: float) -> Recipe:
+def _shared(recipe: Recipe, share: Share, buffer_mb: float | None) -> Recipe:
     """Give a trial its part of the CPUs that decode and of the memory that holds pictures."""
     data = replace(recipe.data, decode_cpus=share.decoding, buffer_mb=buffer_mb)
     return replace(recipe, data=data)

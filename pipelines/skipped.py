@@ -21,24 +21,32 @@ _log = logging.getLogger(__name__)
 
 
 class Skipped:
-    """The distinct pictures a run had to skip, those before it was resumed included."""
+    """The distinct pictures a run had to skip.
 
-    def __init__(self, home: Place, pictures: int, limit: float) -> None:
+    Those that it met before it was resumed stay listed, but only count when they are met again:
+    whoever resumes may have restored them.
+    """
+
+    def __init__(self, home: Place, pictures: int, limit: float, *, resumed: bool) -> None:
         """Read what an earlier part of the run left.
 
         Args:
             home: Folder of the run.
             pictures: Pictures of the data set.
             limit: Fraction of them that may be skipped.
+            resumed: Whether that part trained on this very data set; else its list is dropped.
         """
         self._file = home / FILE
         self._pictures = pictures
         self._limit = limit
         self._problems: dict[int, str] = {}
+        self._before: dict[int, str] = {}
         self._unwritten = False
-        if self._file.exists():
+        if resumed and self._file.exists():
             lines = self._file.read_bytes().splitlines()
-            self._problems = {entry["row"]: entry["problem"] for entry in map(json.loads, lines)}
+            self._before = {entry["row"]: entry["problem"] for entry in map(json.loads, lines)}
+        elif not resumed:
+            self._file.delete()
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -59,19 +67,25 @@ class Skipped:
         self._unwritten = self._unwritten or bool(new)
         return len(new)
 
-    def write(self) -> None:
-        """Bring the list in the run's folder up to date; storage that refuses is a warning."""
+    def write(self) -> bool:
+        """Bring the list in the run's folder up to date; storage that refuses is a warning.
+
+        Returns:
+            Whether there was anything new to write.
+        """
         if not self._unwritten:
-            return
+            return False
         try:
             self._file.write_bytes(self.text().encode())
             self._unwritten = False
         except DataError as error:
             _log.warning("the list of skipped pictures is not written now: %s", error)
+        return True
 
     def text(self) -> str:
         """Write a line of JSON for each picture, in the order of their rows."""
-        entries = [{"row": row, "problem": self._problems[row]} for row in sorted(self._problems)]
+        every = self._before | self._problems
+        entries = [{"row": row, "problem": every[row]} for row in sorted(every)]
         return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
     @property

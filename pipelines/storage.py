@@ -335,8 +335,9 @@ def _explanation(place: Place, verb: str, error: OSError) -> DataError:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return DataError(f"{start}part of its path is a file, not a folder; choose another place")
     if not place.is_s3:
-        return DataError(
-            f"{start}{error.strerror or text}; check its permissions and the space left"
+        return StorageError(
+            f"{start}{error.strerror or text}; check the disk or mount, its permissions and the "
+            "space left"
         )
     endpoint = s3.Endpoint.from_environment()
     if "NO_SUCH_BUCKET" in text or "NoSuchBucket" in text:
@@ -356,7 +357,8 @@ def _explanation(place: Place, verb: str, error: OSError) -> DataError:
         )
     if any(sign in text for sign in _DENIED):
         return StorageError(start + _denied(text))
-    return DataError(f"{start}{text}")
+    # Not known to be about the data: an expired token, say, answers 400 without a word.
+    return StorageError(f"{start}{text}")
 
 
 def _missing(place: Place, verb: str) -> str:

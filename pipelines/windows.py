@@ -217,7 +217,7 @@ class _WindowReader:
             self._groups[member] = self._read(member)
         found = self._groups[member]
         if isinstance(found, DataError):
-            raise found
+            raise DataError(str(found))  # anew: a traceback would grow, and keep the window
         return found
 
     def _read(self, member: int) -> _Group | DataError:

@@ -122,7 +122,7 @@ def tell_skipped(job: Job, group: list[Batch]) -> None:
     """Tell the driver of pictures that another stood in for; there are none on most steps."""
     for batch in group:
         if batch.problems:
-            event = {"kind": "skipped", "step": batch.step, "problems": batch.problems}
+            event = {"kind": "skipped", "step": batch.step + 1, "problems": batch.problems}
             job.events.send(event)
 
 

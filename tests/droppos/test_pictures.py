@@ -171,6 +171,8 @@ def _turned(orientation: int) -> bytes:
             _encode(Image.fromarray(np.full((40, 60), 40_000, np.uint16)), "TIFF"), id="16 bits"
         ),
         pytest.param(_encode(_ramp(1, 1), "JPEG"), id="1 pixel"),
+        # Another major version of JFIF than 1, which libjpeg-turbo only warns of.
+        pytest.param(_encode(_ramp(60, 40), "JPEG").replace(b"JFIF\0\1", b"JFIF\0\x53"), id="JFIF"),
         pytest.param(_encode(_ramp(900, 1), "JPEG"), id="1 pixel high"),
     ],
 )

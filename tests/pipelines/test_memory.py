@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppos.config import Model, Optim
+from pipelines import cluster
 from pipelines.memory import SHARE, Footprint, decode_tasks
 from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run
@@ -48,7 +49,7 @@ def test_what_is_started_fits_or_is_one(
     window: int, batch: int, cpus: int, buffer_mb: float
 ) -> None:
     recipe = a_recipe(window=window, batch=batch)
-    tasks = decode_tasks(recipe, cpus, buffer_mb, cpus)
+    tasks = decode_tasks(recipe, cpus, buffer_mb)
     footprint = Footprint.of(recipe)
     assert 1 <= tasks <= cpus
     assert tasks == 1 or footprint.total(tasks) <= buffer_mb * 1e6
@@ -56,16 +57,26 @@ def test_what_is_started_fits_or_is_one(
 
 
 def test_fewer_tasks_than_cpus_is_said_with_the_way_out(caplog: pytest.LogCaptureFixture) -> None:
-    assert decode_tasks(a_recipe(), 16, 16 * GB, 16) == 16
+    assert decode_tasks(a_recipe(), 16, 16 * GB) == 16
     assert not caplog.records
-    assert decode_tasks(a_recipe(), 16, 2 * GB, 16) == 8
+    assert decode_tasks(a_recipe(), 16, 2 * GB) == 8
     assert "only 8 of 16 decode CPUs are used" in caplog.text
     assert "lower data.window (1024), raise data.buffer_mb" in caplog.text
 
 
-def test_nodes_to_come_bring_memory_unless_the_recipe_bounds_it() -> None:
-    assert decode_tasks(a_recipe(), 64, 2 * GB, 8) == 64
-    assert decode_tasks(a_recipe(buffer_mb=2 * GB), 64, 2 * GB, 8) == 8
+def test_nodes_to_come_bring_memory_unless_the_recipe_bounds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on cluster.yaml, whose head offers no CPU and whose other nodes come when asked for."""
+    standing = {"CPU": 8.0, "object_store_memory": 4e9}
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: standing)
+    monkeypatch.setattr(cluster, "_most_cpus", lambda: 64)
+    assert cluster.buffer_mb_of(a_recipe()) == 8 * 2 * GB
+    assert cluster.buffer_mb_of(a_recipe(), at_once=4) == 4 * GB
+    assert cluster.buffer_mb_of(a_recipe(buffer_mb=500.0), at_once=4) == 125
+    standing = {"object_store_memory": 4e9}
+    assert cluster.buffer_mb_of(a_recipe()) is None
+    assert cluster.decode_tasks_of(a_recipe(), cluster.Share(training=4, decoding=60)) == 60
 
 
 def test_ray_data_would_not_take_more_of_the_stores_than_we_plan_with() -> None:
@@ -97,7 +108,7 @@ def test_training_slower_than_reading_spills_nothing(tmp_path: Path, photographs
         a_recipe(window=256, batch=slow_consumer.BATCH, workers=1),
         model=Model(image_size=(slow_consumer.SIDE, slow_consumer.SIDE)),
     )
-    tasks = decode_tasks(recipe, slow_consumer.CPUS, SHARE * store / 1e6, slow_consumer.CPUS)
+    tasks = decode_tasks(recipe, slow_consumer.CPUS, SHARE * store / 1e6)
     assert tasks == 3
     held = slow_run(tmp_path / "data", 256, tasks)
     assert held["spilled"] == 0

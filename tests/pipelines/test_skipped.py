@@ -18,7 +18,7 @@ def home(tmp_path: Path) -> Place:
 def test_each_picture_counts_once_and_is_named_once(
     home: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    skipped = Skipped(home, 1000, 0.5)
+    skipped = Skipped(home, 1000, 0.5, resumed=True)
     assert skipped.add(3, {7: "cat.jpg: cut off", 9: "dog.jpg: gone"}) == 2
     assert skipped.add(40, {7: "cat.jpg: cut off"}) == 0
     assert len(skipped) == 2
@@ -30,27 +30,44 @@ def test_a_vanished_shard_does_not_flood_the_log(
     home: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    skipped = Skipped(home, 10_000, 0.5)
+    skipped = Skipped(home, 10_000, 0.5, resumed=True)
     skipped.add(1, {row: f"shard gone, {row}" for row in range(600)})
     assert len(caplog.records) == NAMED + 1
     assert FILE in caplog.messages[-1]
 
 
 def test_what_was_skipped_outlives_the_driver(home: Place) -> None:
-    first = Skipped(home, 100, 0.02)
+    first = Skipped(home, 100, 0.02, resumed=True)
     first.add(1, {5: "a.jpg: gone"})
     first.write()
     lines = (home / FILE).read_bytes().decode().splitlines()
     assert [json.loads(line) for line in lines] == [{"row": 5, "problem": "a.jpg: gone"}]
-    second = Skipped(home, 100, 0.02)
-    assert second.add(9, {5: "a.jpg: gone", 6: "b.jpg: gone"}) == 1
-    assert second.too_many is None
-    second.add(10, {8: "c.jpg: cut off"})
-    assert second.too_many is not None
+    second = Skipped(home, 100, 0.02, resumed=True)
+    assert len(second) == 0  # it may have been restored
+    assert second.add(9, {6: "b.jpg: gone"}) == 1
+    assert second.write()
+    lines = (home / FILE).read_bytes().decode().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [5, 6]
+
+
+def test_restored_pictures_do_not_end_the_run_again(home: Place) -> None:
+    first = Skipped(home, 100, 0.01, resumed=False)
+    first.add(1, {4: "x.jpg: gone", 5: "y.jpg: gone"})
+    first.write()
+    assert first.too_many is not None
+    assert Skipped(home, 100, 0.01, resumed=True).too_many is None
+
+
+def test_rows_of_another_data_set_are_not_listed(home: Place) -> None:
+    first = Skipped(home, 100, 0.5, resumed=False)
+    first.add(1, {4: "x.jpg: gone"})
+    first.write()
+    assert Skipped(home, 80, 0.5, resumed=False).text() == ""
+    assert not (home / FILE).exists()
 
 
 def test_nothing_is_written_when_nothing_was_skipped(home: Place) -> None:
-    Skipped(home, 100, 0.0).write()
+    Skipped(home, 100, 0.0, resumed=True).write()
     assert not (home / FILE).exists()
 
 
@@ -58,14 +75,14 @@ def test_nothing_is_written_when_nothing_was_skipped(home: Place) -> None:
 def test_the_limit_is_a_fraction_of_the_data_set(
     home: Place, limit: float, count: int, ends: bool
 ) -> None:
-    skipped = Skipped(home, 100, limit)
+    skipped = Skipped(home, 100, limit, resumed=True)
     assert skipped.too_many is None
     skipped.add(1, {row: f"{row}.jpg: gone" for row in range(count)})
     assert (skipped.too_many is not None) == ends
 
 
 def test_the_end_names_the_number_the_limit_the_picture_and_the_way_out(home: Place) -> None:
-    skipped = Skipped(home, 100, 0.01)
+    skipped = Skipped(home, 100, 0.01, resumed=True)
     skipped.add(1, {4: "x.jpg: gone", 5: "y.jpg: cut off"})
     message = str(skipped.too_many)
     for words in ("2 of 100", "data.skip_limit 0.01", "y.jpg: cut off", FILE, "--resume"):

@@ -104,9 +104,10 @@ def consume(
     stop: int | None = None,
     decode_cpus: int = 2,
     windows_per_execution: int = 2000,
+    window: int = 40,
 ) -> dict[tuple[int, int], Seen]:
     """Read as Ray Train has its workers read, a thread for each; key what is seen by step, slot."""
-    schedule = schedule_of(data)
+    schedule = schedule_of(data, window=window)
     worker_batch = schedule.global_batch // (workers * accumulate)
     dataset = make_dataset(
         schedule,
@@ -147,9 +148,9 @@ def consume(
     return seen
 
 
-def expected(data: Data) -> dict[tuple[int, int], Seen]:
+def expected(data: Data, window: int = 40) -> dict[tuple[int, int], Seen]:
     """What must arrive, computed in this process without Ray."""
-    schedule = schedule_of(data)
+    schedule = schedule_of(data, window=window)
     pictures = list(read_rows(data.place, data.manifest))
     seen: dict[tuple[int, int], Seen] = {}
     for epoch in range(schedule.epochs):
@@ -173,13 +174,17 @@ def after(seen: dict[tuple[int, int], Seen], step: int) -> dict[tuple[int, int],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "accumulate", "decode_cpus"), [(1, 1, 2), (4, 1, 1), (2, 2, 2)]
+    ("workers", "accumulate", "decode_cpus", "window"),
+    [(1, 1, 2, 40), (4, 1, 1, 8), (2, 2, 2, 40), (2, 1, 2, 4)],
 )
 def test_global_batches_are_those_of_the_schedule_whoever_reads(
-    uneven: Data, workers: int, accumulate: int, decode_cpus: int
+    uneven: Data, workers: int, accumulate: int, decode_cpus: int, window: int
 ) -> None:
-    seen = consume(uneven, workers=workers, accumulate=accumulate, decode_tasks=decode_cpus)
-    assert seen == expected(uneven)
+    """Windows of whole global batches, and of a half and a quarter of one."""
+    seen = consume(
+        uneven, workers=workers, accumulate=accumulate, decode_cpus=decode_cpus, window=window
+    )
+    assert seen == expected(uneven, window)
     for epoch in range(2):
         rows = {each.row for (step, _), each in seen.items() if step // 12 == epoch}
         assert len(rows) == uneven.manifest.rows - uneven.manifest.rows % GLOBAL_BATCH
