@@ -85,21 +85,27 @@ def _start_private(recipe: Recipe, at_once: int) -> None:
     training = recipe.run.workers * recipe.run.cpus_per_worker
     cores = os.cpu_count() or 1
     decoding = recipe.data.decode_cpus or max(1, cores // at_once - training)
+    start_private(at_once * (training + decoding), at_once * Footprint.of(recipe).total(decoding))
+
+
+def start_private(cpus: int, held: int) -> None:
+    """Start a private cluster on this machine.
+
+    Args:
+        cpus: Logical CPUs.
+        held: Bytes of decoded pictures at once; the object store has room for them, as far as
+            this machine's memory goes.
+    """
+    # Ray keeps a little of the store to itself, so a few percent more than by the formula.
+    wanted = min(1.05 * held / SHARE, MEMORY_SHARE * virtual_memory().total)
     ray.init(
         address="local",  # or it would join whatever cluster was last started on this machine
-        num_cpus=at_once * (training + decoding),
-        object_store_memory=_store_bytes(recipe, decoding, at_once),
+        num_cpus=cpus,
+        object_store_memory=max(OBJECT_STORE_BYTES, int(wanted)),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-
-
-def _store_bytes(recipe: Recipe, tasks: int, at_once: int) -> int:
-    """Size a private object store: for all decode tasks, within this machine's memory."""
-    # Ray keeps a little of it to itself, so a few percent more than by the formula.
-    wanted = 1.05 * at_once * Footprint.of(recipe).total(tasks) / SHARE
-    return max(OBJECT_STORE_BYTES, int(min(wanted, MEMORY_SHARE * virtual_memory().total)))
 
 
 def buffer_mb_of(recipe: Recipe, at_once: int = 1) -> float | None:

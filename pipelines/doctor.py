@@ -16,15 +16,14 @@ from statistics import fmean
 from typing import Any
 
 import ray
-from psutil import virtual_memory
 from ray.exceptions import RayError, RayTaskError
 
 from droppos.draw.ingest import draw_ingest
 from droppos.errors import ConfigError, DataError, DropposError
-from pipelines.cluster import MEMORY_SHARE, OBJECT_STORE_BYTES
+from pipelines.cluster import start_private
 from pipelines.diagnosis import Diagnosis, bars, diagnose
 from pipelines.gauges import look_and_decode, read_and_crop
-from pipelines.memory import AHEAD, SHARE, Footprint
+from pipelines.memory import AHEAD, Footprint
 from pipelines.readings import Cropping, Reading, Readings, Site
 from pipelines.recipe import Data
 from pipelines.shards import Manifest, load_manifest
@@ -223,22 +222,10 @@ def _join(address: str) -> None:
 
 
 def _start_private(question: Question) -> None:
+    """Start one with an object store such as a run would have."""
     cpus = question.decode_cpus or os.cpu_count() or 1
-    ray.init(
-        address="local",  # or it would join whatever cluster was last started on this machine
-        num_cpus=cpus,
-        object_store_memory=_store_bytes(question, cpus),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-
-
-def _store_bytes(question: Question, tasks: int) -> int:
-    """Size a private object store as a run would (:mod:`pipelines.cluster`)."""
     crop = 3 * prod(question.image_size)
-    wanted = 1.05 * Footprint(Data().window * crop, AHEAD * BATCH * crop).total(tasks) / SHARE
-    return max(OBJECT_STORE_BYTES, int(min(wanted, MEMORY_SHARE * virtual_memory().total)))
+    start_private(cpus, Footprint(Data().window * crop, AHEAD * BATCH * crop).total(cpus))
 
 
 def _site(place: Place, question: Question, private: bool) -> Site:
