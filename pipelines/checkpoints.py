@@ -10,8 +10,10 @@ Layout below a run's home::
                                  facts, and size and sha256 of every file above
 
 Without its complete.json, or with a file of another size than that names, a checkpoint does
-not count: it is never loaded, and goes with the next save. :mod:`pipelines.parts` has the
-files, and why they are not torch's own.
+not count: it is never loaded, and goes with the next save. One whose content turns out to be
+another than its hashes say is marked with damaged.json, and counts no more either.
+:mod:`pipelines.parts` has the files, and why they are not torch's own; :mod:`pipelines.saver`
+writes them in the background.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +40,8 @@ from pipelines.storage import Place, open_place
 
 FOLDER = "checkpoints"
 COMPLETE = "complete.json"
+DAMAGED = "damaged.json"
+"""What complete.json is renamed to when a file is not what was written."""
 FORMAT = "droppos-checkpoint/1"
 
 _log = logging.getLogger(__name__)
@@ -71,18 +75,53 @@ class Saved:
         return sum(file.bytes for file in self.files.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which checkpoints stay when a newer one counts."""
+
+    newest: int
+    """So many of the newest."""
+    every: int | None = None
+    """Each whose step is a multiple of this."""
+    best: str | None = None
+    """The one with the best of this metric, which `save` was told in facts["metrics"]."""
+    smallest: bool = False
+    """Whether the smallest is the best."""
+
+    def kept(self, known: Sequence[Saved]) -> set[int]:
+        """Choose the steps that stay.
+
+        Args:
+            known: All checkpoints that count, newest first.
+        """
+        kept = {saved.step for saved in known[: self.newest]}
+        if self.every is not None:
+            kept |= {saved.step for saved in known if saved.step % self.every == 0}
+        if self.best is not None:
+            sign = -1 if self.smallest else 1
+            scores = [
+                (sign * saved.record["metrics"][self.best], saved.step)
+                for saved in known
+                if self.best in saved.record.get("metrics", {})
+            ]
+            kept |= {max(scores)[1]} if scores else set()
+        return kept
+
+
 def save(
     home: Place,
     step: int,
     state: dict[str, Any],
     facts: Mapping[str, Any],
-    keep: int,
+    retention: Retention,
     may_write: Callable[[], None] = lambda: None,
+    beside: Callable[[], None] = lambda: None,
+    group: dist.ProcessGroup | None = None,
 ) -> Saved:
-    """Write a checkpoint; every rank of the default process group calls this, or one process.
+    """Write a checkpoint; every rank of a process group calls this, or one process.
 
-    A checkpoint of the same step is replaced. Afterwards older ones beyond `keep` are deleted,
-    and what interrupted saves left.
+    A checkpoint of the same step is replaced. Afterwards older ones are deleted as `retention`
+    has it, and what interrupted saves left.
 
     Args:
         home: Folder of the run.
@@ -90,10 +129,12 @@ def save(
         state: Nested dicts of tensors (sharded ones too), numbers, strings, booleans, None,
             lists and tuples, as torch.distributed.checkpoint.state_dict makes them.
         facts: What complete.json tells besides, as JSON: `cursor` (epoch, batch, step, pictures),
-            digests of recipe and manifest, seed, global batch.
-        keep: Newest checkpoints to keep, this one included.
+            digests of recipe and manifest, seed, global batch, `metrics` of the held-out pictures.
+        retention: Which older ones stay.
         may_write: Called on rank 0 before the first file and before the last; what it raises is
             raised on all ranks, and the checkpoint does not count.
+        beside: Called on each rank when it is about to write its part, likewise.
+        group: The ranks; those of the default group when not given.
 
     Raises:
         DataError: If storage refuses.
@@ -127,10 +168,13 @@ def save(
 
     with _one_error(f"checkpoint {place} cannot be written"):
         metadata = state_dict_saver.save(
-            state, storage_writer=PartWriter(place, may_write, finished), planner=PartSavePlanner()
+            state,
+            storage_writer=PartWriter(place, may_write, beside, finished),
+            planner=PartSavePlanner(),
+            process_group=group,
         )
     if not dist.is_initialized() or dist.get_rank() == 0:
-        prune(home, keep)
+        prune(home, retention)
     return _parse(place, metadata.storage_data)
 
 
@@ -147,7 +191,8 @@ def load(saved: Saved, state: dict[str, Any]) -> None:
 
     Raises:
         DataError: If storage refuses.
-        TrainingError: If a file is not what was written, or the state does not fit.
+        DamagedError: If a file is not what was written.
+        TrainingError: If the state does not fit.
     """
     with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
         reader = PartReader(saved.place, saved.files)
@@ -166,7 +211,7 @@ def load_full(saved: Saved, only: Collection[str] | None = None) -> dict[str, An
 
     Raises:
         DataError: If storage refuses.
-        TrainingError: If a file is not what was written.
+        DamagedError: If a file is not what was written.
     """
     with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
         reader = PartReader(saved.place, saved.files)
@@ -219,23 +264,39 @@ def at(uri: str) -> Saved:
     return saved
 
 
-def prune(home: Place, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and everything that does not count.
+def prune(home: Place, retention: Retention) -> None:
+    """Delete all checkpoints that need not stay, and everything that does not count.
 
     Only a run's one writer may call this, and not during a save. Storage that refuses is a
     warning: a checkpoint too many is better than a run less.
     """
-    kept = 0
-    for place in _folders(home):
+    try:
+        folders = {place: _counting(place) for place in _folders(home)}
+    except DataError as error:
+        _log.warning("old checkpoints stay: %s", error)
+        return
+    kept = retention.kept([saved for saved in folders.values() if saved is not None])
+    for place, saved in folders.items():
+        if saved is not None and saved.step in kept:
+            continue
         try:
-            if kept < keep and _counts(place):
-                kept += 1
-                continue
             # The last file goes first: a deletion cut short must not leave what looks whole.
             (place / COMPLETE).delete()
             place.delete()
         except DataError as error:
             _log.warning("old checkpoint stays: %s", error)
+
+
+def set_aside(saved: Saved, why: str) -> None:
+    """Let a checkpoint count no more: its files are not what was written.
+
+    Raises:
+        DataError: If storage refuses.
+    """
+    record = {**saved.record, "damage": why}
+    (saved.place / DAMAGED).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
+    (saved.place / COMPLETE).delete()
+    _log.warning("checkpoint %s is damaged and counts no more: %s", saved.place, why)
 
 
 def _folders(home: Place) -> list[Place]:
@@ -281,12 +342,11 @@ def _parse(place: Place, text: bytes) -> Saved:
         raise TrainingError(f"{place / COMPLETE} is damaged: {error!r}") from error
 
 
-def _counts(place: Place) -> bool:
+def _counting(place: Place) -> Saved | None:
     try:
-        _open(place)
+        return _open(place)
     except TrainingError:
-        return False
-    return True
+        return None
 
 
 @contextmanager

@@ -42,9 +42,8 @@ def share_of(recipe: Recipe, cpus: int, at_once: int = 1) -> Share:
     Raises:
         ConfigError: If training would leave no CPU to decode with: it would wait for ever.
     """
-    training = recipe.run.workers * recipe.run.cpus_per_worker
-    decoding = recipe.data.decode_cpus or cpus // at_once - training
-    share = Share(training, max(decoding, 1))
+    share = _parted(recipe, cpus, at_once)
+    training = share.training
     if share.total * at_once > cpus >= share.total:
         raise ConfigError(
             f"search.max_concurrent {at_once} trials need {share.total} CPUs each ({training} to "
@@ -58,6 +57,19 @@ def share_of(recipe: Recipe, cpus: int, at_once: int = 1) -> Share:
             f"decode), the cluster has {cpus}; lower run.workers, or add {share.total - cpus} CPUs"
         )
     return share
+
+
+def _parted(recipe: Recipe, cpus: int, at_once: int = 1) -> Share:
+    training = recipe.run.workers * recipe.run.cpus_per_worker
+    return Share(training, max(recipe.data.decode_cpus or cpus // at_once - training, 1))
+
+
+def group_share(recipe: Recipe) -> Share:
+    """Part the CPUs for one group of workers, on a cluster that may just have lost some.
+
+    What is lost is waited for, so this refuses nothing.
+    """
+    return _parted(recipe, _most_cpus())
 
 
 def connect(recipe: Recipe, at_once: int = 1) -> Share:
@@ -78,7 +90,7 @@ def connect(recipe: Recipe, at_once: int = 1) -> Share:
             ray.init(log_to_driver=False)
         else:
             _start_private(recipe, at_once)
-    return share_of(recipe, _most_cpus(), at_once)
+    return share_of(recipe.at(min(recipe.sizes)), _most_cpus(), at_once)
 
 
 def _start_private(recipe: Recipe, at_once: int) -> None:

@@ -2,14 +2,15 @@
 
 A small actor beside the driver holds a bounded queue. A worker's `send` hands over and goes
 on: it never waits for the actor, and a lost event is counted, not raised. Events of one
-sender arrive in the order they were sent. The other way goes one bit: please stop.
+sender arrive in the order they were sent. The other way goes a wish: save, or leave.
 """
 
 import logging
 import pickle
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Self
+from time import monotonic
+from typing import Any, NamedTuple, Self
 
 import ray
 from ray.exceptions import PendingCallsLimitExceeded, RayActorError, RayError
@@ -20,7 +21,20 @@ Event = Mapping[str, Any]
 _PENDING = 1000
 """Calls a sender may have under way before it drops: a driver that hangs must not fill memory."""
 
+_ASK_EVERY_S = 0.2
+"""Seconds between two questions of a worker what the driver wishes."""
+
 _log = logging.getLogger(__name__)
+
+
+class Wish(NamedTuple):
+    """What the driver wants of the workers, beyond going on."""
+
+    saves: int = 0
+    """Checkpoints asked for so far, besides those that are due."""
+    leave: int = 0
+    """Whether to end: 0 not at all, 1 after the next checkpoint that is due, 2 at once, after a
+    checkpoint made for it."""
 
 
 class _Mailbox:
@@ -29,21 +43,21 @@ class _Mailbox:
     def __init__(self, capacity: int) -> None:
         self.events: deque[bytes] = deque(maxlen=capacity)
         self.overflowed = 0
-        self.stop = False
+        self.wished = Wish()
 
     def put(self, event: bytes) -> None:
         self.overflowed += len(self.events) == self.events.maxlen
         self.events.append(event)
 
-    def drain(self, stop: bool) -> tuple[list[bytes], int]:
-        self.stop = stop
+    def drain(self, wished: Wish) -> tuple[list[bytes], int]:
+        self.wished = wished
         events, overflowed = list(self.events), self.overflowed
         self.events.clear()
         self.overflowed = 0
         return events, overflowed
 
-    def stop_requested(self) -> bool:
-        return self.stop
+    def wish(self) -> Wish:
+        return self.wished
 
 
 class Events:
@@ -58,7 +72,11 @@ class Events:
         self._mailbox = mailbox
         self._under_way: deque[ray.ObjectRef] = deque()
         self._dropped = 0
-        self._stop = False
+        self._asking: ray.ObjectRef | None = None
+        self._asked = 0.0
+        self.wished = Wish()
+        """In the driver: what workers are told from the next `drain` on. In a worker: the newest
+        that it has heard of."""
 
     @classmethod
     def start(cls, capacity: int = 100_000) -> Self:
@@ -109,27 +127,23 @@ class Events:
         self._settle(0)
         return self._dropped
 
-    def stop_requested(self) -> bool:
-        """Ask whether the driver wants the run to stop; takes about a millisecond.
-
-        False when the actor does not answer within a second: training then goes on.
-        """
+    def wish(self) -> Wish:
+        """Tell what the driver was last heard to want; this never waits for it."""
         try:
-            return ray.get(self._mailbox.stop_requested.remote(), timeout=1)
+            if self._asking is not None and ray.wait([self._asking], timeout=0)[0]:
+                asking, self._asking = self._asking, None
+                self.wished = ray.get(asking)
+            if self._asking is None and monotonic() - self._asked > _ASK_EVERY_S:
+                self._asked = monotonic()
+                self._asking = self._mailbox.wish.remote()
         except RayError:
-            return False
-
-    def request_stop(self) -> None:
-        """Ask the workers to stop; they are told at the next `drain`.
-
-        Only a flag, so that a signal handler may call it, whatever Ray is doing just then.
-        """
-        self._stop = True
+            pass  # training goes on; the driver is asked again
+        return self.wished
 
     def drain(self, timeout_s: float = 10) -> list[Event]:
         """Take all events that arrived since the last call; none, with a warning, on trouble."""
         try:
-            events, overflowed = ray.get(self._mailbox.drain.remote(self._stop), timeout=timeout_s)
+            events, overflowed = ray.get(self._mailbox.drain.remote(self.wished), timeout=timeout_s)
         except RayError as error:
             _log.warning("metrics of the workers cannot be fetched now: %s", error)
             return []

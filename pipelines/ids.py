@@ -9,8 +9,9 @@ group wrote for a checkpoint it did not finish. The next group deletes that tail
 whatever its own number of workers.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from pipelines.stream import Batch
 FOLDER = "ids"
 SCHEMA = pa.schema([("step", pa.int64()), ("epoch", pa.int32()), ("row", pa.int64())])
 """Steps count from 0: that of the first batch."""
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"steps-(\d+)-(\d+)\.rank-(\d+)\.(\w+)\.parquet")
 
 
@@ -69,7 +71,12 @@ def forget_after(home: Place, step: int) -> None:
 
 
 class IdWriter:
-    """Keeps one rank's ids in memory until a checkpoint is about to count."""
+    """Keeps one rank's ids in memory until a checkpoint counts.
+
+    The training thread adds and cuts; the one that writes the checkpoint writes what was cut. What
+    is cut stays here until it is known to count: a checkpoint that storage did not take leaves its
+    ids to the next.
+    """
 
     def __init__(self, attempt: Attempt, schedule: Schedule, rank: int, start_step: int) -> None:
         """Start with nothing.
@@ -86,7 +93,9 @@ class IdWriter:
         self._first = start_step
         self._steps: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
-        self._written: Place | None = None
+        self._cut: tuple[int, int, Place] | None = None
+        self._stale: list[Place] = []
+        """Files that may have been written for checkpoints that do not count."""
 
     def add(self, group: Sequence[Batch]) -> None:
         """Note the pictures of a step."""
@@ -94,26 +103,46 @@ class IdWriter:
             self._rows.append(batch.rows.numpy())
             self._steps.append(np.full(len(batch.rows), batch.step, np.int64))
 
-    def write(self, end: int) -> None:
-        """Write all noted pictures, for the checkpoint of this step; nothing when there are none.
+    def cut(self, end: int) -> Callable[[], None]:
+        """Take all noted pictures for the checkpoint of this step.
 
-        Raises:
-            DataError: If storage refuses.
+        Returns:
+            What writes them, for another thread; nothing when there are none. It raises DataError
+            if storage refuses.
         """
-        self._written = None
         if not self._rows:
-            return
-        steps = np.concatenate(self._steps)
-        epochs = (steps // self._schedule.steps_per_epoch).astype(np.int32)
-        table = pa.table([steps, epochs, np.concatenate(self._rows)], schema=SCHEMA)
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
+            return lambda: None
         name = f"steps-{self._first:08d}-{end:08d}.rank-{self._rank:05d}.{self._attempt.group}"
-        self._written = self._attempt.home / FOLDER / f"{name}.parquet"
-        self._written.write_bytes(sink.getvalue())
-        self._first, self._steps, self._rows = end, [], []
+        place = self._attempt.home / FOLDER / f"{name}.parquet"
+        self._cut = (len(self._rows), end, place)
+        steps, rows = np.concatenate(self._steps), np.concatenate(self._rows)
+        stale, self._stale = self._stale, []
+
+        def write() -> None:
+            for file in stale:  # the same pictures are in this one
+                file.delete()
+            epochs = (steps // self._schedule.steps_per_epoch).astype(np.int32)
+            sink = pa.BufferOutputStream()
+            table = pa.table([steps, epochs, rows], schema=SCHEMA)
+            pq.write_table(table, sink, compression="zstd")
+            place.write_bytes(sink.getvalue())
+
+        return write
+
+    def committed(self) -> None:
+        """Forget what was cut last: its checkpoint counts."""
+        if self._cut is not None:
+            batches, self._first, _ = self._cut
+            del self._steps[:batches], self._rows[:batches]
+            self._cut = None
 
     def withdraw(self) -> None:
-        """Delete what was written last: the run is another's now, and this never counted."""
-        if self._written is not None:
-            self._written.delete()
+        """Delete what was cut last and perhaps written: its checkpoint does not count."""
+        if self._cut is None:
+            return
+        place, self._cut = self._cut[2], None
+        try:
+            place.delete()
+        except DataError as error:
+            self._stale.append(place)
+            _log.warning("ids of a checkpoint that does not count stay for now: %s", error)

@@ -48,6 +48,11 @@ from pipelines.storage import Place, explained
 
 INDEX = "index.json"
 
+
+class DamagedError(TrainingError):
+    """A checkpoint's content is not what was written; an older one's may be."""
+
+
 _BLOCK = 32 << 20
 """Bytes asked of storage at once; a tensor each request would be hundreds of small ones."""
 
@@ -67,6 +72,7 @@ class PartWriter(StorageWriter):
         self,
         place: Place,
         starting: Callable[[], None],
+        beside: Callable[[], None],
         finished: Callable[[dict[str, FileRecord], int], bytes],
     ) -> None:
         """Prepare to write.
@@ -74,11 +80,13 @@ class PartWriter(StorageWriter):
         Args:
             place: Folder of the checkpoint; what was in it is deleted.
             starting: Called on rank 0 before anything is deleted or written.
+            beside: Called on each rank before it writes its part.
             finished: Called on rank 0 with all files and the world size, when all are written.
                 What it returns reaches every rank as the saved metadata's storage_data.
         """
         self.place = place
         self.starting = starting
+        self.beside = beside
         self.finished = finished
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -100,6 +108,7 @@ class PartWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's tensors; values travel to rank 0 with the report."""
+        self.beside()
         results = []
         tensors = []
         for item in plan.items:
@@ -174,7 +183,7 @@ class PartReader(StorageReader):
             files: What each file must be.
 
         Raises:
-            TrainingError: If the index is not what was written.
+            DamagedError: If the index is not what was written.
         """
         self.place = place
         self.files = files
@@ -183,7 +192,7 @@ class PartReader(StorageReader):
         try:
             self.index = Index.from_json(text, files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TrainingError(f"{place / INDEX} is damaged: {error!r}") from error
+            raise DamagedError(f"{place / INDEX} is damaged: {error!r}") from error
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Do nothing: a reader is made for one checkpoint."""
@@ -232,7 +241,7 @@ class PartReader(StorageReader):
             stream = pa.BufferedInputStream(source, _BLOCK)
             for chunk in sorted(wanted, key=lambda chunk: chunk.start):
                 if chunk.start < position:
-                    raise TrainingError(f"{self.place / INDEX} is damaged: shards overlap")
+                    raise DamagedError(f"{self.place / INDEX} is damaged: shards overlap")
                 _skim(stream, chunk.start - position, digest)
                 shard = torch.empty(chunk.shape, dtype=chunk.dtype)
                 raw = _raw(shard)
@@ -247,12 +256,12 @@ class PartReader(StorageReader):
     def _check(self, file: str, size: int, sha256: str | None) -> None:
         expected = self.files[file]
         if size != expected.bytes:
-            raise TrainingError(
+            raise DamagedError(
                 f"{self.place / file} is not what was written: expected {expected.bytes} bytes, "
                 f"got {size}; resume from an older checkpoint, or restore the file"
             )
         if sha256 not in (None, expected.sha256):
-            raise TrainingError(
+            raise DamagedError(
                 f"{self.place / file} is not what was written: expected sha256 "
                 f"{expected.sha256}, got {sha256}; resume from an older checkpoint, or restore it"
             )

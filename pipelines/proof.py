@@ -5,15 +5,14 @@ nobody else writes the run meanwhile (:mod:`pipelines.attempt`); on request stor
 pictures those were (:mod:`pipelines.ids`).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 
 from pipelines import checkpoints
-from pipelines.attempt import Attempt, SupersededError
+from pipelines.attempt import Attempt
 from pipelines.ids import IdWriter, forget_after
 from pipelines.order import Schedule
 from pipelines.stream import Batch
@@ -65,26 +64,27 @@ class Proof:
         if self.ids is not None:
             self.ids.add(group)
 
-    @contextmanager
-    def committing(self, step: int) -> Iterator[int]:
-        """Settle all counts before the checkpoint that is made in the block; every rank calls this.
+    def settle(self, step: int) -> tuple[int, Callable[[], None]]:
+        """Settle all counts for the checkpoint of a step; every rank calls this before it is made.
 
-        Yields:
-            Pictures of the begun epoch that were trained on, for the checkpoint's cursor.
+        Returns:
+            Pictures of the begun epoch that were trained on, for the checkpoint's cursor; and what
+            writes the ids, to be called while it is written.
 
         Raises:
             TrainingError: If they are not those of the schedule.
-            SupersededError: As the block raised it; the ids of this checkpoint are gone then.
         """
         pictures = self.tally.settle()
-        if self.ids is not None:
-            self.ids.write(step)
-        try:
-            yield pictures
-        except SupersededError:
-            if self.ids is not None:
-                self.ids.withdraw()
-            raise
+        return pictures, self.ids.cut(step) if self.ids is not None else lambda: None
+
+    def concluded(self, counts: bool) -> None:
+        """Learn whether the checkpoint that was last settled for counts."""
+        if self.ids is None:
+            return
+        if counts:
+            self.ids.committed()
+        else:
+            self.ids.withdraw()
 
 
 def pictures_begun(saved: checkpoints.Saved | None, schedule: Schedule) -> int:

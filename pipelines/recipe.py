@@ -4,7 +4,7 @@ YAML file, command-line flag and Tune trial all make this same class, so a typo 
 impossible value gets the same answer wherever it stood (:mod:`pipelines.cli`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -86,6 +86,10 @@ class Run:
     """Seed of weights, order, crops and masks."""
     workers: int = 1
     """Training workers; on a GPU cluster, one each GPU."""
+    min_workers: int | None = None
+    """Fewest workers to go on with while nodes are lost: the run shrinks to as many as fit, and
+    grows back to run.workers when nodes come, at a checkpoint. Each step stays what it was. None
+    waits for all of them."""
     cpus_per_worker: int = 1
     """CPUs reserved for each training worker."""
     log_every: int = 10
@@ -94,8 +98,27 @@ class Run:
     """Optimizer steps between two checkpoints; the last step always has one."""
     keep_checkpoints: int = 3
     """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep for good each checkpoint whose step is a multiple of this; none keeps no others."""
+    keep_best: str | None = None
+    """Keep, besides, the checkpoint with the best value of this metric of the held-out pictures,
+    such as holdout/position/skill; none keeps no others."""
+    keep_best_is: Literal["largest", "smallest"] = "largest"
+    """Which value of run.keep_best is the best."""
     max_failures: int = 3
-    """Times the workers may be lost and started again from the newest checkpoint."""
+    """Times in a row that the workers may be lost, and started again from the newest checkpoint,
+    without a newer one in between. Nodes taken back with a notice don't count."""
+    hang_timeout_s: float = 600
+    """Seconds without any progress after which the workers are taken to hang, are killed, and
+    start again. More than the longest step, measurement or compilation takes."""
+    notice_margin_s: float = 20
+    """Seconds before a node goes, by its notice, at which its workers leave it; until then they
+    go on if nothing else could run them. A checkpoint is made at once, and again on leaving."""
+    bad_steps: int = 10
+    """Steps since the last checkpoint whose gradient may be NaN or infinite: each is skipped. One
+    more takes the run back to that checkpoint, and it goes on without those batches."""
+    max_rewinds: int = 2
+    """Times a run may be taken back so; then it ends, and names the pictures."""
     record_ids: bool = False
     """Keep which picture was trained on in which step, for `droppos audit`; a few bytes each."""
 
@@ -114,10 +137,34 @@ class Run:
             ("checkpoint_every", 1),
             ("keep_checkpoints", 1),
             ("max_failures", 0),
+            ("bad_steps", 0),
+            ("max_rewinds", 0),
+            ("notice_margin_s", 0),
             ("seed", 0),
         ):
             value = getattr(self, name)
             require(value >= least, f"run.{name}", value, f"{least} or more", "see --help")
+        require(
+            self.min_workers is None or 1 <= self.min_workers <= self.workers,
+            "run.min_workers",
+            self.min_workers,
+            f"from 1 to run.workers ({self.workers}), or none",
+            "none waits for all workers",
+        )
+        require(
+            self.keep_every is None or self.keep_every > 0,
+            "run.keep_every",
+            self.keep_every,
+            "positive, or none",
+            "a multiple of run.checkpoint_every",
+        )
+        require(
+            0 < self.hang_timeout_s < float("inf"),
+            "run.hang_timeout_s",
+            self.hang_timeout_s,
+            "a positive number of seconds",
+            "600 is plenty for most",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +275,31 @@ class Recipe:
     def worker_batch(self) -> int:
         """Images of one micro-batch on one worker."""
         return self.optim.global_batch // (self.run.workers * self.optim.accumulate)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of workers that can share each global batch evenly, fewest first."""
+        fewest = self.run.workers if self.run.min_workers is None else self.run.min_workers
+        return tuple(
+            workers
+            for workers in range(fewest, self.run.workers + 1)
+            if self.optim.global_batch % workers == 0
+        )
+
+    def at(self, workers: int) -> "Recipe":
+        """Do the same steps with fewer workers, each in more micro-batches that are no larger.
+
+        Args:
+            workers: One of `sizes`.
+        """
+        share = self.optim.global_batch // workers
+        fewest = -(-share // self.worker_batch)
+        accumulate = next(n for n in range(fewest, share + 1) if share % n == 0)
+        return replace(
+            self,
+            run=replace(self.run, workers=workers, min_workers=None),
+            optim=replace(self.optim, accumulate=accumulate),
+        )
 
     @property
     def home(self) -> str:

@@ -26,14 +26,16 @@ from ray.tune import Callback, ResultGrid, Stopper, TuneConfig, Tuner
 from droppos.errors import ConfigError
 from pipelines.cluster import Share, buffer_mb_of, connect
 from pipelines.facts import FIXED
+from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
 from pipelines.order import Schedule
-from pipelines.pretrain import STOP_SIGNALS, OnEvent, located, plan
+from pipelines.pretrain import located, plan
 from pipelines.recipe import Recipe
 from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.shards import load_manifest
 from pipelines.storage import Place, open_place
+from pipelines.supervisor import STOP_SIGNALS
 from pipelines.trials import (
     OBJECTIVE,
     State,

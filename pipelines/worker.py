@@ -5,29 +5,39 @@ checkpoint, which the stream's factory (:mod:`pipelines.pretrain`) reads alike.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from time import perf_counter
+from typing import Any
 
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from droppos.errors import TrainingError
+from droppos.errors import DropposError, TrainingError
 from droppos.parallel import precision, unwrap
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
 from pipelines import checkpoints
+from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
-from pipelines.events import Events
+from pipelines.checkpoints import Retention
+from pipelines.events import Events, Wish
 from pipelines.facts import facts
 from pipelines.holdout import Holdout
 from pipelines.order import Schedule
+from pipelines.parts import DamagedError
+from pipelines.passed import PassedOver
 from pipelines.proof import Proof
+from pipelines.pulse import Pulse
 from pipelines.recipe import Recipe
+from pipelines.saver import Done, Saver
 from pipelines.storage import Place, open_place
 from pipelines.stream import Batch, batches
+from pipelines.terminate import asked_to_terminate
 
 FLUSH_S = 10
 """Seconds a worker waits, at its end, for its last events to arrive."""
@@ -38,6 +48,7 @@ class Job:
     """What every worker of a run is told."""
 
     recipe: Recipe
+    """The run, with as many workers as this group has."""
     schedule: Schedule
     events: Events
     driver: str
@@ -50,27 +61,33 @@ class Job:
 
 
 def train_worker(job: Job) -> None:
-    """Train from the newest checkpoint to the last step, or until asked to stop.
+    """Train from the newest checkpoint to the last step, or until asked to leave.
 
-    A run that diverged, or that another driver has taken over, ends here, on all ranks at once:
-    raising would have Ray start the same again, run.max_failures times.
+    What all ranks found at once, and starting again as it is would only repeat, ends here:
+    another driver has taken the run over, or too many steps had to be skipped.
     """
-    try:
-        _train(job)
-    except (DivergedError, SupersededError) as error:
-        if dist.get_rank() == 0:
-            job.events.send({"kind": "failed", "error": str(error)})
+    rank = dist.get_rank()
+    with Pulse(job.events, rank) as pulse:
+        try:
+            _train(job, pulse)
+        except (SupersededError, TooManyBadSteps) as error:
+            if rank == 0:
+                steps = error.steps if isinstance(error, TooManyBadSteps) else []
+                job.events.send({"kind": "gave_up", "error": str(error), "bad_steps": steps})
     job.events.flush(FLUSH_S)
 
 
-def _train(job: Job) -> None:
+def _train(job: Job, pulse: Pulse) -> None:
     torch.set_num_threads(job.recipe.run.cpus_per_worker)
     recipe, schedule = job.recipe, job.schedule
     state = create_state(recipe, schedule.steps_per_epoch)
     attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
     saved = checkpoints.newest(job.home)
     restore(state, saved)
+    passed = PassedOver.read(job.home)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
+    agreement = Agreement(3, recipe.run.hang_timeout_s)
+    keeper = Keeper(job, state, proof)
     job.events.send(
         {
             "kind": "started",
@@ -78,6 +95,7 @@ def _train(job: Job) -> None:
             "rank": dist.get_rank(),
             "workers": dist.get_world_size(),
             "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
         }
     )
 
@@ -92,25 +110,50 @@ def _train(job: Job) -> None:
     )
     holdout = Holdout.open(recipe, state.device)
     pace = Pace(recipe.optim.global_batch)
+    bad = BadSteps(recipe.run.bad_steps)
+    saves = 0
+    leave = False
+    pulse.now("waiting for pictures", state.step)
     for group in grouped(stream, recipe.optim.accumulate):
+        pulse.now("training", state.step)
         proof.count(group)  # before the step: what is not of the schedule is not trained on
-        report = train_step(state, [micro_batch(batch) for batch in group])
+        if state.step in passed.steps:
+            state.step += 1
+            report = None
+        else:
+            report = train_step(state, [micro_batch(batch) for batch in group])
+            bad.note(state.step - 1, report.skipped)
         pace.count(group)
         tell_skipped(job, group)
 
+        wish = job.events.wish() if dist.get_rank() == 0 else Wish()
+        heard = agreement.settle(wish.saves, max(wish.leave, 2 * asked_to_terminate()), keeper.due)
         last = state.step == schedule.steps
-        due = last or state.step % recipe.run.checkpoint_every == 0
-        stop = False
-        if due or state.step % recipe.run.log_every == 0:
-            stop = log(job, state, report, pace)  # also refuses to keep what is not finite
+        leave = heard[1] > 1
+        due = last or leave or heard[0] > saves or state.step % recipe.run.checkpoint_every == 0
+        saves = max(saves, heard[0])
+        if report and (due or state.step % recipe.run.log_every == 0):
+            log(job, state, report, pace, bad)
+        if heard[2]:
+            keeper.finish()
+        metrics = {}
         if holdout and (last or at_epoch(state, recipe.measure.every_epochs)):
-            measure(job, state, holdout)
+            pulse.now("measuring", state.step)
+            metrics = measure(job, state, holdout)
             pace.pause()
-        if due or stop:
-            save(job, state, proof)  # last: once it counts, nothing of this step is done again
+        if due:
+            pulse.now("saving", state.step)
+            bad.refuse()  # what is kept is what a rewind goes back to
+            leave |= heard[1] > 0
+            keeper.begin(metrics)
             pace.pause()
-        if stop:
-            return
+        if leave:
+            break
+        pulse.now("waiting for pictures", state.step)
+    pulse.now("saving", state.step)
+    agreement.close()
+    keeper.finish()
+    keeper.close()
 
 
 def micro_batch(batch: Batch) -> MicroBatch:
@@ -126,8 +169,54 @@ def tell_skipped(job: Job, group: list[Batch]) -> None:
             job.events.send(event)
 
 
-class DivergedError(TrainingError):
-    """All ranks found, in the same step, what starting them again would only repeat."""
+class TooManyBadSteps(TrainingError):  # noqa: N818
+    """All ranks skipped too many steps since the last checkpoint."""
+
+    def __init__(self, steps: Sequence[int], limit: int) -> None:
+        self.steps = list(steps)
+        """Steps, counted from 0, whose batch made the gradient NaN or infinite."""
+        super().__init__(
+            f"the gradient was NaN or infinite in {len(steps)} steps since the last checkpoint "
+            f"({', '.join(map(str, self.steps[:5]))}{', ...' * (len(steps) > 5)}), run.bad_steps "
+            f"allows {limit}"
+        )
+
+
+class BadSteps:
+    """Steps since the last checkpoint that changed nothing, for their gradient was not finite.
+
+    Whether a step was skipped stays on the device until a step is logged.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._unread: list[tuple[int, Tensor]] = []
+        self.steps: list[int] = []
+
+    def note(self, step: int, skipped: Tensor) -> None:
+        """Take note of a step; waits for no device."""
+        self._unread.append((step, skipped))
+
+    def read(self) -> list[int]:
+        """Wait for the device, and return which steps were skipped since the last call."""
+        if not self._unread:
+            return []
+        flags = torch.stack([skipped for _, skipped in self._unread]).tolist()
+        found = [step for (step, _), flag in zip(self._unread, flags, strict=True) if flag]
+        self._unread.clear()
+        self.steps += found
+        return found
+
+    def refuse(self) -> None:
+        """Begin anew for the next checkpoint.
+
+        Raises:
+            TooManyBadSteps: On all ranks, if there were more than the limit.
+        """
+        self.read()
+        if len(self.steps) > self._limit:
+            raise TooManyBadSteps(self.steps, self._limit)
+        self.steps.clear()
 
 
 def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:
@@ -143,12 +232,29 @@ def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:
 
 
 def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
-    """Put a checkpoint's weights, moments and step into the state, at this world size."""
+    """Put a checkpoint's weights, moments, step and random state into this rank's, at any size.
+
+    Raises:
+        DamagedError: On all ranks, if a file is not what was written; it counts no more then.
+    """
     if saved is None:
         return
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    checkpoints.load(saved, {"model": model, "optimizer": optimizer})
+    kept: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    if dist.get_rank() < saved.record.get("random_states", 0):
+        kept |= random_state(state.device)
+    try:
+        checkpoints.load(saved, kept)
+    except DamagedError as error:
+        if dist.get_rank() == 0:
+            checkpoints.set_aside(saved, str(error))
+        raise
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    for name, value in kept.items():
+        if name.startswith("random"):
+            torch.set_rng_state(value["cpu"])
+            if "cuda" in value:
+                torch.cuda.set_rng_state(value["cuda"], state.device)
     state.step = saved.step
     # The optimizer's settings are the recipe's, not the checkpoint's: --allow-changes may differ.
     decays = (state.optim.weight_decay, 0.0)
@@ -156,61 +262,128 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
         group |= {"weight_decay": decay, "betas": state.optim.betas}
 
 
-def save(job: Job, state: TrainState, proof: Proof) -> None:
-    """Write a checkpoint of all ranks, and tell the driver."""
-    started = perf_counter()
-    model, optimizer = get_state_dict(state.model, state.optimizer)
-    cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
-    with proof.committing(state.step) as pictures:
-        saved = checkpoints.save(
+def random_state(device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """Take this rank's generators. Nothing draws from them today: masks and crops have their own.
+
+    Returns:
+        Under a key of the rank's own, for each rank keeps and finds only its own.
+    """
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return {f"random-{dist.get_rank():05d}": state}
+
+
+class Keeper:
+    """Makes a run's checkpoints, and tells the driver of each when it counts."""
+
+    def __init__(self, job: Job, state: TrainState, proof: Proof) -> None:
+        run = job.recipe.run
+        self._job = job
+        self._state = state
+        self._proof = proof
+        self._blocked = 0.0
+        self._saver = Saver(
             job.home,
+            Retention(
+                run.keep_checkpoints, run.keep_every, run.keep_best, run.keep_best_is == "smallest"
+            ),
+            state.device,
+            may_write=proof.attempt.check,
+            timeout_s=max(run.hang_timeout_s, 600),
+        )
+
+    @property
+    def due(self) -> bool:
+        """Whether all ranks should soon `finish`: this one's part is done."""
+        return self._saver.due
+
+    def begin(self, metrics: dict[str, float]) -> None:
+        """Copy the state; every rank calls this. Waits for the checkpoint before it, if need be.
+
+        Args:
+            metrics: Of the held-out pictures at this step, if they were measured.
+        """
+        started = perf_counter()
+        self.finish()
+        job, state = self._job, self._state
+        model, optimizer = get_state_dict(state.model, state.optimizer)
+        cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
+        pictures, write_ids = self._proof.settle(state.step)
+        self._saver.begin(
             state.step,
-            {"model": model, "optimizer": optimizer},
+            {"model": model, "optimizer": optimizer, **random_state(state.device)},
             {
                 "cursor": {**cursor, "pictures": pictures},
                 **facts(job.recipe, job.schedule.manifest),
+                "metrics": metrics,
                 "world_size": dist.get_world_size(),
+                "random_states": dist.get_world_size(),
             },
-            job.recipe.run.keep_checkpoints,
-            may_write=proof.attempt.check,
+            beside=write_ids,
         )
-    if dist.get_rank() == 0:
-        seconds = perf_counter() - started
-        job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})
-        values = {"checkpoint/blocked_s": seconds, "checkpoint/size_mb": saved.size / 1e6}
-        job.events.send({"kind": "metrics", "step": state.step, "values": values})
+        self._blocked = perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way, if there is one; every rank calls this.
+
+        Raises:
+            DropposError: On all ranks, if it failed for good.
+        """
+        try:
+            done = self._saver.finish()
+        except DropposError:
+            self._proof.concluded(counts=False)
+            raise
+        if done is None:
+            return
+        self._proof.concluded(counts=done.saved is not None)
+        if dist.get_rank() == 0:
+            self._tell(done)
+
+    def _tell(self, done: Done) -> None:
+        send = self._job.events.send
+        if done.saved is None:
+            send({"kind": "not_saved", "error": done.error})
+            return
+        step = done.saved.step
+        send({"kind": "checkpoint", "step": step, "saved": done.saved})
+        values = {
+            "checkpoint/blocked_s": self._blocked,
+            "checkpoint/write_s": done.seconds,
+            "checkpoint/size_mb": done.saved.size / 1e6,
+        }
+        send({"kind": "metrics", "step": step, "values": values})
+
+    def close(self) -> None:
+        """Let go of host memory."""
+        self._saver.close()
 
 
-def log(job: Job, state: TrainState, report: StepReport, pace: "Pace") -> bool:
-    """Average over ranks, tell the driver, and learn whether the run is asked to stop.
+def log(job: Job, state: TrainState, report: StepReport, pace: "Pace", bad: BadSteps) -> None:
+    """Average over ranks and tell the driver.
 
-    The one place where a step waits for the device, and on logged steps only. Whether to stop
-    travels with the metrics, so all ranks leave at the same step.
+    The one place where a step waits for the device, and on logged steps only.
 
     Raises:
-        TrainingError: If the loss is not finite.
+        TooManyBadSteps: On all ranks, if more steps than run.bad_steps had to be skipped.
     """
-    wanted = job.events.stop_requested() if dist.get_rank() == 0 else False
     row = [*report.metrics, report.grad_norm.to(state.device)]
-    own = torch.tensor([pace.wait_fraction, pace.replaced, wanted], device=state.device)
+    own = torch.tensor([pace.wait_fraction, pace.replaced], device=state.device)
     values = torch.cat([torch.stack([value.float() for value in row]), own.float()])
     dist.all_reduce(values)
     world = dist.get_world_size()
     numbers = (values / world).tolist()
     metrics = dict(zip(report.metrics._fields, numbers, strict=False))
-    grad_norm, wait_fraction, replaced, stop = numbers[len(metrics) :]
-    if not (isfinite(metrics["loss"]) and isfinite(grad_norm)):
-        raise DivergedError(
-            f"at step {state.step} the loss is {metrics['loss']} and the gradient's norm "
-            f"{grad_norm}, expected finite numbers; lower optim.lr_per_256 "
-            f"({state.optim.lr_per_256:g}), or train in compute.precision=float32"
-        )
+    grad_norm, wait_fraction, replaced = numbers[len(metrics) :]
+    skipped = bad.read()
     if dist.get_rank() == 0:
         values = {
             "train/loss": metrics["loss"],
             "train/grad_norm": grad_norm,
             "train/lr": report.lr,
             "train/epoch": state.epoch,
+            "train/skipped_steps": len(bad.steps),
             "data/images_per_s": pace.images_per_s,
             "data/wait_fraction": wait_fraction,
             "data/pictures_replaced": replaced * world,
@@ -226,18 +399,24 @@ def log(job: Job, state: TrainState, report: StepReport, pace: "Pace") -> bool:
             values["train/pixel_loss"] = metrics["pixel_loss"]
         if state.method.ignore_confident:
             values["train/ignored_fraction"] = metrics["ignored"]
+        # A skipped step has no loss to speak of; what it did is in train/skipped_steps.
+        values = {name: value for name, value in values.items() if isfinite(value)}
         job.events.send({"kind": "metrics", "step": state.step, "values": values})
+        if skipped:
+            job.events.send({"kind": "bad_steps", "steps": skipped})
+    if len(bad.steps) > job.recipe.run.bad_steps:
+        bad.refuse()
     pace.reset()
-    return stop > 0
 
 
-def measure(job: Job, state: TrainState, holdout: Holdout) -> None:
+def measure(job: Job, state: TrainState, holdout: Holdout) -> dict[str, float]:
     """Measure on the held-out pictures, all ranks together, and tell the driver."""
     with precision(state.compute, state.device):
         report = holdout.measure(state.model, unwrap(state.model).grid)
+    values = {f"holdout/{name}": value for name, value in report.metrics().items()}
     if dist.get_rank() == 0:
-        values = {f"holdout/{name}": value for name, value in report.metrics().items()}
         job.events.send({"kind": "metrics", "step": state.step, "values": values})
+    return values
 
 
 def at_epoch(state: TrainState, every: int) -> bool:

@@ -28,7 +28,9 @@ def home(tmp_path: Path) -> Place:
 
 def save(home: Place, step: int, attempt: Attempt) -> None:
     facts = {"made_by": attempt.group}
-    checkpoints.save(home, step, {"w": torch.ones(3)}, facts, 3, may_write=attempt.check)
+    checkpoints.save(
+        home, step, {"w": torch.ones(3)}, facts, checkpoints.Retention(3), may_write=attempt.check
+    )
 
 
 def test_a_later_group_of_the_same_driver_is_in_the_right(home: Place) -> None:
@@ -78,5 +80,7 @@ def test_a_group_that_is_superseded_while_it_saves_does_not_count(home: Place) -
         older.check()
 
     with pytest.raises(SupersededError):
-        checkpoints.save(home, 4, {"w": torch.ones(3)}, {}, 3, may_write=check)
+        checkpoints.save(
+            home, 4, {"w": torch.ones(3)}, {}, checkpoints.Retention(3), may_write=check
+        )
     assert checkpoints.newest(home) is None

@@ -67,7 +67,11 @@ def recipe(tmp_path: Path) -> Recipe:
 def save(recipe: Recipe, step: int) -> None:
     manifest = load_manifest(open_place(str(recipe.data.path)))
     checkpoints.save(
-        open_place(recipe.home), step, {"w": torch.ones(1)}, facts(recipe, manifest), keep=3
+        open_place(recipe.home),
+        step,
+        {"w": torch.ones(1)},
+        facts(recipe, manifest),
+        checkpoints.Retention(3),
     )
 
 
@@ -91,7 +95,7 @@ def record(home: Place, schedule: Schedule, first: int, end: int) -> None:
             epoch, batch = schedule.position(step).epoch, schedule.position(step).batch
             rows = schedule.rows(epoch).reshape(-1, B)[batch]
             writer.add([batch_of(step, rows[rank::2].tolist())])
-        writer.write(end)
+        writer.cut(end)()
 
 
 def plant(run: str, lie: Lie, file: int = 0) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from droppos.errors import DataError, TrainingError
 from pipelines import checkpoints
-from pipelines.checkpoints import COMPLETE, Saved
+from pipelines.checkpoints import COMPLETE, Retention, Saved
 from pipelines.storage import Place, open_place
 
 FACTS = {"cursor": {"epoch": 1, "batch": 2, "step": 3}, "seed": 5, "global_batch": 8}
@@ -53,7 +53,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 def save(home: Place, step: int, keep: int = 3) -> Saved:
-    return checkpoints.save(home, step, state_of(*trained()), FACTS, keep)
+    return checkpoints.save(home, step, state_of(*trained()), FACTS, Retention(keep))
 
 
 def whole(state: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def test_another_model_is_refused(home: Place, layers: list[nn.Module], message:
 
 def test_what_cannot_be_kept_is_refused_by_name(home: Place) -> None:
     with pytest.raises(TrainingError, match="when in the state is a object"):
-        checkpoints.save(home, 1, {"when": object()}, FACTS, 1)
+        checkpoints.save(home, 1, {"when": object()}, FACTS, Retention(1))
     assert checkpoints.newest(home) is None
 
 
@@ -309,19 +309,19 @@ class Deadly(UserDict[str, Any]):
 def main(action: str, uri: str, rank: int, world: int, port: int) -> None:
     home = open_place(uri)
     if action == "die-before-marker":
-        checkpoints.save(home, 2, state_of(*trained()), Deadly(), 3)
+        checkpoints.save(home, 2, state_of(*trained()), Deadly(), Retention(3))
     if action == "die-writing":
         # The kernel ends the process in the middle of a write, as kill -9 would.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-        checkpoints.save(home, 2, {"big": torch.zeros(1 << 20)}, FACTS, 3)
+        checkpoints.save(home, 2, {"big": torch.zeros(1 << 20)}, FACTS, Retention(3))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     state = spoilt(state_of(*trained(init_device_mesh("cpu", (world,)))))
     single = checkpoints.at(uri)
     checkpoints.load(single, state)
     assert_equal(state, checkpoints.load_full(single))
-    saved = checkpoints.save(home, 6, state, FACTS, 3)
+    saved = checkpoints.save(home, 6, state, FACTS, Retention(3))
     dist.barrier()
     assert saved == checkpoints.newest(home)
     expected = checkpoints.load_full(saved)

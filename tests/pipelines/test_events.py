@@ -3,7 +3,7 @@ import time
 import pytest
 import ray
 
-from pipelines.events import Events
+from pipelines.events import Events, Wish
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +34,23 @@ def test_a_full_queue_loses_its_oldest_and_says_how_many(
     assert "15 events" in caplog.text
 
 
-def test_a_request_to_stop_reaches_the_workers_at_the_next_drain(ray_cluster: None) -> None:
+@ray.remote(num_cpus=0)
+def _hear(events: Events, wanted: Wish) -> bool:
+    """Ask as a worker does after each step."""
+    for _ in range(300):
+        if events.wish() == wanted:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_wish_reaches_the_workers_at_the_next_drain(ray_cluster: None) -> None:
     events = Events.start()
-    in_worker = ray.remote(num_cpus=0)(Events.stop_requested)
-    assert not ray.get(in_worker.remote(events))
-    events.request_stop()
+    assert ray.get(_hear.remote(events, Wish()))
+    events.wished = Wish(saves=1, leave=2)
+    assert not ray.get(_hear.remote(events, events.wished))
     events.drain()
-    assert ray.get(in_worker.remote(events))
+    assert ray.get(_hear.remote(events, events.wished))
 
 
 def test_sending_survives_that_the_actor_is_gone_and_does_not_wait(
@@ -57,6 +67,6 @@ def test_sending_survives_that_the_actor_is_gone_and_does_not_wait(
         took.append(time.perf_counter() - start)
     assert max(took) < 0.05
     assert events.flush(timeout_s=30) == 20
-    assert not events.stop_requested()
+    assert events.wish() == Wish()
     assert events.drain() == []
     assert "cannot be fetched" in caplog.text

@@ -32,7 +32,9 @@ RECIPE = Recipe(
 
 def saved_at(folder: Path, **without: None) -> Saved:
     told = {k: v for k, v in facts(RECIPE, DATA).items() if k not in without}
-    return checkpoints.save(open_place(str(folder)), 3, {"w": torch.ones(1)}, told, keep=1)
+    return checkpoints.save(
+        open_place(str(folder)), 3, {"w": torch.ones(1)}, told, checkpoints.Retention(1)
+    )
 
 
 def check(

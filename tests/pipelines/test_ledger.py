@@ -139,7 +139,7 @@ def test_pictures_and_checkpoints_lie_beside_the_database(
     monkeypatch.chdir(tmp_path / "cwd")
     (tmp_path / "x.png").write_bytes(b"png")
     home = open_place(str(tmp_path / "run"))
-    saved = checkpoints.save(home, 7, {"model": {"w": torch.ones(2)}}, {}, keep=1)
+    saved = checkpoints.save(home, 7, {"model": {"w": torch.ones(2)}}, {}, checkpoints.Retention(1))
     with ledger(uri, tmp_path) as ours:
         ours.picture(tmp_path / "x.png", "pictures/reassembly.png")
         ours.checkpoint(saved)

@@ -1,0 +1,108 @@
+"""The crew: how many workers a run may have now, and when it has to change them.
+
+Ray Train can resize a group of workers by itself, but not to what a global batch can be shared
+by, and it ends the group where it stands: all since the last checkpoint would be done again. So
+the driver decides (:mod:`pipelines.supervisor`), and a group leaves after a checkpoint.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from time import time
+
+import ray
+import ray._private.state
+
+from pipelines.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the cluster's nodes offer; those that are about to go are not counted."""
+
+    nodes: Mapping[str, Mapping[str, float]]
+    """Resources of each node that will stay, by its identifier."""
+    going: Mapping[str, float]
+    """When each of the other nodes goes: seconds since 1970, infinite if it is not said."""
+
+    @classmethod
+    def look(cls) -> "Room":
+        """Look at the cluster this process has joined."""
+        # Train's controller asks here, too; there is no public way to learn of a notice.
+        notices = ray._private.state.state.get_draining_nodes()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return cls(
+            nodes={n["NodeID"]: n["Resources"] for n in alive if n["NodeID"] not in notices},
+            going={
+                node: deadline / 1000 if deadline else float("inf")
+                for node, deadline in notices.items()
+            },
+        )
+
+    def workers(self, cpus: int, gpu: bool) -> int:
+        """Count the workers that fit, with a CPU left over to decode for them.
+
+        Args:
+            cpus: CPUs of a worker.
+            gpu: Whether a worker has a GPU.
+        """
+        need = {"CPU": cpus} | ({"GPU": 1} if gpu else {})
+        fit = sum(
+            min(int(has.get(name, 0) // amount) for name, amount in need.items())
+            for has in self.nodes.values()
+        )
+        all_cpus = int(sum(has.get("CPU", 0) for has in self.nodes.values()))
+        return max(0, min(fit, (all_cpus - 1) // cpus))
+
+
+def best_size(recipe: Recipe, fit: int) -> int | None:
+    """Choose the most workers that fit and can share a global batch; None if too few fit."""
+    return max((size for size in recipe.sizes if size <= fit), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What a group of workers should do."""
+
+    save: frozenset[str] = frozenset()
+    """Nodes whose notice asks for a checkpoint now; a notice is worth one."""
+    leave: str = ""
+    """Why the group should end after a checkpoint; empty to go on."""
+    urgent: bool = False
+    """Leave at once, not after the next checkpoint that is due."""
+
+
+def advise(
+    recipe: Recipe,
+    *,
+    gpu: bool,
+    size: int,
+    homes: Collection[str],
+    room: Room,
+    now: float | None = None,
+) -> Advice:
+    """Tell a group what to do about nodes that go, and nodes that came.
+
+    Args:
+        recipe: The run, with all its workers.
+        gpu: Whether a worker has a GPU.
+        size: Workers of the group.
+        homes: Nodes that they are on.
+        room: The cluster as it is now.
+        now: Seconds since 1970; the clock's when not given.
+    """
+    now = time() if now is None else now
+    best = best_size(recipe, room.workers(recipe.run.cpus_per_worker, gpu))
+    notices = {node: at for node, at in room.going.items() if node in homes}
+    if notices:
+        soonest = min(notices.values())
+        saves = frozenset(notices)
+        if best is not None:
+            return Advice(
+                saves, f"a node is about to go, and {best} workers fit on the others", True
+            )
+        if soonest - now < recipe.run.notice_margin_s:
+            return Advice(saves, f"a node goes in {max(0, soonest - now):.0f} s", True)
+        return Advice(saves)  # nowhere to go: until shortly before, it works as well as any
+    if best is not None and best > size:
+        return Advice(leave=f"there is room for {best} workers now, not only {size}")
+    return Advice()

@@ -1,0 +1,54 @@
+"""What workers say, on its way to the ledger and to whoever listens."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from droppos.errors import DataError
+from pipelines.events import Events
+from pipelines.ledger import Ledger
+from pipelines.skipped import FILE, Skipped
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+"""Told of each event in order, in the driver: a live line, a Tune report."""
+
+
+class Heard:
+    """Takes what workers say to the ledger and to whoever listens."""
+
+    def __init__(self, ledger: Ledger, skipped: Skipped, on_event: OnEvent | None) -> None:
+        self._ledger = ledger
+        self._skipped = skipped
+        self._on_event = on_event
+        self.last: dict[str, float] = {}
+        """Last value of each metric."""
+
+    @property
+    def too_many(self) -> DataError | None:
+        """Why the run must end, once too many pictures had to be skipped."""
+        return self._skipped.too_many
+
+    def drain(self, events: Events, also: OnEvent) -> None:
+        """Take all that has arrived, and pass it on to the supervisor, too."""
+        for event in events.drain():
+            also(event)
+            if event["kind"] != "beat":
+                self.event(event)
+        if self._skipped.write():
+            self._ledger.text(FILE, self._skipped.text())
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take one event."""
+        match event["kind"]:
+            case "metrics":
+                self.last |= event["values"]
+                self._ledger.log(event["step"], event["values"])
+            case "skipped":
+                self._skip(event)
+            case "checkpoint":
+                self._ledger.checkpoint(event["saved"])
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _skip(self, event: Mapping[str, Any]) -> None:
+        if self._skipped.add(event["step"], event["problems"]):
+            self._ledger.log(event["step"], {"data/pictures_skipped": len(self._skipped)})

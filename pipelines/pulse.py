@@ -1,0 +1,58 @@
+"""The pulse: what a worker is doing, told to the driver from a thread of its own.
+
+A collective that waits for a rank that will never come returns to nobody, so the worker that hangs
+cannot say so. Its pulse goes on, or stops if the whole process is stopped; the driver sees that no
+worker gets on (:mod:`pipelines.supervisor`), and which ones said nothing at all.
+"""
+
+import threading
+from types import TracebackType
+from typing import Self
+
+from pipelines.events import Events
+
+EVERY_S = 1.0
+"""Seconds between two beats; only changes, and one beat in ten, are sent."""
+
+
+class Pulse:
+    """Sends what this worker does whenever that has changed, and a sign of life in between."""
+
+    def __init__(self, events: Events, rank: int) -> None:
+        self._events = events
+        self._rank = rank
+        self._doing = "starting"
+        self._step = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin to beat."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Beat no more."""
+        self._ended.set()
+        self._thread.join()
+
+    def now(self, doing: str, step: int) -> None:
+        """Note what this worker begins to do, at which step."""
+        self._doing, self._step = doing, step
+
+    def _run(self) -> None:
+        beats = 0
+        told = None
+        while not self._ended.wait(EVERY_S if told else 0):
+            beats += 1
+            now = (self._doing, self._step)
+            if now != told or beats % 10 == 0:
+                told = now
+                self._events.send(
+                    {"kind": "beat", "rank": self._rank, "doing": now[0], "step": now[1]}
+                )

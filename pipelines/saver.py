@@ -1,0 +1,138 @@
+"""Checkpoints in the background: a step waits for the copy to host memory, and for nothing else.
+
+One checkpoint is under way at a time. All ranks learn of its end at the same step: what failed in
+it is raised on all of them, or on none.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from droppos.errors import StorageError
+from pipelines import checkpoints
+from pipelines.agreement import host_group
+from pipelines.checkpoints import Retention, Saved
+from pipelines.storage import Place
+
+_log = logging.getLogger(__name__)
+
+FAILURES = 2
+"""Checkpoints in a row that storage may not take before the run ends: training on would only
+make more to lose."""
+
+
+class Done(NamedTuple):
+    """How the checkpoint that was under way ended."""
+
+    saved: Saved | None
+    """None: storage did not take it, and the run goes on without."""
+    seconds: float
+    """From the first copy to the last file."""
+    error: str = ""
+
+
+class Saver:
+    """Writes a run's checkpoints; every rank has one, and makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        home: Place,
+        retention: Retention,
+        device: torch.device,
+        *,
+        may_write: Callable[[], None],
+        timeout_s: float,
+    ) -> None:
+        """Open a process group of its own, for the ranks to talk in the background.
+
+        Args:
+            home: Folder of the run.
+            retention: Which older checkpoints stay.
+            device: Where the state is.
+            may_write: See :func:`checkpoints.save`.
+            timeout_s: Seconds that ranks wait for each other.
+        """
+        self._home = home
+        self._retention = retention
+        self._may_write = may_write
+        self._group = host_group(timeout_s)
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=device.type == "cuda",
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=device.type == "cuda",
+            )
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[Saved] | None = None
+        self._began = 0.0
+        self._failures = 0
+
+    @property
+    def due(self) -> bool:
+        """Whether this rank's part of the checkpoint under way has ended, well or not."""
+        return self._under_way is not None and self._under_way.done()
+
+    def begin(
+        self,
+        step: int,
+        state: dict[str, Any],
+        facts: Mapping[str, Any],
+        beside: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the state to host memory and write it in the background; none may be under way.
+
+        Args:
+            step: Optimizer steps taken.
+            state: As :func:`checkpoints.save` takes it.
+            facts: As it takes them.
+            beside: Called on each rank in the background while it writes its part; what it raises
+                makes the checkpoint fail.
+        """
+        assert self._under_way is None
+        self._began = perf_counter()
+        staged = self._stager.stage(state)
+        assert isinstance(staged, dict)
+        self._under_way = self._thread.submit(
+            checkpoints.save,
+            self._home,
+            step,
+            staged,
+            facts,
+            self._retention,
+            may_write=self._may_write,
+            beside=beside,
+            group=self._group,
+        )
+
+    def finish(self) -> Done | None:
+        """Wait for the checkpoint under way; None if there is none.
+
+        Raises:
+            DropposError: On all ranks, what any of them met, but for storage that could not be
+                reached once: that is told in what is returned.
+        """
+        if self._under_way is None:
+            return None
+        under_way, self._under_way = self._under_way, None
+        try:
+            saved = under_way.result()
+        except StorageError as error:
+            self._failures += 1
+            if self._failures >= FAILURES:
+                raise
+            _log.warning("the run goes on without this checkpoint: %s", error)
+            return Done(None, perf_counter() - self._began, str(error))
+        self._failures = 0
+        return Done(saved, perf_counter() - self._began)
+
+    def close(self) -> None:
+        """Let go of host memory; what is under way must be finished, or is given up."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._stager.close()

@@ -1,0 +1,387 @@
+"""The supervisor: one group of workers after another, until the last step is done.
+
+It starts a group on the nodes that are there (:mod:`pipelines.crew`), and ends it when it hangs,
+when a node is about to go, or when there is room for more workers. Ray Train starts the group,
+gives it its process group and its part of the stream, and tells when a worker is lost. What comes
+next is decided here, since only here it is known what a checkpoint and a global batch allow.
+"""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import partial
+from time import monotonic, sleep
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from droppos.errors import DropposError, TrainingError
+from pipelines import checkpoints
+from pipelines.attempt import claim_for_driver
+from pipelines.cluster import decode_tasks_of, group_share
+from pipelines.crew import Advice, Room, advise, best_size
+from pipelines.events import Events, Wish
+from pipelines.heard import Heard
+from pipelines.order import Schedule
+from pipelines.passed import FILE as PASSED_FILE
+from pipelines.passed import pass_over
+from pipelines.recipe import Recipe
+from pipelines.storage import open_place
+from pipelines.stream import Remaining, data_config
+from pipelines.terminate import ListeningTorch
+from pipelines.worker import Job, train_worker
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+"""Seconds between two looks at what the workers said."""
+LOOK_S = 1.0
+"""Seconds between two looks at the cluster's nodes."""
+KILL_S = 10
+"""Seconds to wait for a node to kill its workers."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Group:
+    """What the driver knows of the workers that are running, from what they say."""
+
+    def __init__(self, hang_timeout_s: float, now: Callable[[], float] = monotonic) -> None:
+        self._hang_timeout_s = hang_timeout_s
+        self._now = now
+        self._moved = now()
+        self._doing: dict[int, tuple[str, int]] = {}
+        self._heard: dict[int, float] = {}
+        self.processes: dict[int, tuple[str, int]] = {}
+        """Node and process of each rank."""
+        self.gave_up: str | None = None
+        """Why the workers ended, all at once, where starting them again would not help."""
+        self.bad_steps: list[int] = []
+        """Steps to be passed over, if that is why."""
+
+    @property
+    def nodes(self) -> set[str]:
+        """Where the workers are."""
+        return {node for node, _ in self.processes.values()}
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take one event."""
+        match event["kind"]:
+            case "started":
+                self.processes[event["rank"]] = (event["node"], event["pid"])
+                self._moved = self._now()
+            case "beat":
+                doing = (event["doing"], event["step"])
+                if self._doing.get(event["rank"]) != doing:
+                    self._moved = self._now()
+                self._doing[event["rank"]] = doing
+                self._heard[event["rank"]] = self._now()
+            case "gave_up":
+                self.gave_up = event["error"]
+                self.bad_steps = event["bad_steps"]
+
+    @property
+    def hangs(self) -> str:
+        """Describe who hangs and where; empty while somebody gets on, or nobody has begun."""
+        now = self._now()
+        if not self._doing or now - self._moved < self._hang_timeout_s:
+            return ""
+        silent = [rank for rank, at in self._heard.items() if now - at > self._hang_timeout_s / 2]
+        doing = ", ".join(
+            f"worker {rank} {what} at step {step}"
+            for rank, (what, step) in sorted(self._doing.items())
+        )
+        mute = f"; nothing was heard of worker {', '.join(map(str, silent))}" if silent else ""
+        return f"no worker got on for {now - self._moved:.0f} s: {doing}{mute}"
+
+
+class Supervisor:
+    """Runs a recipe to its end."""
+
+    def __init__(self, recipe: Recipe, schedule: Schedule, heard: Heard, *, on_gpu: bool) -> None:
+        self._recipe = recipe
+        self._schedule = schedule
+        self._heard = heard
+        self._on_gpu = on_gpu
+        self._home = open_place(recipe.home)
+        self._events = Events.start()
+        # Workers of an older driver, if any are left, give up now.
+        self._driver = claim_for_driver(self._home)
+        self._saves = 0
+        self._noticed: set[str] = set()
+        self._stopped = False
+
+    def run(self) -> None:
+        """Run groups until the last step, a request to stop, or too many failures.
+
+        Raises:
+            TrainingError: If the workers failed more often than run.max_failures, or the run was
+                taken back more often than run.max_rewinds.
+            DropposError: As raised in a worker.
+        """
+        failures = 0
+        with stop_on_signal(self._stop) as abort:
+            while True:
+                before = self._newest_step()
+                size = self._await_room(abort)
+                if size is None:
+                    return
+                group = Group(self._recipe.run.hang_timeout_s)
+                error = self._run_group(size, group, abort)
+                step = self._newest_step()
+                if self._heard.too_many is not None:
+                    raise self._heard.too_many
+                if group.gave_up is not None:
+                    self._take_back(group)
+                elif error is not None:
+                    failures = 1 if step > before else failures + 1
+                    if failures > self._recipe.run.max_failures:
+                        raise error
+                    self._say("lost", error=str(error), step=step)
+                    logger.warning("%s; going on from step %d", error, step)
+                if self._stopped or step == self._schedule.steps:
+                    return
+
+    def _newest_step(self) -> int:
+        saved = checkpoints.newest(self._home)
+        return saved.step if saved else 0
+
+    def _stop(self) -> None:
+        """Ask the workers for a last checkpoint; may be called by a signal handler."""
+        self._stopped = True
+        self._events.wished = Wish(self._saves, leave=2)
+
+    def _say(self, kind: str, **told: Any) -> None:
+        self._heard.event({"kind": kind, **told})
+
+    def _await_room(self, abort: threading.Event) -> int | None:
+        """Choose the size of the next group; None if asked to stop meanwhile.
+
+        A run of a fixed size leaves the waiting to Ray, which has an autoscaler bring nodes.
+        """
+        if self._recipe.run.min_workers is None:
+            return None if self._stopped else self._recipe.run.workers
+        told = False
+        while not self._stopped:
+            room = Room.look().workers(self._recipe.run.cpus_per_worker, self._on_gpu)
+            if (size := best_size(self._recipe, room)) is not None:
+                return size
+            if not told:
+                self._say("waiting", workers=min(self._recipe.sizes), fit=room)
+                told = True
+            if abort.is_set():
+                raise KeyboardInterrupt
+            sleep(LOOK_S)
+        return None
+
+    def _run_group(self, size: int, group: Group, abort: threading.Event) -> DropposError | None:
+        """Run one group to its end; return why it failed, if it did."""
+        self._tell_workers(Advice())
+        self._say("group", workers=size)
+        running = in_background(self._trainer(self._recipe.at(size)).fit)
+        looked = monotonic()
+        killed = ""
+        try:
+            while not running.done():
+                if abort.is_set():
+                    raise KeyboardInterrupt
+                self._heard.drain(self._events, group.event)
+                if self._heard.too_many is not None:
+                    self._stop()
+                if monotonic() - looked > LOOK_S and group.processes:
+                    looked = monotonic()
+                    self._look(size, group)
+                    if not killed and (killed := group.hangs):
+                        self._say("hang", error=killed)
+                        logger.warning("%s; killing the workers", killed)
+                        kill(group)
+                sleep(POLL_S)
+        except BaseException:
+            ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
+            raise
+        self._heard.drain(self._events, group.event)
+        error = running.exception()
+        if error is None:
+            return None
+        if not isinstance(error, TrainingFailedError):
+            raise error
+        return TrainingError(f"{killed}; they were killed") if killed else cause_of(error)
+
+    def _trainer(self, recipe: Recipe) -> TorchTrainer:
+        tasks = decode_tasks_of(recipe, group_share(recipe))
+        elastic = self._recipe.run.min_workers is not None
+        return TorchTrainer(
+            partial(train_worker, Job(recipe, self._schedule, self._events, self._driver)),
+            datasets={"train": Remaining(recipe, self._schedule, tasks)},
+            dataset_config=data_config(recipe.data.buffer_mb),
+            torch_config=ListeningTorch(),
+            scaling_config=ScalingConfig(
+                num_workers=recipe.run.workers,
+                use_gpu=self._on_gpu,
+                resources_per_worker={
+                    "CPU": recipe.run.cpus_per_worker,
+                    "GPU": int(self._on_gpu),
+                },
+            ),
+            run_config=RunConfig(
+                name="ray",  # Ray's own bookkeeping; ours is in checkpoints/
+                storage_path=self._home.path,
+                storage_filesystem=self._home.fs,
+                failure_config=FailureConfig(
+                    max_failures=0,
+                    max_preemption_failures=0,
+                    # A group that cannot start may be too large for the nodes that are left.
+                    controller_failure_limit=0 if elastic else -1,
+                ),
+            ),
+        )
+
+    def _look(self, size: int, group: Group) -> None:
+        """Look at the cluster's nodes, and tell the workers what follows from it."""
+        try:
+            room = Room.look()
+        except RayError as error:
+            logger.warning("the cluster's nodes cannot be listed now: %s", error)
+            return
+        advice = advise(self._recipe, gpu=self._on_gpu, size=size, homes=group.nodes, room=room)
+        self._tell_workers(advice)
+
+    def _tell_workers(self, advice: Advice) -> None:
+        """Pass advice on; a person's wish to stop stands above it."""
+        if new := advice.save - self._noticed:
+            self._noticed |= new
+            self._saves += 1
+            self._say("notice", nodes=sorted(new))
+            logger.warning("nodes %s are about to go: saving a checkpoint", ", ".join(sorted(new)))
+        leave = 2 if advice.urgent else bool(advice.leave)
+        if leave > self._events.wished.leave:
+            self._say("leave", why=advice.leave)
+            logger.warning("%s: leaving after a checkpoint", advice.leave)
+        if not self._stopped:
+            self._events.wished = Wish(self._saves, leave)
+
+    def _take_back(self, group: Group) -> None:
+        """Note the batches that spoilt the gradient, for the next group to pass over.
+
+        Raises:
+            TrainingError: If the run was taken back too often, or another driver has taken over.
+        """
+        assert group.gave_up is not None
+        if not group.bad_steps:
+            raise TrainingError(group.gave_up)
+        assert self._recipe.data.path is not None
+        data = open_place(self._recipe.data.path)
+        passed = pass_over(self._home, data, self._schedule, group.bad_steps)
+        self._say("rewind", steps=group.bad_steps, rewinds=passed.rewinds)
+        if passed.rewinds > self._recipe.run.max_rewinds:
+            raise TrainingError(
+                f"{group.gave_up}; the run was taken back to its newest checkpoint "
+                f"{self._recipe.run.max_rewinds} times (run.max_rewinds) and it did not help: "
+                f"the pictures of those steps are named in {self._home / PASSED_FILE}; look at "
+                f"them, lower optim.lr_per_256 ({self._recipe.optim.lr_per_256:g}), or train in "
+                "compute.precision=float32"
+            )
+        logger.warning(
+            "%s; going back to the newest checkpoint, and on without these batches", group.gave_up
+        )
+
+
+def kill(group: Group) -> None:
+    """Kill a group's processes where they are: one that hangs, or is stopped, hears nothing else.
+
+    A node that does not answer is passed over; Ray finds out about it by itself.
+    """
+    by_node: dict[str, list[int]] = {}
+    for node, process in group.processes.values():
+        by_node.setdefault(node, []).append(process)
+    kills = [
+        ray.remote(num_cpus=0)(_kill)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(processes)
+        for node, processes in by_node.items()
+    ]
+    ray.wait(kills, num_returns=len(kills), timeout=KILL_S)
+
+
+def _kill(processes: list[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def in_background(job: Callable[[], object]) -> Future[object]:
+    """Run a job in a thread that ends with this process.
+
+    On the main thread `fit` would take Ctrl-C for itself, and drop the last steps.
+    """
+    result: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(job())
+        except BaseException as error:  # handed on to whoever asks for the result
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return result
+
+
+@contextmanager
+def stop_on_signal(stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into a request for one more checkpoint; the second one aborts.
+
+    Only a main thread is sent signals; elsewhere (a Tune trial) nothing changes.
+
+    Yields:
+        An event that is set when the run is to end at once.
+    """
+    abort = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield abort
+        return
+    asked = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            abort.set()
+            return
+        asked = True
+        logger.warning(
+            "%s: saving a last checkpoint, then ending; once more ends at once, without it",
+            signal.Signals(number).name,
+        )
+        stop()
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield abort
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def cause_of(error: TrainingFailedError) -> DropposError:
+    """Find our own error in what the workers raised; the others only saw a peer go."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    failures.append(getattr(error, "controller_failure", error))
+    for failure in failures:
+        link: BaseException | None = failure
+        while link is not None:
+            if isinstance(link, DropposError):
+                return link
+            link = getattr(link, "cause", None) or link.__cause__
+    last = str(failures[0]).strip().splitlines()[-1]
+    return TrainingError(
+        f"the workers failed more often than run.max_failures allows; the last time: {last}; "
+        "the newest checkpoint is kept, --resume goes on from it"
+    )
