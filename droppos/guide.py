@@ -46,8 +46,9 @@ def similarity(
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Open the guide's arithmetic.
 
-    Never with autocast's cache of cast weights: without gradient, it would be filled with copies
-    that lead nowhere, and the student's weights, taken from it, would get no gradient.
+    Never with autocast's cache of cast weights: in older releases of torch (2.15 is mended) it is
+    filled, without gradient, with copies that lead nowhere, and the student's weights, taken from
+    it, would get no gradient.
     """
     return torch.autocast(
         device.type,

@@ -57,7 +57,7 @@ def test_it_is_the_whole_second_pass() -> None:
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("guide", [None, torch.bfloat16])
 def test_it_leaves_every_gradient_as_it_is(half: bool, guide: torch.dtype | None) -> None:
-    """Autocast keeps the weights it has cast: those cast for the guide lead to no gradient."""
+    """Where torch keeps weights that autocast has cast, the guide's would lead to no gradient."""
     ours = model()
     ours.guide_dtype = guide
     without = gradients(ours, guided=False, half=half)
