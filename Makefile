@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test fast bench-ingest bench-bounded format lint types check clean
+.PHONY: help demo test fast bench-ingest bench-bounded bench-step format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
@@ -12,6 +12,7 @@ help:
 	@echo "make fast    run the tests that take seconds"
 	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
+	@echo "make bench-step      time of a training step beside a plain one, in a few minutes"
 	@echo "make check   format, lint and types, as CI does before the tests"
 
 demo: $(READY)
@@ -28,6 +29,9 @@ bench-ingest: $(READY)
 
 bench-bounded: $(READY)
 	@$(BIN)/python -m tests.benchmarks.bounded_copies $(PICTURES)
+
+bench-step: $(READY)
+	@$(BIN)/python -m tests.benchmarks.step
 
 check: lint types
 

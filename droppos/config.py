@@ -362,15 +362,39 @@ class Compute:
     optimizer state are sharded, one unit per transformer block."""
     precision: Literal["float32", "bf16"] = "bf16"
     """Arithmetic of forward and backward; weights and optimizer state stay float32."""
+    guide_precision: Literal["bf16", "same"] = "bf16"
+    """Arithmetic of the attentive guide, which has no gradient. bf16: where the device has units
+    for it (a CPU may not), also under a float32 student, whose loss moves by parts in ten thousand.
+    same: the student's."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when the worker was given one."""
     compile: bool = False
     """Compile each transformer block with torch.compile."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    shard_ranks: int | None = None
+    """fsdp2: ranks among which a copy of the weights is sharded, the GPUs of a node, say; each
+    further group holds a copy of its own. All ranks when not given."""
     shard_unit: Literal["block", "model"] = "block"
     """fsdp2: what is gathered at once. model is one gather and one scatter a step, for models so
     small that calls cost more than memory."""
     reshard_after_forward: bool = True
     """fsdp2: free a block's gathered weights after its forward pass; off trades memory for
     one gather less."""
+
+    def __post_init__(self) -> None:
+        if self.shard_ranks is not None:
+            require(
+                self.shard_ranks > 0,
+                "compute.shard_ranks",
+                self.shard_ranks,
+                "positive",
+                "leave it out to shard over all ranks",
+            )
+            require(
+                self.strategy == "fsdp2",
+                "compute.strategy",
+                self.strategy,
+                "fsdp2 where compute.shard_ranks is given",
+                "only fsdp2 shards: leave compute.shard_ranks out",
+            )

@@ -4,19 +4,21 @@ Axes in this file
     B  images on this rank
     N  cells in the patch grid
     V  visible patches of an image; H = N - V hidden ones
+    S  visible patches whose position is asked for (scored)
     P  pixels of a patch, times 3
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from droppos.config import Counts, Method
+from droppos.encoder import exact, take
 from droppos.masking import Draw
-from droppos.model import Prediction, exact, take
+from droppos.model import Prediction
 from droppos.targets import attentive_weights
 
 
@@ -72,62 +74,62 @@ def pretraining_loss(
 
 def _position_metrics(
     method: Method,
-    logits: Float[Tensor, "B V N"],
+    logits: Float[Tensor, "B S N"],
     similarity: Float[Tensor, "B V"] | None,
     draw: Draw,
     targets: Float[Tensor, "N N"],
     metrics: Metrics,
 ) -> Metrics:
-    logits = exact(logits)
-    wanted = targets.to(logits.dtype)[draw.visible]
+    logits, true = exact(logits), draw.asked
+    wanted = targets.to(logits.dtype)[true]
     log_probability = logits.log_softmax(dim=-1)
     nats = -(wanted * log_probability).sum(dim=-1)
-    hit = logits.argmax(dim=-1) == draw.visible
+    hit = logits.argmax(dim=-1) == true
 
-    scored = draw.dropped
+    counted = torch.ones_like(hit)
     if method.ignore_confident:
-        scored = scored & ~_confident(log_probability.detach(), draw, targets)
-    weights = _weights(method, similarity, scored, nats.dtype)
+        counted = ~_confident(log_probability.detach(), true, targets)
+    weights = _weights(method, similarity, draw, counted, nats.dtype)
     entropy = torch.special.entr(wanted).sum(dim=-1)
 
-    counted = draw.dropped.to(nats.dtype)
-    if method.conformance == "paper":
-        accuracy = (hit * counted).sum() / counted.sum()
-    else:
-        accuracy = (hit * weights).sum()  # the reference weighs it as its loss
+    # The reference weighs it as its loss.
+    share = hit.to(nats.dtype).mean() if method.conformance == "paper" else (hit * weights).sum()
     return metrics._replace(
         position_loss=(weights * nats).sum(),
         position_excess=(weights * (nats - entropy)).sum().detach(),
-        position_accuracy=accuracy,
-        ignored=1 - scored.sum() / counted.sum(),
+        position_accuracy=share,
+        ignored=1 - counted.to(nats.dtype).mean(),
     )
 
 
 def _confident(
-    log_probability: Float[Tensor, "B V N"], draw: Draw, targets: Float[Tensor, "N N"]
-) -> Bool[Tensor, "B V"]:
+    log_probability: Float[Tensor, "B S N"], true: Int[Tensor, "B S"], targets: Float[Tensor, "N N"]
+) -> Bool[Tensor, "B S"]:
     """Find patches placed at least as surely as the target, at its peak, asks for."""
-    true = log_probability.gather(2, draw.visible[..., None]).squeeze(2)
-    return true.exp() >= targets.diagonal().to(true.dtype)[draw.visible]
+    of_true = log_probability.gather(2, true[..., None]).squeeze(2)
+    return of_true.exp() >= targets.diagonal().to(of_true.dtype)[true]
 
 
 def _weights(
     method: Method,
     similarity: Float[Tensor, "B V"] | None,
-    scored: Bool[Tensor, "B V"],
+    draw: Draw,
+    counted: Bool[Tensor, "B S"],
     dtype: torch.dtype,
-) -> Float[Tensor, "B V"]:
-    """Share a total of 1 among the scored patches of the batch, 0 elsewhere.
+) -> Float[Tensor, "B S"]:
+    """Share a total of 1 among the counted patches of the batch, 0 elsewhere.
 
     Paper: each image has 1/B (an image with nothing left to score gives its share up, so the
     loss falls towards 0 and is never NaN). Reference: weights are shared among all visible
     patches of an image first, so that images count unequally.
     """
-    paper = method.conformance == "paper"
-    alike = torch.zeros_like(scored, dtype=dtype) if similarity is None else similarity.to(dtype)
-    if paper:
-        return attentive_weights(alike, scored, method.tau) / len(scored)
-    weights = scored * attentive_weights(alike, torch.ones_like(scored), method.tau)
+    visible = draw.visible
+    alike = torch.zeros_like(visible, dtype=dtype) if similarity is None else similarity.to(dtype)
+    if method.conformance == "paper":
+        of_scored = alike.gather(1, draw.scored)
+        return attentive_weights(of_scored, counted, method.tau) / len(visible)
+    everything = torch.ones_like(visible, dtype=torch.bool)
+    weights = attentive_weights(alike, everything, method.tau).gather(1, draw.scored) * counted
     return weights / weights.sum().clamp(min=torch.finfo(dtype).tiny)
 
 

@@ -8,7 +8,7 @@ Axes in this file
     G  images of the global batch
     N  cells in the patch grid (rows * columns)
     V  visible patches of an image
-    K  visible patches that keep their position
+    K  visible patches that keep their position; S = V - K do not, and are scored
 """
 
 from typing import NamedTuple
@@ -25,12 +25,23 @@ class Draw(NamedTuple):
 
     visible: Int[Tensor, "B V"]
     """Cells of the visible patches, in the order in which they enter the encoder."""
-    dropped: Bool[Tensor, "B V"]
-    """Whether that visible patch lost its position: these are scored."""
+    scored: Int[Tensor, "B S"]
+    """Which of the visible patches lost their position, by index into ``visible``, ascending."""
     hidden: Int[Tensor, "B H"]
     """Cells of the N - V patches the encoder never sees; the pixel task asks for them."""
     wrong: Int[Tensor, "B V"] | None = None
     """Cell whose position a dropped patch is given instead of its own (dropped_token wrong)."""
+
+    @property
+    def dropped(self) -> Bool[Tensor, "B V"]:
+        """Whether each visible patch lost its position."""
+        kept = torch.zeros_like(self.visible, dtype=torch.bool)
+        return kept.scatter(1, self.scored, True)
+
+    @property
+    def asked(self) -> Int[Tensor, "B S"]:
+        """True cells of the scored patches."""
+        return self.visible.gather(1, self.scored)
 
 
 class Noise(NamedTuple):
@@ -62,10 +73,8 @@ def draw_patches(
     the smallest second noise keep their position.
     """
     cells = noise_patches.argsort(dim=1)
-    ranks = noise_positions.argsort(dim=1)
-    dropped = torch.ones_like(noise_positions, dtype=torch.bool)
-    dropped.scatter_(1, ranks[:, : counts.kept], False)
-    return Draw(cells[:, : counts.visible], dropped, cells[:, counts.visible :])
+    scored = noise_positions.argsort(dim=1)[:, counts.kept :].sort(dim=1).values
+    return Draw(cells[:, : counts.visible], scored, cells[:, counts.visible :])
 
 
 def draw_noise(counts: Counts, method: Method, generator: torch.Generator, images: int) -> Noise:
@@ -92,9 +101,8 @@ def draw(counts: Counts, method: Method, noise: Noise) -> Draw:
     masks = draw_patches(counts, noise.patches, noise.positions)
     if noise.order is not None:
         order = noise.order.argsort(dim=1)
-        masks = masks._replace(
-            visible=masks.visible.gather(1, order), dropped=masks.dropped.gather(1, order)
-        )
+        moved = order.argsort(dim=1).gather(1, masks.scored).sort(dim=1).values
+        masks = masks._replace(visible=masks.visible.gather(1, order), scored=moved)
     if noise.wrong is not None:
         permutation = noise.wrong.argsort(dim=1)
         if method.conformance != "paper":

@@ -1,4 +1,4 @@
-"""The model: a timm vision transformer, and the light decoders that pre-train it.
+"""The model: an encoder, and the light decoders that pre-train it.
 
 What is learnt: given the looks of a few patches, most of them without a position, say where
 each stood. Only visible patches enter the encoder; positions are fixed 2-D sine and cosine,
@@ -8,35 +8,43 @@ Axes in this file
     B  images on this rank
     N  cells in the patch grid (rows * columns)
     V  visible patches of an image; H = N - V hidden ones
+    S  visible patches whose position is asked for (scored)
     T  tokens of an image: the class token and its patches
     D  channels of a token in the encoder
     P  pixels of a patch, times 3
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import timm
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from droppos.config import SHAPES, Grid, Method, Model
+from droppos import guide
+from droppos.config import Method, Model
+from droppos.encoder import (
+    Block,
+    build_encoder,
+    encode,
+    layer_norm,
+    positions,
+    run_blocks,
+    sincos_positions,
+    take,
+)
 from droppos.masking import Draw
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)
-
 
 class Prediction(NamedTuple):
     """What the model says of a batch."""
 
-    logits: Float[Tensor, "B V N"] | None
-    """Over the cells of the grid, for each visible patch; None without a position head."""
+    logits: Float[Tensor, "B S N"] | None
+    """Over the cells of the grid, for each patch in ``draw.scored`` and in its order; None without
+    a position head."""
     pixels: Float[Tensor, "B H P"] | None
     """Of each hidden patch, row by row, channels last; None without a pixel head."""
     similarity: Float[Tensor, "B V"] | None
@@ -57,9 +65,14 @@ def normalise(
     planes = images.permute(0, 3, 1, 2).contiguous()
     if mirrored is not None:
         planes = _mirror(planes, mirrored)
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255
+    mean = _per_channel(IMAGENET_MEAN, images.device)
+    std = _per_channel(IMAGENET_STD, images.device)
     return planes.float().sub_(mean).div_(std)
+
+
+def _per_channel(shares: Sequence[float], device: torch.device) -> Float[Tensor, "3 1 1"]:
+    # Filled and not copied there: a copy from pageable memory would wait for the device.
+    return torch.stack([torch.full((1, 1), share * 255, device=device) for share in shares])
 
 
 def _mirror(
@@ -69,52 +82,6 @@ def _mirror(
     straight = torch.arange(planes.shape[3], device=planes.device)
     columns = torch.where(mirrored[:, None], straight.flip(0), straight)
     return planes.gather(3, columns[:, None, None, :].expand_as(planes))
-
-
-def sincos_positions(grid: Grid, width: int) -> Float[Tensor, "1 T width"]:
-    """Build fixed 2-D positions, row 0 for the class token (zeros).
-
-    The first half of the channels tells the column, the second the row; in each, sines then
-    cosines of geometric frequencies from 1 to 1/10000.
-    """
-    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-
-    def encode(places: Float[Tensor, "N"]) -> Float[Tensor, "N half"]:
-        angles = places[:, None] * frequency
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    cell = torch.arange(grid.cells)
-    cells = torch.cat(
-        [encode((cell % grid.columns).double()), encode((cell // grid.columns).double())], dim=1
-    )
-    return torch.cat([torch.zeros(1, width), cells.float()])[None]
-
-
-def timm_arguments(config: Model) -> tuple[str, dict[str, Any]]:
-    """Name the timm architecture and the arguments that make it this encoder."""
-    shape = config.shape
-    standard = SHAPES[config.size]
-    arguments: dict[str, Any] = {"img_size": config.image_size}
-    for argument, value, usual in (
-        ("patch_size", shape.patch_size, standard.patch_size),
-        ("embed_dim", shape.width, standard.width),
-        ("depth", shape.depth, standard.depth),
-        ("num_heads", shape.heads, standard.heads),
-    ):
-        if value != usual:
-            arguments[argument] = value
-    return f"vit_{config.size}_patch{standard.patch_size}_224", arguments
-
-
-def build_encoder(config: Model) -> VisionTransformer:
-    """Make the timm encoder: no classes, fixed positions."""
-    name, arguments = timm_arguments(config)
-    encoder = timm.create_model(name, num_classes=0, **arguments)
-    assert isinstance(encoder, VisionTransformer)
-    encoder.pos_embed = nn.Parameter(
-        sincos_positions(config.grid, config.shape.width), requires_grad=False
-    )
-    return encoder
 
 
 class DropPos(nn.Module):
@@ -130,6 +97,8 @@ class DropPos(nn.Module):
         method.counts(model.grid)
         self.method = method
         self.grid = model.grid
+        self.guide_dtype: torch.dtype | None = None
+        """Precision of the guide where it differs from the student's, as droppos.parallel chose."""
         width = model.shape.width
         self.encoder = build_encoder(model)
         self.dropped_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -164,11 +133,13 @@ class DropPos(nn.Module):
                 visible patch to the class token.
         """
         patches = self.encoder.patch_embed(images)
-        similarity = self._similarity(patches.detach(), draw) if guided else None
-        tokens = self._encode(self._visible_tokens(patches, draw))
+        similarity = None
+        if guided:
+            similarity = guide.similarity(self.encoder, patches.detach(), draw, self.guide_dtype)
+        tokens = encode(self.encoder, self._visible_tokens(patches, draw))
         logits = pixels = None
         if self.position_decoder is not None:
-            logits = self.position_decoder(tokens)
+            logits = self.position_decoder(tokens, draw.scored)
         if self.pixel_decoder is not None:
             pixels = self.pixel_decoder(tokens, draw)
         return Prediction(logits, pixels, similarity)
@@ -176,53 +147,38 @@ class DropPos(nn.Module):
     def _visible_tokens(
         self, patches: Float[Tensor, "B N D"], draw: Draw
     ) -> Float[Tensor, "B V D"]:
-        positions = self._positions(draw.visible)
+        own = self._positions(draw.visible)
         if self.method.dropped_token == "wrong" and draw.wrong is not None:
             stand_in = self._positions(draw.wrong)
         else:
             stand_in = self.dropped_token  # zeros, when it is not learnt
-        positions = torch.where(draw.dropped[..., None], stand_in, positions)
-        return take(patches, draw.visible) + positions
-
-    @property
-    def _all_positions(self) -> Float[Tensor, "1 T D"]:
-        assert self.encoder.pos_embed is not None
-        return self.encoder.pos_embed
+        return take(patches, draw.visible) + torch.where(draw.dropped[..., None], stand_in, own)
 
     def _positions(self, cells: Int[Tensor, "B V"]) -> Float[Tensor, "B V D"]:
-        return self._all_positions[0][cells + 1]
-
-    def _encode(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B S D"]:
-        assert self.encoder.cls_token is not None
-        first = self.encoder.cls_token + self._all_positions[:, :1]
-        tokens = torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
-        for block in self.encoder.blocks:
-            tokens = block(tokens)
-        return self.encoder.norm(tokens)
-
-    @torch.no_grad()
-    def _similarity(self, patches: Float[Tensor, "B N D"], draw: Draw) -> Float[Tensor, "B V"]:
-        tokens = self._encode(patches + self._all_positions[:, 1:])
-        visible = take(tokens[:, 1:], draw.visible)
-        return F.cosine_similarity(exact(visible), exact(tokens[:, :1]), dim=-1)
+        return positions(self.encoder)[0][cells + 1]
 
 
 class PositionDecoder(nn.Module):
-    """Let the visible patches confer, then name a cell for each; it knows no positions."""
+    """Let the visible patches confer, then name a cell for those asked; it knows no positions."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.embed = nn.Linear(model.shape.width, model.decoder_width)
         self.blocks = _decoder_blocks(model)
-        self.norm = _layer_norm(model.decoder_width)
+        self.norm = layer_norm(model.decoder_width)
         self.head = nn.Linear(model.decoder_width, model.grid.cells)
 
-    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B V N"]:
-        """Give the logits of every visible patch, the class token's left out."""
-        tokens = self.embed(tokens)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(self.norm(tokens[:, 1:]))
+    def forward(
+        self, tokens: Float[Tensor, "B T D"], asked: Int[Tensor, "B S"]
+    ) -> Float[Tensor, "B S N"]:
+        """Give the logits of some visible patches.
+
+        Args:
+            tokens: Of the encoder, the class token first.
+            asked: Which of the visible patches, 0 the first: ``draw.scored``.
+        """
+        tokens = run_blocks(list(self.blocks), self.embed(tokens), asked + 1)
+        return self.head(self.norm(tokens))
 
 
 class PixelDecoder(nn.Module):
@@ -235,7 +191,7 @@ class PixelDecoder(nn.Module):
         self.embed = nn.Linear(model.shape.width, model.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, model.decoder_width))
         self.blocks = _decoder_blocks(model)
-        self.norm = _layer_norm(model.decoder_width)
+        self.norm = layer_norm(model.decoder_width)
         self.head = nn.Linear(model.decoder_width, model.shape.patch_size**2 * 3)
         self.register_buffer(
             "positions", sincos_positions(model.grid, model.decoder_width), persistent=False
@@ -249,14 +205,14 @@ class PixelDecoder(nn.Module):
         cells = torch.cat([draw.visible, draw.hidden], dim=1)
         # Attention does not see order, so the patches need no putting back into rows.
         tokens = torch.cat([tokens[:, :1], patches + self.positions[0][cells + 1]], dim=1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(self.norm(tokens[:, 1 + draw.visible.shape[1] :]))
+        first, last = 1 + draw.visible.shape[1], tokens.shape[1]
+        hidden = torch.arange(first, last, device=tokens.device).expand(len(tokens), -1)
+        return self.head(self.norm(run_blocks(list(self.blocks), tokens, hidden)))
 
 
 def _decoder_blocks(model: Model) -> nn.ModuleList:
     return nn.ModuleList(
-        Block(model.decoder_width, model.decoder_heads, qkv_bias=True, norm_layer=_layer_norm)
+        Block(model.decoder_width, model.decoder_heads, qkv_bias=True, norm_layer=layer_norm)
         for _ in range(model.decoder_depth)
     )
 
@@ -266,13 +222,3 @@ def _initialise_linear(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def exact(values: Tensor) -> Tensor:
-    """Lift half precision to float32; float64 stays what it is."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def take(tokens: Float[Tensor, "B N D"], cells: Int[Tensor, "B V"]) -> Float[Tensor, "B V D"]:
-    """Pick the tokens of the given cells, image by image."""
-    return tokens.gather(1, cells[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -7,17 +7,18 @@ checkpointing (inside a block), compilation (of a block), sharding or replicatio
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from math import gcd
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from droppos.config import Compute, Method, Model
+from droppos.config import Compute, Method, Model, require
 from droppos.errors import ConfigError
 from droppos.model import DropPos
 
@@ -49,10 +50,14 @@ def build(
         torch.manual_seed(seed)
         whole = DropPos(model, method)
     whole.to(device)
+    whole.guide_dtype = guide_dtype(compute, device)
     blocks = transformer_blocks(whole)
     if compute.activation_checkpointing:
         for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            # No block draws a random number, so there is no generator's state to keep.
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
     if compute.compile:
         for block in blocks:
             block.compile()
@@ -73,7 +78,7 @@ def transformer_blocks(model: DropPos) -> list[nn.Module]:
 
 
 def _shard(model: DropPos, blocks: list[nn.Module], compute: Compute, device: torch.device) -> None:
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    mesh = _mesh(compute, device)
     half = compute.precision == "bf16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
@@ -86,11 +91,46 @@ def _shard(model: DropPos, blocks: list[nn.Module], compute: Compute, device: to
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
+def _mesh(compute: Compute, device: torch.device) -> DeviceMesh:
+    """Lay out the ranks: in one row of shards, or in rows that each hold a copy.
+
+    Raises:
+        ConfigError: If the ranks do not fill whole rows.
+    """
+    world, shards = dist.get_world_size(), compute.shard_ranks
+    if shards is None:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    require(
+        world % shards == 0,
+        "compute.shard_ranks",
+        shards,
+        f"a divisor of the {world} ranks",
+        f"take {gcd(world, shards)}, or another number of workers",
+    )
+    return init_device_mesh(
+        device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard")
+    )
+
+
 def precision(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
     """Open the arithmetic of a forward pass; FSDP2 casts by its own policy."""
     if compute.precision == "float32" or compute.strategy == "fsdp2":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def guide_dtype(compute: Compute, device: torch.device) -> torch.dtype | None:
+    """Choose what the guide autocasts to; None where it computes as the student does."""
+    wanted = compute.guide_precision == "bf16" and compute.precision == "float32"
+    return torch.bfloat16 if wanted and has_bf16_units(device) else None
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Tell whether bf16 products are faster than float32; emulated, they are many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = ("avx512_bf16", "amx_bf16", "bf16")  # x86, x86, ARM
+    return any(torch.cpu.get_capabilities().get(unit, False) for unit in units)
 
 
 @contextmanager

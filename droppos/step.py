@@ -45,6 +45,8 @@ class StepReport(NamedTuple):
     lr: float
     sigma: float
     """In patches."""
+    skipped: Tensor
+    """Whether the gradient was not finite (bool), so that nothing but the step count changed."""
 
 
 @dataclass
@@ -105,8 +107,11 @@ class TrainState:
         """Give the target map of a sigma on the device, made once for each value."""
         if width not in self._targets:
             self._targets.clear()  # sigma never comes back, so one map is enough
-            targets = smoothed_targets(self.model_config.grid, width, self.method.conformance)
-            self._targets[width] = targets.to(self.device)
+            # Made where it is read: a copy from pageable memory would wait for the device.
+            with self.device:
+                self._targets[width] = smoothed_targets(
+                    self.model_config.grid, width, self.method.conformance
+                )
         return self._targets[width]
 
 
@@ -122,7 +127,9 @@ def step_noise(state: TrainState) -> Noise:
 def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepReport:
     """Take one optimizer step on this rank's images of one global batch.
 
-    Accumulated micro-batches give the gradient of the large batch: each counts 1/n.
+    Accumulated micro-batches give the gradient of the large batch: each counts 1/n. A gradient
+    that is not finite changes no weight, moment or step counter of the optimizer, on any rank;
+    ``state.step`` advances, for that batch is passed over.
     """
     model, method = state.model, state.method
     lr = learning_rate(state.optim, state.epoch)
@@ -149,12 +156,24 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepRe
         parts.append(torch.stack([value.detach() for value in metrics]))
 
     grad_norm = _clip(model, method, state.optim.clip_norm)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    skipped = ~grad_norm.isfinite()
+    _update(state.optimizer, lr, skipped)
     state.step += 1
-    return StepReport(Metrics(*torch.stack(parts).mean(dim=0)), grad_norm, lr, width)
+    return StepReport(Metrics(*torch.stack(parts).mean(dim=0)), grad_norm, lr, width, skipped)
+
+
+def _update(optimizer: torch.optim.Optimizer, lr: float, skipped: Bool[Tensor, ""]) -> None:
+    """Move the weights unless told to skip, which is decided on the device.
+
+    The norm is of the gradient summed over ranks, where one rank's NaN is everyone's, so all
+    decide alike with no word between them.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # Fused AdamW looks at it in its kernel, as it would for torch.amp.GradScaler.
+    optimizer.found_inf = skipped.float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _on_device(batch: MicroBatch, device: torch.device) -> Float[Tensor, "B 3 rows columns"]:

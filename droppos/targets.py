@@ -6,7 +6,7 @@ so patches count by their likeness to the class token (attentive reconstruction)
 
 Axes in this file
     B  images on this rank
-    V  visible patches of an image
+    P  patches of an image: its visible ones, or of those the scored
     N  cells in the patch grid (rows * columns)
 """
 
@@ -71,10 +71,10 @@ def _bump(grid: Grid, sigma: float) -> Float[Tensor, "N N"]:
 
 
 def attentive_weights(
-    similarity: Float[Tensor, "B V"],
-    counted: Bool[Tensor, "B V"],
+    similarity: Float[Tensor, "B P"],
+    counted: Bool[Tensor, "B P"],
     tau: float,
-) -> Float[Tensor, "B V"]:
+) -> Float[Tensor, "B P"]:
     """Turn likeness to the class token into weights that sum to 1 over the counted patches.
 
     The paper's softmax runs over all N patches (equations 9 and 10); its normaliser is the

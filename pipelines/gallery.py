@@ -49,7 +49,7 @@ def draw_gallery(
             Reassembly.from_logits(
                 pictures.pixels[i].numpy(),
                 drawn.visible[0].numpy(),
-                drawn.dropped[0].numpy(),
+                drawn.scored[0].numpy(),
                 logits.numpy(),
             )
         )

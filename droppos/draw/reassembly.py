@@ -5,7 +5,7 @@ heap of loose ones it is given besides; where it puts those; where they were.
 
 Axes in this file
     H, W  rows and columns of pixels
-    V     visible patches
+    V     visible patches; S of them are loose: their position was dropped
     N     cells in the patch grid (rows * columns)
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
@@ -46,11 +46,11 @@ class Reassembly:
     picture: UInt8[np.ndarray, "H W 3"]
     visible: Int[np.ndarray, " V"]
     """True cell of each visible patch."""
-    dropped: Bool[np.ndarray, " V"]
-    """Whether it lost its position, so was asked for."""
-    predicted: Int[np.ndarray, " V"]
-    """Cell in which the model believes it; not read where the position was kept."""
-    confidence: Float[np.ndarray, " V"]
+    loose: Int[np.ndarray, " S"]
+    """Which of them (index into ``visible``) lost their position, so were asked for."""
+    predicted: Int[np.ndarray, " S"]
+    """Cell in which the model believes each loose piece."""
+    confidence: Float[np.ndarray, " S"]
     """Probability of that cell; where several claim one, the surest is laid there."""
 
     @classmethod
@@ -58,37 +58,41 @@ class Reassembly:
         cls,
         picture: UInt8[np.ndarray, "H W 3"],
         visible: Int[np.ndarray, " V"],
-        dropped: Bool[np.ndarray, " V"],
-        logits: Float[np.ndarray, "V N"],
+        loose: Int[np.ndarray, " S"],
+        logits: Float[np.ndarray, "S N"],
     ) -> "Reassembly":
         """Read the model's position logits of one picture."""
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         confidence = 1 / odds.sum(axis=1)  # the best cell's odds are 1
-        return cls(picture, visible, dropped, logits.argmax(axis=1), confidence)
+        return cls(picture, visible, loose, logits.argmax(axis=1), confidence)
 
     @property
     def right(self) -> int:
         """Loose pieces put into exactly their cell."""
-        return int((self.predicted == self.visible)[self.dropped].sum())
+        return int((self.predicted == self.visible[self.loose]).sum())
 
     @property
     def scored(self) -> int:
-        """Loose pieces."""
-        return int(self.dropped.sum())
+        """Number of loose pieces."""
+        return len(self.loose)
+
+    @property
+    def given(self) -> list[int]:
+        """Cells of the pieces whose place is known."""
+        return np.delete(self.visible, self.loose).tolist()
 
     def laid(self) -> dict[int, int]:
-        """Find which loose piece (its index among the visible) lies in which cell.
+        """Find which loose piece (by the cell it came from) lies in which cell.
 
         A piece that claims the cell of one whose place is known, or of a surer one, is not
         to be seen.
         """
-        taken = set(self.visible[~self.dropped].tolist())
+        taken = set(self.given)
         cells: dict[int, int] = {}
-        loose = np.flatnonzero(self.dropped)
-        for piece in loose[np.argsort(-self.confidence[loose], kind="stable")].tolist():
-            cell = int(self.predicted[piece])
+        for i in np.argsort(-self.confidence, kind="stable").tolist():
+            cell = int(self.predicted[i])
             if cell not in taken:
-                cells.setdefault(cell, piece)
+                cells.setdefault(cell, int(self.visible[self.loose[i]]))
         return cells
 
 
@@ -161,7 +165,7 @@ def _panels(row: Reassembly, grid: Grid) -> tuple[Image.Image, ...]:
 
 def _heap(row: Reassembly, board: _Board) -> Image.Image:
     """Strew the loose pieces: neither slot nor offset tells anything of where they were."""
-    loose = row.visible[row.dropped].tolist()
+    loose = row.visible[row.loose].tolist()
     pitch = int(board.side * 1.35)
     down = max(1, board.picture.height // pitch)
     across = ceil(len(loose) / down)
@@ -177,10 +181,10 @@ def _heap(row: Reassembly, board: _Board) -> Image.Image:
 def _believed(row: Reassembly, board: _Board) -> Image.Image:
     panel = _keep(row, board, board.empty())
     laid = row.laid()
-    for cell, piece in laid.items():
-        panel.paste(board.piece(int(row.visible[piece])), board.corner(cell))
-    for cell, piece in laid.items():
-        _frame(panel, board, cell, RIGHT if row.visible[piece] == cell else WRONG)
+    for cell, origin in laid.items():
+        panel.paste(board.piece(origin), board.corner(cell))
+    for cell, origin in laid.items():
+        _frame(panel, board, cell, RIGHT if origin == cell else WRONG)
     return panel
 
 
@@ -192,7 +196,7 @@ def _true(row: Reassembly, board: _Board) -> Image.Image:
 
 
 def _keep(row: Reassembly, board: _Board, panel: Image.Image) -> Image.Image:
-    for cell in row.visible[~row.dropped].tolist():
+    for cell in row.given:
         panel.paste(board.piece(cell), board.corner(cell))
     return panel
 

@@ -25,8 +25,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from droppos.config import Method, Model
+from droppos.encoder import timm_arguments
 from droppos.errors import ConfigError, DataError, TrainingError
-from droppos.model import IMAGENET_MEAN, IMAGENET_STD, DropPos, timm_arguments
+from droppos.model import IMAGENET_MEAN, IMAGENET_STD, DropPos
 
 WEIGHTS, TIMM_CONFIG = "model.safetensors", "config.json"
 HEAD, OWN_CONFIG = "position_head.safetensors", "droppos.json"

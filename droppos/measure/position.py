@@ -6,7 +6,7 @@ pictures, the same masks, the same ratios, no smoothing and no weights, for ever
 Axes in this file
     P  pictures, B of them in a batch
     N  cells in the patch grid (rows * columns)
-    V  visible patches of a picture
+    S  visible patches of a picture whose position is asked for (scored)
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from droppos.masking import Draw, draw_patches
 from droppos.measure.intervals import Proportion
 from droppos.model import DropPos, normalise
 
-Predict = Callable[[UInt8[Tensor, "B rows columns 3"], Draw], Float[Tensor, "B V N"]]
-"""Position logits of each visible patch, on the device of the pictures given."""
+Predict = Callable[[UInt8[Tensor, "B rows columns 3"], Draw], Float[Tensor, "B S N"]]
+"""Position logits of each scored patch, in the draw's order, on the device of the draw."""
 
 
 def protocol_draw(
@@ -124,13 +124,10 @@ class PositionMeter:
         """The tensors to add up over ranks."""
         return [self.offsets, self.hits_squared, self.nats]
 
-    def update(self, logits: Float[Tensor, "B V N"], draw: Draw) -> None:
+    def update(self, logits: Float[Tensor, "B S N"], draw: Draw) -> None:
         """Count a batch."""
-        # Every picture drops the same number of positions, so a mask keeps rows rectangular.
-        shape = (len(logits), self.counts.scored)
-        true = draw.visible[draw.dropped].view(shape)
-        scored = logits[draw.dropped].view(*shape, -1)
-        predicted = scored.argmax(dim=-1)
+        true = draw.asked
+        predicted = logits.argmax(dim=-1)
         rows, columns = self.grid
         down = predicted // columns - true // columns + rows - 1
         right = predicted % columns - true % columns + columns - 1
@@ -138,7 +135,7 @@ class PositionMeter:
         self.offsets += torch.bincount(flat, minlength=self.offsets.numel()).view_as(self.offsets)
         self.hits_squared += (predicted == true).sum(dim=1).square().sum()
         self.nats += F.cross_entropy(
-            scored.flatten(0, 1).float(), true.flatten(), reduction="sum"
+            logits.flatten(0, 1).float(), true.flatten(), reduction="sum"
         ).double()
 
     def report(self) -> PositionReport:

@@ -17,13 +17,13 @@ def reassembly(logits: np.ndarray) -> Reassembly:
     return Reassembly.from_logits(
         picture=np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8),
         visible=np.array([0, 5, 7, 11]),
-        dropped=np.array([False, True, True, True]),
+        loose=np.array([1, 2, 3]),
         logits=logits,
     )
 
 
 def claiming(*claims: tuple[int, float]) -> np.ndarray:
-    logits = np.zeros((4, GRID.cells))
+    logits = np.zeros((3, GRID.cells))
     for piece, (cell, strength) in enumerate(claims):
         logits[piece, cell] = strength
     return logits
@@ -37,23 +37,23 @@ def size_of_drawing(path: Path) -> tuple[int, int]:
 
 
 def test_the_surest_piece_is_laid_where_several_claim_a_cell() -> None:
-    row = reassembly(claiming((0, 1), (7, 2), (7, 9), (7, 5)))
-    assert row.laid() == {7: 2}
+    row = reassembly(claiming((7, 2), (7, 9), (7, 5)))
+    assert row.laid() == {7: 7}
     assert (row.right, row.scored) == (1, 3)
 
 
 def test_a_piece_whose_place_is_known_is_never_covered() -> None:
-    assert reassembly(claiming((0, 1), (0, 99), (7, 1), (11, 1))).laid() == {7: 2, 11: 3}
+    assert reassembly(claiming((0, 99), (7, 1), (11, 1))).laid() == {7: 7, 11: 11}
 
 
 def test_confidence_is_the_probability_of_the_cell_named() -> None:
-    row = reassembly(claiming((0, 1000), (5, np.log(11)), (7, 0), (11, 0)))
-    np.testing.assert_allclose(row.confidence, [1, 0.5, 1 / 12, 1 / 12])
+    row = reassembly(claiming((5, np.log(11)), (7, 0), (11, 0)))
+    np.testing.assert_allclose(row.confidence, [0.5, 1 / 12, 1 / 12])
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_reassembly_is_drawn_large(tmp_path: Path, rows: int) -> None:
-    row = reassembly(claiming((0, 1), (5, 2), (7, 9), (2, 5)))
+    row = reassembly(claiming((5, 2), (7, 9), (2, 5)))
     counts = Method(mask_ratio=0.6).counts(GRID)
     draw_reassembly([row] * rows, GRID, counts.chance, tmp_path / "reassembly.png")
     width, height = size_of_drawing(tmp_path / "reassembly.png")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from droppos.config import Counts, Grid, Method
 from droppos.loss import Metrics, patchify, pretraining_loss, skill
@@ -28,7 +29,7 @@ def score(method: Method, logits: torch.Tensor, masks: Draw, similarity=None) ->
 
 
 def perfect(masks: Draw, targets: torch.Tensor) -> torch.Tensor:
-    return targets[masks.visible].clamp(min=1e-30).log()
+    return targets[masks.asked].clamp(min=1e-30).log()
 
 
 @given(
@@ -51,20 +52,19 @@ def test_never_nan(sigma, mask, positions, attentive, confident, conformance, sc
         conformance=conformance,
     )
     masks = drawn(method)
-    logits = (torch.randn(*masks.visible.shape, GRID.cells) * scale).requires_grad_()
+    logits = (torch.randn(*masks.scored.shape, GRID.cells) * scale).requires_grad_()
     similarity = torch.rand(masks.visible.shape) * 2 - 1 if attentive else None
     metrics = score(method, logits, masks, similarity)
     assert torch.stack(list(metrics)).isfinite().all()
     metrics.loss.backward()
     assert logits.grad is not None and logits.grad.isfinite().all()
-    assert (logits.grad[~masks.dropped] == 0).all()
 
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0, 3.0])
 def test_a_uniform_guess_scores_ln_n_at_any_sigma(sigma: float) -> None:
     method = Method(sigma=sigma, attentive=False)
     masks = drawn(method)
-    metrics = score(method, torch.zeros(*masks.visible.shape, 24), masks)
+    metrics = score(method, torch.zeros(*masks.scored.shape, 24), masks)
     assert metrics.loss.item() == pytest.approx(log(24), rel=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_the_papers_images_count_equally_and_the_references_do_not() -> None:
     shares = {}
     for conformance in ("paper", "reference"):
         method = Method(mask_ratio=0.5, sigma=0, conformance=conformance)  # pyright: ignore[reportArgumentType]
-        logits = torch.zeros(4, 12, 24, requires_grad=True)
+        logits = torch.zeros(4, 9, 24, requires_grad=True)
         score(method, logits, drawn(method), similarity).loss.backward()
         assert logits.grad is not None
         # At uniform logits the true cell's gradient is the patch's weight times -(1 - 1/24).
@@ -94,18 +94,18 @@ def test_the_papers_images_count_equally_and_the_references_do_not() -> None:
     assert shares["reference"].max() - shares["reference"].min() > 0.01
 
 
-def test_accuracy_is_of_scored_patches_only() -> None:
+def test_accuracy_is_the_share_of_scored_patches_in_their_cell() -> None:
     method = Method(mask_ratio=0, attentive=False)
     masks = drawn(method)
-    logits = torch.nn.functional.one_hot(masks.visible, 24).float()
-    logits[~masks.dropped] = logits[~masks.dropped].roll(1, dims=-1)  # wrong where not asked
-    assert score(method, logits, masks).position_accuracy.item() == 1
+    logits = F.one_hot(masks.asked, 24).float()
+    logits[:, :6] = logits[:, :6].roll(1, dims=-1)
+    assert score(method, logits, masks).position_accuracy.item() == pytest.approx(12 / 18)
 
 
 def test_all_confident_is_a_zero_loss_and_counted() -> None:
     method = Method(mask_ratio=0, ignore_confident=True, sigma=1)
     masks = drawn(method)
-    sure = torch.nn.functional.one_hot(masks.visible, 24).float() * 100
+    sure = F.one_hot(masks.asked, 24).float() * 100
     metrics = score(method, sure.requires_grad_(), masks, torch.rand(masks.visible.shape))
     assert metrics.loss.item() == 0
     assert metrics.ignored.item() == 1
@@ -114,8 +114,8 @@ def test_all_confident_is_a_zero_loss_and_counted() -> None:
 def test_a_picture_with_nothing_left_to_score_gives_its_share_up() -> None:
     method = Method(mask_ratio=0, ignore_confident=True, sigma=1, attentive=False)
     masks = drawn(method, images=2)
-    logits = torch.zeros(2, 24, 24)
-    logits[0] = torch.nn.functional.one_hot(masks.visible[0], 24).float() * 100
+    logits = torch.zeros(2, 18, 24)
+    logits[0] = F.one_hot(masks.asked[0], 24).float() * 100
     metrics = score(method, logits, masks)
     assert metrics.ignored.item() == pytest.approx(0.5)
     assert metrics.loss.item() == pytest.approx(log(24) / 2, rel=1e-5)
@@ -140,7 +140,7 @@ def test_pixel_loss_of_a_mean_guess_is_about_1() -> None:
 def test_both_tasks_add_up_by_their_weight() -> None:
     method = Method(objective="position_pixels", position_weight=0.3, attentive=False)
     masks = drawn(method)
-    prediction = Prediction(torch.randn(4, 6, 24), torch.randn(4, 18, 192), None)
+    prediction = Prediction(torch.randn(4, 5, 24), torch.randn(4, 18, 192), None)
     images = torch.rand(4, 3, 32, 48)
     metrics = pretraining_loss(method, prediction, masks, smoothed_targets(GRID, 1), images, 8)
     expected = 0.3 * metrics.position_loss + metrics.pixel_loss

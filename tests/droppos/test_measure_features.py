@@ -6,11 +6,12 @@ from torch import Tensor
 
 import droppos.measure.knn as knn
 from droppos.config import Model
+from droppos.encoder import build_encoder
 from droppos.errors import DataError
 from droppos.measure.features import extract_features
 from droppos.measure.knn import knn_accuracy
 from droppos.measure.probe import linear_probe
-from droppos.model import build_encoder, normalise
+from droppos.model import normalise
 
 
 def clusters(count: int, seed: int, spread: float = 0.2) -> tuple[Tensor, Tensor]:

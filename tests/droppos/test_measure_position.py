@@ -34,13 +34,13 @@ def one_hot(cells: Tensor) -> Tensor:
 
 
 def test_a_uniform_guess_scores_ln_n() -> None:
-    report = score(lambda _, draw: torch.zeros(*draw.visible.shape, GRID.cells))
+    report = score(lambda _, draw: torch.zeros(*draw.scored.shape, GRID.cells))
     assert report.cross_entropy == pytest.approx(log(GRID.cells), rel=1e-6)
 
 
 def test_a_random_guess_of_a_free_cell_has_no_skill() -> None:
     def guess(_: Tensor, draw: Draw) -> Tensor:
-        logits = torch.rand(*draw.visible.shape, GRID.cells)
+        logits = torch.rand(*draw.scored.shape, GRID.cells)
         kept = F.one_hot(draw.visible, GRID.cells) * ~draw.dropped[..., None]
         return logits - 10 * kept.sum(1, keepdim=True)
 
@@ -52,15 +52,15 @@ def test_a_random_guess_of_a_free_cell_has_no_skill() -> None:
 
 
 def test_a_perfect_answer_has_full_skill() -> None:
-    report = score(lambda _, draw: one_hot(draw.visible))
+    report = score(lambda _, draw: one_hot(draw.asked))
     assert report.accuracy.value == report.near.value == report.skill == 1
     assert report.cross_entropy == pytest.approx(0, abs=1e-6)
 
 
 def test_a_neighbour_is_near_but_not_right() -> None:
     def beside(_: Tensor, draw: Draw) -> Tensor:
-        column = draw.visible % GRID.columns
-        return one_hot(draw.visible + torch.where(column + 1 < GRID.columns, 1, -1))
+        column = draw.asked % GRID.columns
+        return one_hot(draw.asked + torch.where(column + 1 < GRID.columns, 1, -1))
 
     report = score(beside)
     assert (report.accuracy.value, report.near.value) == (0, 1)
@@ -71,9 +71,9 @@ def test_a_neighbour_is_near_but_not_right() -> None:
 
 
 def test_offsets_count_predicted_minus_true() -> None:
-    report = score(lambda _, draw: one_hot(torch.zeros_like(draw.visible)))
+    report = score(lambda _, draw: one_hot(torch.zeros_like(draw.asked)))
     drawn = protocol_draw(COUNTS, range(300), seed=0)
-    cells = drawn.visible[drawn.dropped]
+    cells = drawn.asked.flatten()
     expected = np.zeros_like(report.offsets)
     for cell in cells.tolist():
         row, column = divmod(cell, GRID.columns)
@@ -95,11 +95,11 @@ def test_masks_depend_on_seed_and_picture_only() -> None:
 
 def test_states_of_ranks_add_up_to_the_whole() -> None:
     torch.manual_seed(0)
-    table = torch.randn(20, COUNTS.visible, GRID.cells)
+    table = torch.randn(20, COUNTS.scored, GRID.cells)
     pictures = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 1, 3)
 
     def predict(images: Tensor, draw: Draw) -> Tensor:
-        return table[images[:, 0, 0, 0].long()] + one_hot(draw.visible) / 40
+        return table[images[:, 0, 0, 0].long()] + one_hot(draw.asked) / 40
 
     def measured(first: int, last: int, batch: int) -> PositionMeter:
         meter = PositionMeter(GRID, COUNTS)
@@ -119,7 +119,7 @@ def test_states_of_ranks_add_up_to_the_whole() -> None:
 def test_pictures_that_are_right_or_wrong_as_a_whole_count_once() -> None:
     def all_or_nothing(images: Tensor, draw: Draw) -> Tensor:
         right = torch.arange(len(images))[:, None] % 2 == 0
-        return one_hot(torch.where(right, draw.visible, (draw.visible + 2) % GRID.cells))
+        return one_hot(torch.where(right, draw.asked, (draw.asked + 2) % GRID.cells))
 
     report = score(all_or_nothing, pictures=100)
     assert report.accuracy.value == 0.5
@@ -128,7 +128,7 @@ def test_pictures_that_are_right_or_wrong_as_a_whole_count_once() -> None:
 
 def test_independent_patches_count_each() -> None:
     torch.manual_seed(0)
-    report = score(lambda _, draw: torch.randn(*draw.visible.shape, GRID.cells), pictures=2000)
+    report = score(lambda _, draw: torch.randn(*draw.scored.shape, GRID.cells), pictures=2000)
     assert report.accuracy.design_effect == pytest.approx(1, abs=0.15)
 
 
@@ -136,7 +136,7 @@ def test_the_only_cell_left_over_shows_no_skill() -> None:
     grid, counts = Grid(1, 3), Counts(cells=3, visible=3, kept=2)
     meter = PositionMeter(grid, counts)
     draw = protocol_draw(counts, range(4), seed=0)
-    meter.update(100.0 * F.one_hot(draw.visible, 3), draw)
+    meter.update(100.0 * F.one_hot(draw.asked, 3), draw)
     report = meter.report()
     assert (report.accuracy.value, report.chance, report.skill) == (1, 1, 0)
     assert report.near.value == 1
@@ -164,7 +164,7 @@ def test_what_cannot_be_measured_is_said() -> None:
     with pytest.raises(DataError, match="was anything measured"):
         meter.report()
     draw = protocol_draw(COUNTS, range(2), seed=0)
-    meter.update(torch.full((2, COUNTS.visible, GRID.cells), float("nan")), draw)
+    meter.update(torch.full((2, COUNTS.scored, GRID.cells), float("nan")), draw)
     with pytest.raises(TrainingError, match="diverged"):
         meter.report()
     with pytest.raises(ConfigError, match="nothing to measure"):

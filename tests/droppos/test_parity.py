@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from droppos.config import Grid, Method, Model, Optim
+from droppos.encoder import encode
 from droppos.loss import Metrics, pretraining_loss
 from droppos.masking import Draw, draw_patches
 from droppos.model import DropPos, Prediction
@@ -83,6 +84,17 @@ def run(case: str) -> tuple[DropPos, Draw, Prediction, Metrics]:
     return model, draw, prediction, metrics
 
 
+@torch.no_grad()
+def logits_of_all(model: DropPos, draw: Draw) -> torch.Tensor:
+    """Also of patches that kept their position, which the reference computes and no one reads."""
+    assert model.position_decoder is not None
+    patches = model.encoder.patch_embed(torch.from_numpy(GOLDEN["images"]).double())
+    tokens = encode(model.encoder, model._visible_tokens(patches, draw))
+    return model.position_decoder(
+        tokens, torch.arange(draw.visible.shape[1]).expand_as(draw.visible)
+    )
+
+
 def assert_close(ours: torch.Tensor, theirs: np.ndarray) -> None:
     expected = torch.from_numpy(np.asarray(theirs)).to(ours.dtype)
     torch.testing.assert_close(ours, expected, rtol=RELATIVE, atol=1e-9)
@@ -95,7 +107,12 @@ def test_case_is_the_reference(case: str) -> None:
     assert (draw.visible.numpy() == GOLDEN[f"{case}/ids_keep"]).all()
     assert (draw.dropped.numpy() == GOLDEN[f"{case}/position_dropped"].astype(bool)).all()
     assert prediction.logits is not None
-    assert_close(prediction.logits.detach(), GOLDEN[f"{case}/logits"])
+    scored = draw.scored[..., None].expand_as(prediction.logits)
+    assert_close(
+        prediction.logits.detach(),
+        np.take_along_axis(GOLDEN[f"{case}/logits"], scored.numpy(), axis=1),
+    )
+    assert_close(logits_of_all(model, draw), GOLDEN[f"{case}/logits"])
     assert_close(metrics.loss.detach(), GOLDEN[f"{case}/loss"])
     assert_close(metrics.position_loss.detach(), GOLDEN[f"{case}/loss_position"])
     assert_close(metrics.position_accuracy, GOLDEN[f"{case}/accuracy_as_weighted"])

@@ -1,74 +1,24 @@
-"""A step is the same however it is spread: real processes on gloo, float32."""
+"""What one step does, on one process."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from droppos.config import Compute, Method, Model, Optim
+from droppos.config import Compute, Method, Optim
 from droppos.errors import ConfigError
 from droppos.step import MicroBatch, TrainState, train_step
-
-MODEL = Model(
-    size="tiny",
-    image_size=(32, 32),
-    patch_size=8,
-    width=48,
-    depth=2,
-    heads=4,
-    decoder_width=32,
-    decoder_heads=4,
-)
-STEPS, BATCH = 20, 8
+from tests.droppos import ranks
+from tests.droppos.ranks import BATCH, MODEL, Case, everything, pictures, spoil, step, train
 
 
-def create(strategy: str = "single", accumulate: int = 1, **method: object) -> TrainState:
-    return TrainState.create(
-        MODEL,
-        Method(mask_ratio=0.25, **method),  # pyright: ignore[reportArgumentType]
-        Optim(
-            epochs=4,
-            warmup_epochs=1,
-            global_batch=BATCH,
-            accumulate=accumulate,
-            lr_per_256=3e-2,
-        ),
-        Compute(strategy=strategy, precision="float32", device="cpu"),  # pyright: ignore[reportArgumentType]
-        seed=1,
-        steps_per_epoch=5,
-    )
-
-
-def pictures(step: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(0, 256, (BATCH, 32, 32, 3), generator=generator, dtype=torch.uint8)
-
-
-def train(state: TrainState, rank: int = 0, world: int = 1, steps: int = STEPS) -> list[float]:
-    """Deal the images of each step round robin, as the stream does with blocks."""
-    losses = []
-    for step in range(state.step, state.step + steps):
-        own = torch.arange(BATCH)[rank::world]
-        parts = own.chunk(state.optim.accumulate)
-        report = train_step(state, [MicroBatch(pictures(step)[part], part) for part in parts])
-        losses.append(report.metrics.loss.item())
-    return losses
+def create(accumulate: int = 1, **method: Any) -> TrainState:
+    return ranks.create(Case("single", 1, accumulate), **method)
 
 
 def weights(state: TrainState) -> torch.Tensor:
-    flat = [p.detach().flatten() for p in state.model.parameters()]
-    return torch.cat(flat)
-
-
-def assert_same_weights(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """As a whole: Adam divides a gradient by its size, so where one is 0 but for rounding, that
-    rounding decides the weight's sign of travel; a few in a thousand weights differ by a step."""
-    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +41,14 @@ def test_the_same_seed_gives_the_same_run(alone: tuple[list[float], torch.Tensor
 def test_accumulation_is_the_large_batch(alone: tuple[list[float], torch.Tensor]) -> None:
     state = create(accumulate=4)
     torch.testing.assert_close(torch.tensor(train(state)), torch.tensor(alone[0]))
-    assert_same_weights(weights(state), alone[1])
+    # As a whole: where a gradient is 0 but for rounding, Adam makes that a step of full size.
+    assert ((weights(state) - alone[1]).norm() / alone[1].norm()).item() < 1e-4
 
 
 def test_clipping_is_global_in_the_paper_and_per_tensor_in_the_reference() -> None:
     norms = {}
     for conformance in ("paper", "reference"):
-        state = create(conformance=conformance)
+        state = ranks.create(Case("single", 1, conformance=conformance))
         state.optim = Optim(epochs=4, warmup_epochs=1, global_batch=BATCH, clip_norm=1e-3)
         kept: dict[str, torch.Tensor] = {}
         state.optimizer.register_step_pre_hook(
@@ -140,64 +91,75 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "world", "accumulate"),
-    [
-        ("ddp", 2, 1),
-        ("fsdp2", 1, 1),
-        ("fsdp2", 2, 1),
-        ("fsdp2", 4, 1),
-        ("fsdp2", 2, 2),
-        ("ddp", 2, 2),
-    ],
-)
-def test_spread_over_processes_a_step_is_the_same(
-    strategy: str,
-    world: int,
-    accumulate: int,
-    alone: tuple[list[float], torch.Tensor],
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "out.json"
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"
-    ]  # fmt: skip
-    result = subprocess.run(
-        [*launch, __file__, strategy, str(accumulate), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(out.read_text())
-    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(alone[0]))
-    assert_same_weights(torch.tensor(found["weights"]), alone[1])
+@pytest.mark.parametrize("conformance", ["paper", "reference"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(conformance: str, first: bool) -> None:
+    state = ranks.create(Case("single", 1, conformance=conformance))
+    if not first:
+        assert not step(state).skipped
+    before, done = everything(state), state.step
+    hook = spoil(state.model)
+    report = step(state)
+    hook.remove()
+    assert report.skipped and not report.grad_norm.isfinite()
+    assert state.step == done + 1
+    after = everything(state)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    assert not step(state).skipped
+    assert not step(state).skipped
+    assert all(value.isfinite().all() for value in everything(state).values())
+    assert not torch.equal(everything(state)["encoder.norm.weight"], before["encoder.norm.weight"])
 
 
-def main(strategy: str, accumulate: str, out: str) -> None:
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+class NoReads(TorchDispatchMode):
+    """Refuse what would read a tensor's value: on a GPU, the host would wait for it."""
 
-    dist.init_process_group("gloo")
-    state = create(strategy, int(accumulate))
-    losses = torch.tensor(train(state, dist.get_rank(), dist.get_world_size()))
-    dist.all_reduce(losses)
-    whole = get_model_state_dict(
-        state.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if dist.get_rank() == 0:
-        names = [name for name, _ in named(state.model)]
-        flat = torch.cat([whole[name].flatten() for name in names])
-        mean = (losses / dist.get_world_size()).tolist()
-        Path(out).write_text(json.dumps({"losses": mean, "weights": flat.tolist()}))
-    dist.destroy_process_group()
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        aten = torch.ops.aten
+        reads = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
+        by_mask = func.overloadpacket in (aten.index, aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        assert func.overloadpacket not in reads and not by_mask, f"reads a tensor: {func}"
+        return func(*args, **(kwargs or {}))
 
 
-def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name.removeprefix("module."), p) for name, p in model.named_parameters()]
+@pytest.mark.parametrize("conformance", ["paper", "reference"])
+def test_a_step_reads_no_tensor_on_the_host(conformance: str) -> None:
+    case = Case("single", 1, accumulate=2, conformance=conformance)
+    state = ranks.create(case, objective="position_pixels", ignore_confident=True, shuffle=False)
+    mirrored = torch.arange(4) % 2 == 0
+    batches = [
+        MicroBatch(pictures(i)[:4], torch.arange(4) + 4 * i, mirrored.clone()) for i in range(2)
+    ]
+    with NoReads():
+        train_step(state, batches)
+        with pytest.raises(AssertionError, match="reads a tensor"):
+            bool(torch.ones(2).sum() > 1)
+        with pytest.raises(AssertionError, match="reads a tensor"):
+            torch.ones(2)[torch.ones(2) > 0]
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    compute = Compute(strategy="single", precision="bf16", device="cuda")
+    method = Method(mask_ratio=0.25, sigma_decay="step")
+    optim = Optim(epochs=4, warmup_epochs=1, global_batch=BATCH)
+    state = TrainState.create(MODEL, method, optim, compute, seed=1, steps_per_epoch=5)
+    batch = MicroBatch(pictures(0).pin_memory(), torch.arange(BATCH).pin_memory())
+    train_step(state, [batch])  # the first one loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(state, [batch])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_shards_that_do_not_fill_the_ranks_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"compute\.shard_ranks.*positive"):
+        Compute(shard_ranks=0)
+    with pytest.raises(ConfigError, match=r"compute\.strategy.*only fsdp2 shards"):
+        Compute(strategy="ddp", shard_ranks=2)

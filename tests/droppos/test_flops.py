@@ -1,0 +1,57 @@
+import time
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from droppos.config import Compute, Method, Model, Optim
+from droppos.flops import matmul_peak, step_flops
+from droppos.step import MicroBatch, TrainState, train_step
+
+MODEL = Model(
+    size="tiny",
+    image_size=(32, 48),
+    patch_size=8,
+    width=48,
+    depth=3,
+    heads=4,
+    decoder_width=32,
+    decoder_heads=4,
+)
+
+
+@pytest.mark.parametrize("objective", ["position", "position_pixels", "pixels"])
+@pytest.mark.parametrize("attentive", [False, True])
+def test_the_formula_is_what_torch_counts(objective: str, attentive: bool) -> None:
+    method = Method(objective=objective, attentive=attentive, mask_ratio=0.5)  # pyright: ignore[reportArgumentType]
+    images = 3
+    state = TrainState.create(
+        MODEL,
+        method,
+        Optim(global_batch=images),
+        Compute(strategy="single", precision="float32", device="cpu"),
+        seed=0,
+        steps_per_epoch=1,
+    )
+    batch = MicroBatch(torch.zeros(images, 32, 48, 3, dtype=torch.uint8), torch.arange(images))
+    # Fused attention recomputes its scores in the backward pass, which the formula leaves out.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        train_step(state, [batch])
+    assert counter.get_total_flops() / images == step_flops(MODEL, method)
+
+
+def test_a_vit_bs_step_is_what_the_design_says() -> None:
+    assert step_flops(Model(), Method(attentive=False)) == pytest.approx(28.0e9, rel=0.02)
+    assert step_flops(Model(), Method()) == pytest.approx(61.0e9, rel=0.02)
+
+
+def test_a_peak_is_measured_within_a_second_and_is_no_less_than_one_product_shows() -> None:
+    device = torch.device("cpu")
+    start = time.perf_counter()
+    peak = matmul_peak(device, torch.float32)
+    assert time.perf_counter() - start < 2
+    a = torch.randn(256, 256)
+    start = time.perf_counter()
+    torch.mm(a, a)
+    assert peak > 2 * 256**3 / (time.perf_counter() - start) / 4

@@ -1,0 +1,73 @@
+"""A step is the same however it is spread: real processes on gloo, float32."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.droppos.ranks import SAME, SPOILT, Case, create, everything, train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    state = create(Case("single", 1))
+    return {"losses": torch.tensor(train(state)), "state": everything(state)}
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.droppos.ranks", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", SAME, ids=lambda case: case.name)
+def test_a_run_is_that_of_one_process(
+    case: Case, alone: dict[str, Any], spread: dict[str, Any]
+) -> None:
+    found = spread["same"][case.name]
+    torch.testing.assert_close(found["losses"], alone["losses"])
+    assert found["state"].keys() == alone["state"].keys()
+
+    def whole(state: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([value.flatten().double() for _, value in sorted(state.items())])
+
+    # As a whole: Adam divides a gradient by its size, so where one is 0 but for rounding, that
+    # rounding decides the weight's sign of travel; a few in a thousand weights differ by a step.
+    ours, theirs = whole(found["state"]), whole(alone["state"])
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("case", SPOILT, ids=lambda case: case.name)
+def test_one_ranks_bad_batch_is_passed_over_by_all(case: Case, spread: dict[str, Any]) -> None:
+    found = spread["spoilt"][case.name]
+    assert found["skipped"].tolist() == [1.0] * case.world
+    assert found["steps"] == 4
+    assert found["before"].keys() == found["after"].keys()
+    for name, value in found["before"].items():
+        assert torch.equal(found["after"][name], value), name
+    assert not found["skipped_again"]
+    moved = [not torch.equal(found["at_last"][n], value) for n, value in found["after"].items()]
+    assert sum(moved) > len(moved) / 2
+    assert all(value.isfinite().all() for value in found["at_last"].values())
+
+
+def test_shards_that_do_not_fill_the_ranks_are_refused(spread: dict[str, Any]) -> None:
+    assert spread["refused"] == (
+        "compute.shard_ranks must be a divisor of the 4 ranks, got 3; "
+        "take 1, or another number of workers"
+    )
