@@ -236,6 +236,11 @@ class Method:
         """Whether there is a pixel decoder."""
         return self.objective != "position"
 
+    @property
+    def guided(self) -> bool:
+        """Whether the loss needs the pass over the whole picture."""
+        return self.attentive and self.predicts_positions
+
     def counts(self, grid: Grid) -> Counts:
         """Count visible and kept patches of one image on this grid.
 

@@ -31,7 +31,7 @@ def step_flops(model: Model, method: Method) -> float:
     embedding = linear(counts.cells, _patch_values(model), shape.width)
     trained = blocks(shape.depth, tokens, tokens, shape.width) + _decoders(model, method)
     flops = 2 * embedding + FORWARD_BACKWARD * trained  # no one needs the gradient of the pixels
-    if method.attentive and method.predicts_positions:
+    if method.guided:
         flops += blocks(shape.depth, 1 + counts.cells, tokens, shape.width)
     return float(flops)
 

@@ -143,7 +143,7 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepRe
         masks = draw(counts, method, noise.of(batch.slots.to(state.device, non_blocking=True)))
         with gradient_sync(model, last=i == len(micro_batches) - 1):
             with precision(state.compute, state.device):
-                prediction = model(images, masks, guided=guided(method))
+                prediction = model(images, masks, guided=method.guided)
             metrics = pretraining_loss(
                 method,
                 prediction,
@@ -181,11 +181,6 @@ def _on_device(batch: MicroBatch, device: torch.device) -> Float[Tensor, "B 3 ro
     if batch.mirrored is None:
         return normalise(images)
     return normalise(images, batch.mirrored.to(device, non_blocking=True))
-
-
-def guided(method: Method) -> bool:
-    """Tell whether the loss needs the pass over the whole picture."""
-    return method.attentive and method.predicts_positions
 
 
 def _clip(model: nn.Module, method: Method, limit: float | None) -> Tensor:

@@ -5,7 +5,7 @@ longer than all the training here, so it is imported once, before the processes 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.multiprocessing import start_processes  # pyright: ignore[reportPrivateImportUsage]
 
-from droppos.config import Compute, Method, Model, Optim
+from droppos.config import Compute, Method, Optim
 from droppos.errors import ConfigError
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
+from tests.droppos.tiny import TINY
 
-MODEL = Model(
-    size="tiny",
-    image_size=(32, 32),
-    patch_size=8,
-    width=48,
-    depth=2,
-    heads=4,
-    decoder_width=32,
-    decoder_heads=4,
-)
+MODEL = replace(TINY, image_size=(32, 32))
 STEPS, BATCH, WORLD = 20, 8, 4
 
 

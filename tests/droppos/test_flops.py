@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,17 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from droppos.config import Compute, Method, Model, Optim
 from droppos.flops import matmul_peak, step_flops
 from droppos.step import MicroBatch, TrainState, train_step
+from tests.droppos.tiny import TINY
 
-MODEL = Model(
-    size="tiny",
-    image_size=(32, 48),
-    patch_size=8,
-    width=48,
-    depth=3,
-    heads=4,
-    decoder_width=32,
-    decoder_heads=4,
-)
+MODEL = replace(TINY, depth=3)
 
 
 @pytest.mark.parametrize("objective", ["position", "position_pixels", "pixels"])

@@ -1,31 +1,25 @@
 """The guide computes less than a second pass would, and says the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from droppos.config import Method, Model
+from droppos.config import Method
 from droppos.loss import pretraining_loss
 from droppos.masking import Draw, draw, draw_noise
 from droppos.model import DropPos
 from droppos.targets import smoothed_targets
+from tests.droppos.tiny import TINY
 
-TINY = Model(
-    size="tiny",
-    image_size=(32, 48),
-    patch_size=8,
-    width=48,
-    depth=3,
-    heads=4,
-    decoder_width=32,
-    decoder_heads=4,
-)
+DEEPER = replace(TINY, depth=3)
 METHOD = Method(mask_ratio=0.5)
 
 
 def model() -> DropPos:
     torch.manual_seed(0)
-    return DropPos(TINY, METHOD)
+    return DropPos(DEEPER, METHOD)
 
 
 def images() -> torch.Tensor:
@@ -33,7 +27,7 @@ def images() -> torch.Tensor:
 
 
 def masks() -> Draw:
-    counts = METHOD.counts(TINY.grid)
+    counts = METHOD.counts(DEEPER.grid)
     noise = draw_noise(counts, METHOD, torch.Generator().manual_seed(0), 3)
     return draw(counts, METHOD, noise)
 
@@ -75,7 +69,7 @@ def test_half_precision_moves_the_loss_by_parts_in_ten_thousand() -> None:
         ours = model()
         ours.guide_dtype = dtype
         prediction = ours(images(), drawn, guided=True)
-        targets = smoothed_targets(TINY.grid, 1)
+        targets = smoothed_targets(DEEPER.grid, 1)
         losses.append(pretraining_loss(METHOD, prediction, drawn, targets, images(), 8).loss.item())
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=5e-4)

@@ -10,17 +10,7 @@ from droppos.config import Method, Model
 from droppos.encoder import encode, timm_arguments
 from droppos.masking import Draw, draw, draw_noise
 from droppos.model import DropPos, normalise
-
-TINY = Model(
-    size="tiny",
-    image_size=(32, 48),
-    patch_size=8,
-    width=48,
-    depth=2,
-    heads=4,
-    decoder_width=32,
-    decoder_heads=4,
-)
+from tests.droppos.tiny import TINY
 
 
 def masks(method: Method, images: int = 3, config: Model = TINY) -> Draw:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from droppos.config import Compute, Method, Model, Optim
+from droppos.config import Compute, Method, Optim
 from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints
 from pipelines.evaluate import evaluate
@@ -25,6 +25,7 @@ from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
+from tests.droppos.tiny import TINY
 from tests.s3_server import S3Server
 
 pytestmark = [
@@ -75,16 +76,7 @@ def bucket(s3: S3Server, photographs: Path) -> str:
 @pytest.fixture
 def recipe(bucket: str, s3_env: S3Server, ray_cluster: None, tmp_path: Path) -> Recipe:
     return Recipe(
-        model=Model(
-            size="tiny",
-            image_size=(32, 48),
-            patch_size=8,
-            width=48,
-            depth=2,
-            heads=4,
-            decoder_width=32,
-            decoder_heads=4,
-        ),
+        model=TINY,
         method=Method(mask_ratio=0.25),
         optim=Optim(epochs=4, global_batch=12, warmup_epochs=1, lr_per_256=2e-2),
         compute=Compute(strategy="fsdp2", precision="float32", device="cpu"),
