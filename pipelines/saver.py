@@ -37,7 +37,7 @@ class Done(NamedTuple):
 
 
 class Saver:
-    """Writes a run's checkpoints; every rank has one, and makes the same calls in the same order."""
+    """Writes a run's checkpoints; every rank has one, and they make the same calls in order."""
 
     def __init__(
         self,
