@@ -4,15 +4,14 @@ The same model code serves all strategies. They are applied in this order: activ
 checkpointing (inside a block), compilation (of a block), sharding or replication (around it).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from math import gcd
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -54,10 +53,7 @@ def build(
     blocks = transformer_blocks(whole)
     if compute.activation_checkpointing:
         for block in blocks:
-            # No block draws a random number, so there is no generator's state to keep.
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = _checkpointed(block.forward)
     if compute.compile:
         for block in blocks:
             block.compile()
@@ -66,6 +62,27 @@ def build(
     if compute.strategy == "fsdp2":
         _shard(whole, blocks, compute, device)
     return whole
+
+
+def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep only a block's input for its backward pass.
+
+    A function of this file: torch.compile steps over torch's own frames, so a block whose forward
+    were ``partial(checkpoint, ...)`` would silently not be compiled.
+    """
+
+    def run(*tokens: Tensor, **asked: Tensor) -> Tensor:
+        # No block draws a random number, so there is no generator's state to keep.
+        output = checkpoint(  # pyright: ignore[reportCallIssue]
+            forward,  # pyright: ignore[reportArgumentType]
+            *tokens,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **asked,
+        )
+        return cast(Tensor, output)
+
+    return run
 
 
 def transformer_blocks(model: DropPos) -> list[nn.Module]:

@@ -46,7 +46,8 @@ class StepReport(NamedTuple):
     sigma: float
     """In patches."""
     skipped: Tensor
-    """Whether the gradient was not finite (bool), so that nothing but the step count changed."""
+    """Whether loss or gradient was not finite, on any rank (bool): nothing but the step count
+    changed."""
 
 
 @dataclass
@@ -127,9 +128,9 @@ def step_noise(state: TrainState) -> Noise:
 def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepReport:
     """Take one optimizer step on this rank's images of one global batch.
 
-    Accumulated micro-batches give the gradient of the large batch: each counts 1/n. A gradient
-    that is not finite changes no weight, moment or step counter of the optimizer, on any rank;
-    ``state.step`` advances, for that batch is passed over.
+    Accumulated micro-batches give the gradient of the large batch: each counts 1/n. A loss or
+    gradient that is not finite changes no weight, moment or step counter of the optimizer, on any
+    rank; ``state.step`` advances, for that batch is passed over.
     """
     model, method = state.model, state.method
     lr = learning_rate(state.optim, state.epoch)
@@ -152,7 +153,9 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepRe
                 images,
                 state.model_config.shape.patch_size,
             )
-            (metrics.loss / len(micro_batches)).backward()
+            # 1/n, or NaN where the loss is not finite: its gradient alone could still be.
+            share = (metrics.loss.detach() * 0 + 1) / len(micro_batches)
+            (metrics.loss * share).backward()
         parts.append(torch.stack([value.detach() for value in metrics]))
 
     grad_norm = _clip(model, method, state.optim.clip_norm)

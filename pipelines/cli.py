@@ -232,8 +232,37 @@ def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa:
         sys.exit(130)
 
 
+def drill(
+    file: RecipeName = "",
+    outage_s: float = 30,
+    recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
+) -> None:
+    """Kill workers, nodes, storage and MLflow under a run, and show that nothing is lost.
+
+    Without RAY_ADDRESS it plays on nodes and servers of its own on this machine. On the cluster of
+    RAY_ADDRESS it kills workers and a node there, and takes neither storage nor MLflow away; name
+    --run.storage s3://BUCKET/FOLDER then. The last line is for scripts.
+
+    Args:
+        file: A YAML file, or the name of a recipe that is shipped; `drill` when not given.
+        outage_s: Seconds that storage and MLflow are away, and from a spot notice to the end.
+        recipe: Fields given here override the file's.
+    """
+    _refuse_late(file, "drill")
+    _announce()
+    from pipelines.drill import drill as job
+    from pipelines.report import show_drill
+
+    report = job(recipe, outage_s=outage_s, say=_say)
+    show_drill(console, report)
+    print(report.line)
+    if not report.passed:
+        sys.exit(1)
+
+
 COMMANDS = {
     "demo": demo,
+    "drill": drill,
     "prepare": prepare,
     "pretrain": pretrain,
     "search": search,
@@ -275,15 +304,19 @@ def _recipe_named(argv: list[str]) -> Iterator[None]:
 def with_recipe(argv: list[str]) -> list[str]:
     """Put a recipe's fields, as flags, before the command line's own; the last one counts."""
     match argv:
-        case ["demo", *rest]:
-            return ["demo", *recipe_file.flags(recipe_file.read("demo")), *rest]
-        case [("pretrain" | "search") as command, name, *rest] if not name.startswith("-"):
+        case [("pretrain" | "search" | "drill") as command, name, *rest] if name[:1] != "-":
             return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
+        case [("demo" | "drill") as command, *rest]:
+            return [command, *recipe_file.flags(recipe_file.read(command)), *rest]
     return argv
 
 
 def _announce() -> None:
-    console.print("[dim]·[/] loading torch and Ray", highlight=False)
+    _say("loading torch and Ray")
+
+
+def _say(text: str) -> None:
+    console.print(f"[dim]·[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _refuse_late(file: str, command: str) -> None:

@@ -5,14 +5,20 @@ by, and it ends the group where it stands: all since the last checkpoint would b
 the driver decides (:mod:`pipelines.supervisor`), and a group leaves after a checkpoint.
 """
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from time import time
 
 import ray
 import ray._private.state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.recipe import Recipe
+
+SIGNAL_S = 10
+"""Seconds to wait for a node to pass a signal on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,3 +112,30 @@ def advise(
     if best is not None and best > size:
         return Advice(leave=f"there is room for {best} workers now, not only {size}")
     return Advice()
+
+
+def send_signal(processes: Iterable[tuple[str, int]], number: int) -> None:
+    """Send a signal to processes on the nodes where they are.
+
+    A node that does not answer is passed over; Ray finds out about it by itself.
+
+    Args:
+        processes: Node and process, as workers tell them.
+        number: Of the signal.
+    """
+    by_node: dict[str, list[int]] = {}
+    for node, process in processes:
+        by_node.setdefault(node, []).append(process)
+    sent = [
+        ray.remote(num_cpus=0)(_send_signal)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(found, number)
+        for node, found in by_node.items()
+    ]
+    ray.wait(sent, num_returns=len(sent), timeout=SIGNAL_S)
+
+
+def _send_signal(processes: list[int], number: int) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)

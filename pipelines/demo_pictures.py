@@ -105,34 +105,43 @@ class DemoPictures(NamedTuple):
     holdout: Path
 
 
-def write_demo_pictures(folder: Path) -> DemoPictures:
+def write_demo_pictures(
+    folder: Path, train_tiles: int = TRAIN_TILES, holdout_tiles: int = HOLDOUT_TILES
+) -> DemoPictures:
     """Cut the photographs into tiles and write them below a folder, the same on each call.
 
     Args:
         folder: Where ``train/`` and ``holdout/`` go; made if missing.
+        train_tiles: Tiles of each photograph to learn from.
+        holdout_tiles: Tiles of each other one.
 
     Raises:
         DataError: If a package does not bring its photograph.
     """
     pictures = DemoPictures(folder / "train", folder / "holdout")
     for seed, photograph in enumerate(TRAIN):
-        _write(_training_tiles(photograph.open(), seed), pictures.train / photograph.name)
+        _write(
+            _training_tiles(photograph.open(), seed, train_tiles), pictures.train / photograph.name
+        )
     for seed, photograph in enumerate(HOLDOUT, start=len(TRAIN)):
-        _write(_holdout_tiles(photograph.open(), seed), pictures.holdout / photograph.name)
+        _write(
+            _holdout_tiles(photograph.open(), seed, holdout_tiles),
+            pictures.holdout / photograph.name,
+        )
     return pictures
 
 
-def _training_tiles(photograph: Image.Image, seed: int) -> Iterator[Image.Image]:
+def _training_tiles(photograph: Image.Image, seed: int, tiles: int) -> Iterator[Image.Image]:
     random = np.random.default_rng(seed)
-    for _ in range(TRAIN_TILES):
+    for _ in range(tiles):
         tile = _tile(photograph, random, _between(random, SOFTNESS))
         pixels = np.rot90(np.asarray(tile), int(random.integers(4)))
         yield Image.fromarray(np.ascontiguousarray(pixels[..., random.permutation(3)]))
 
 
-def _holdout_tiles(photograph: Image.Image, seed: int) -> Iterator[Image.Image]:
+def _holdout_tiles(photograph: Image.Image, seed: int, tiles: int) -> Iterator[Image.Image]:
     random = np.random.default_rng(seed)
-    for _ in range(HOLDOUT_TILES):
+    for _ in range(tiles):
         yield _tile(photograph, random, HOLDOUT_SOFTNESS)
 
 

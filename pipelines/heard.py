@@ -1,12 +1,16 @@
 """What workers say, on its way to the ledger and to whoever listens."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from droppos.errors import DataError
 from pipelines.events import Events
 from pipelines.ledger import Ledger
+from pipelines.news import told
 from pipelines.skipped import FILE, Skipped
+
+_log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 """Told of each event in order, in the driver: a live line, a Tune report."""
@@ -19,6 +23,7 @@ class Heard:
         self._ledger = ledger
         self._skipped = skipped
         self._on_event = on_event
+        self._away = False
         self.last: dict[str, float] = {}
         """Last value of each metric."""
 
@@ -33,6 +38,9 @@ class Heard:
             also(event)
             if event["kind"] != "beat":
                 self.event(event)
+        if self._ledger.away != self._away:
+            self._away = self._ledger.away
+            self.event({"kind": "ledger_away" if self._away else "ledger_back"})
         if self._skipped.write():
             self._ledger.text(FILE, self._skipped.text())
 
@@ -48,6 +56,8 @@ class Heard:
                 self._ledger.checkpoint(event["saved"])
         if self._on_event is not None:
             self._on_event(event)
+        elif (news := told(event)) is not None:
+            _log.warning("%s", news)
 
     def _skip(self, event: Mapping[str, Any]) -> None:
         if self._skipped.add(event["step"], event["problems"]):

@@ -218,6 +218,11 @@ class Ledger:
         """Highest step that has a metric; -1 when there is none."""
         return max(self._last.values(), default=-1)
 
+    @property
+    def away(self) -> bool:
+        """Whether MLflow does not answer at the moment; what is logged waits for it."""
+        return self._outbox.failing
+
     def describe(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
         """Record every field of a recipe, and tags: `provenance`, digests.
 

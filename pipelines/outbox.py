@@ -104,6 +104,8 @@ class Outbox:
         self._client = client
         self._run_id = run_id
         self._patience_s = patience_s
+        self.failing = False
+        """Whether the newest try to send something failed in a way that may pass."""
         self._away = False
         self._closing = threading.Event()
         self._closing_at = float("inf")
@@ -167,7 +169,7 @@ class Outbox:
         while time.monotonic() < self._closing_at:
             try:
                 self._send(batch)
-                self._away = False
+                self._away = self.failing = False
                 return
             # MLflow lets boto's own errors through when its artifacts are on S3.
             except (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError) as error:
@@ -175,6 +177,7 @@ class Outbox:
                 if code in _HOPELESS or isinstance(error, FileNotFoundError):
                     _log.warning("MLflow cannot take a %s: %s", type(batch[0]).__name__, error)
                     break
+                self.failing = True
                 if time.monotonic() + pause > min(give_up_at, self._closing_at):
                     self._away = True
                     break

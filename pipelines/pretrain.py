@@ -6,6 +6,7 @@ trial, a test and a submitted Ray job call the same one.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def pretrain(
     allow_changes: bool = False,
     on_event: OnEvent | None = None,
     parent_run: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Run, or go on with, one pre-training.
 
@@ -73,6 +75,7 @@ def pretrain(
         allow_changes: Resume even if data or recipe differ from the checkpoint's.
         on_event: Hears of progress.
         parent_run: MLflow run that this one is shown under.
+        stop: Asked now and then; once it says yes, the run ends as after Ctrl-C.
 
     Raises:
         ConfigError: If the recipe cannot be run here.
@@ -103,7 +106,7 @@ def pretrain(
             # Decided once, here: a worker that sees a GPU it was not given must leave it alone.
             device = "cuda" if on_gpu else "cpu"
             sized = replace(recipe, compute=replace(recipe.compute, device=device))
-            Supervisor(sized, schedule, heard, on_gpu=on_gpu).run()
+            Supervisor(sized, schedule, heard, on_gpu=on_gpu, stop=stop).run()
         newest = checkpoints.newest(home)
         pictures = draw_run(recipe, newest, ledger) if newest else []
         for picture in pictures:

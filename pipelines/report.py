@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipelines.audit import Audit
     from pipelines.copies import Bounded
     from pipelines.demo import DemoReport
+    from pipelines.drill import DrillReport
     from pipelines.evaluate import Evaluation
     from pipelines.prepare import PrepareReport
     from pipelines.pretrain import Outcome
@@ -177,6 +178,49 @@ def show_audit(console: Console, audit: Audit) -> None:
     console.print(table, highlight=False)
     style = "green" if audit.is_exact else "bold red"
     console.print(f"[{style}]{escape(audit.verdict)}[/]", highlight=False, soft_wrap=True)
+
+
+def show_drill(console: Console, report: DrillReport) -> None:
+    """Tell how a run took each fault, and what it committed in the end."""
+    table = Table(title="Drill", title_justify="left")
+    table.add_column("fault")
+    for column in (
+        "at step",
+        "told after",
+        "back after",
+        "workers",
+        "steps again",
+        "lost",
+        "twice",
+    ):
+        table.add_column(column, justify="right")
+    for bout in report.bouts:
+        table.add_row(
+            escape(bout.fault),
+            f"{bout.step:,}",
+            _seconds(bout.noticed_s, "not told"),
+            _seconds(bout.recovered_s, "never"),
+            f"{bout.workers}",
+            f"{bout.redone:,}",
+            f"{bout.missing:,}",
+            f"{bout.repeated:,}",
+        )
+    console.print(table, highlight=False)
+    for name in report.not_struck:
+        console.print(f"not struck, the run had ended: {escape(name)}", highlight=False)
+    rows: list[Row] = [("steps", f"{report.steps:,} of {report.recipe.optim.global_batch} images")]
+    if report.loss is not None and report.twin_loss is not None:
+        rows.append(("last loss", f"{report.loss:.5f}, undisturbed {report.twin_loss:.5f}"))
+    if report.logged is not None:
+        rows.append(("losses in MLflow", f"{report.logged:,}, each once"))
+    rows.append(("run", report.recipe.home))
+    print_table(console, "Run", rows)
+    if report.error:
+        console.print(f"[bold red]error:[/] {escape(report.error)}", soft_wrap=True)
+
+
+def _seconds(value: float | None, none: str) -> str:
+    return none if value is None else f"{value:.1f} s"
 
 
 def show_demo(console: Console, report: DemoReport) -> None:

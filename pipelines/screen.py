@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from pipelines.news import told
 from pipelines.recipe import Recipe
 
 PLAIN_EVERY_S = 10
@@ -67,9 +68,13 @@ class Screen:
                     self._pace.reached(self._step)
             case "skipped":
                 self._skipped |= event["problems"].keys()
+            case "group":
+                self._activity = f"starting {event['workers']} workers"
             case "checkpoint":
                 if not self._console.is_terminal:
                     self.say(f"checkpoint at step {event['step']}: {event['saved'].uri}")
+            case _ if (said := told(event)) is not None:
+                self.say(said)
         self._show()
 
     def _show(self) -> None:

@@ -7,12 +7,11 @@ next is decided here, since only here it is known what a checkpoint and a global
 """
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from time import monotonic, sleep
 from typing import Any
@@ -22,13 +21,12 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from droppos.errors import DropposError, TrainingError
 from pipelines import checkpoints
 from pipelines.attempt import claim_for_driver
 from pipelines.cluster import decode_tasks_of, group_share
-from pipelines.crew import Advice, Room, advise, best_size
+from pipelines.crew import Advice, Room, advise, best_size, send_signal
 from pipelines.events import Events, Wish
 from pipelines.heard import Heard
 from pipelines.order import Schedule
@@ -46,8 +44,10 @@ POLL_S = 0.2
 """Seconds between two looks at what the workers said."""
 LOOK_S = 1.0
 """Seconds between two looks at the cluster's nodes."""
-KILL_S = 10
-"""Seconds to wait for a node to kill its workers."""
+
+STALL_S = 30.0
+"""Seconds without any progress after which it is told, if that is less than a quarter of
+run.hang_timeout_s."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -63,6 +63,8 @@ class Group:
         self._heard: dict[int, float] = {}
         self.processes: dict[int, tuple[str, int]] = {}
         """Node and process of each rank."""
+        self.stalled = False
+        """Whether nobody has got on for a while."""
         self.gave_up: str | None = None
         """Why the workers ended, all at once, where starting them again would not help."""
         self.bad_steps: list[int] = []
@@ -92,10 +94,18 @@ class Group:
     @property
     def hangs(self) -> str:
         """Describe who hangs and where; empty while somebody gets on, or nobody has begun."""
+        return self._still(self._hang_timeout_s)
+
+    @property
+    def stalls(self) -> str:
+        """Describe the same, when it is too early to call it a hang."""
+        return self._still(min(STALL_S, self._hang_timeout_s / 4))
+
+    def _still(self, longest_s: float) -> str:
         now = self._now()
-        if not self._doing or now - self._moved < self._hang_timeout_s:
+        if not self._doing or now - self._moved < longest_s:
             return ""
-        silent = [rank for rank, at in self._heard.items() if now - at > self._hang_timeout_s / 2]
+        silent = [rank for rank, at in self._heard.items() if now - at > max(20, longest_s / 2)]
         doing = ", ".join(
             f"worker {rank} {what} at step {step}"
             for rank, (what, step) in sorted(self._doing.items())
@@ -107,8 +117,26 @@ class Group:
 class Supervisor:
     """Runs a recipe to its end."""
 
-    def __init__(self, recipe: Recipe, schedule: Schedule, heard: Heard, *, on_gpu: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        schedule: Schedule,
+        heard: Heard,
+        *,
+        on_gpu: bool,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Take the run over from whoever ran it before; nothing starts yet.
+
+        Args:
+            recipe: The run, with all its workers, and a device that is not auto.
+            schedule: Its order.
+            heard: Takes what workers say, and what is done about them.
+            on_gpu: Whether each worker has a GPU.
+            stop: Asked now and then; once it says yes, the run ends after a checkpoint.
+        """
         self._recipe = recipe
+        self._asked_to_stop = stop
         self._schedule = schedule
         self._heard = heard
         self._on_gpu = on_gpu
@@ -147,7 +175,6 @@ class Supervisor:
                     if failures > self._recipe.run.max_failures:
                         raise error
                     self._say("lost", error=str(error), step=step)
-                    logger.warning("%s; going on from step %d", error, step)
                 if self._stopped or step == self._schedule.steps:
                     return
 
@@ -171,7 +198,7 @@ class Supervisor:
         if self._recipe.run.min_workers is None:
             return None if self._stopped else self._recipe.run.workers
         told = False
-        while not self._stopped:
+        while not (self._stopped or self._asked_to_stop()):
             room = Room.look().workers(self._recipe.run.cpus_per_worker, self._on_gpu)
             if (size := best_size(self._recipe, room)) is not None:
                 return size
@@ -185,6 +212,7 @@ class Supervisor:
 
     def _run_group(self, size: int, group: Group, abort: threading.Event) -> DropposError | None:
         """Run one group to its end; return why it failed, if it did."""
+        self._saves = 0
         self._tell_workers(Advice())
         self._say("group", workers=size)
         running = in_background(self._trainer(self._recipe.at(size)).fit)
@@ -195,15 +223,16 @@ class Supervisor:
                 if abort.is_set():
                     raise KeyboardInterrupt
                 self._heard.drain(self._events, group.event)
-                if self._heard.too_many is not None:
+                if self._heard.too_many is not None or self._asked_to_stop():
                     self._stop()
                 if monotonic() - looked > LOOK_S and group.processes:
                     looked = monotonic()
                     self._look(size, group)
+                    self._tell_stall(group)
                     if not killed and (killed := group.hangs):
                         self._say("hang", error=killed)
-                        logger.warning("%s; killing the workers", killed)
-                        kill(group)
+                        # One that hangs, or is stopped, hears nothing else.
+                        send_signal(group.processes.values(), signal.SIGKILL)
                 sleep(POLL_S)
         except BaseException:
             ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
@@ -261,13 +290,18 @@ class Supervisor:
             self._noticed |= new
             self._saves += 1
             self._say("notice", nodes=sorted(new))
-            logger.warning("nodes %s are about to go: saving a checkpoint", ", ".join(sorted(new)))
         leave = 2 if advice.urgent else bool(advice.leave)
         if leave > self._events.wished.leave:
             self._say("leave", why=advice.leave)
-            logger.warning("%s: leaving after a checkpoint", advice.leave)
         if not self._stopped:
             self._events.wished = Wish(self._saves, leave)
+
+    def _tell_stall(self, group: Group) -> None:
+        """Tell when nobody gets on, and when somebody does again: storage may be away, say."""
+        stalls = group.stalls
+        if stalls and not group.stalled:
+            self._say("stall", error=stalls)
+        group.stalled = bool(stalls)
 
     def _take_back(self, group: Group) -> None:
         """Note the batches that spoilt the gradient, for the next group to pass over.
@@ -281,7 +315,7 @@ class Supervisor:
         assert self._recipe.data.path is not None
         data = open_place(self._recipe.data.path)
         passed = pass_over(self._home, data, self._schedule, group.bad_steps)
-        self._say("rewind", steps=group.bad_steps, rewinds=passed.rewinds)
+        self._say("rewind", why=group.gave_up, steps=group.bad_steps, rewinds=passed.rewinds)
         if passed.rewinds > self._recipe.run.max_rewinds:
             raise TrainingError(
                 f"{group.gave_up}; the run was taken back to its newest checkpoint "
@@ -290,32 +324,6 @@ class Supervisor:
                 f"them, lower optim.lr_per_256 ({self._recipe.optim.lr_per_256:g}), or train in "
                 "compute.precision=float32"
             )
-        logger.warning(
-            "%s; going back to the newest checkpoint, and on without these batches", group.gave_up
-        )
-
-
-def kill(group: Group) -> None:
-    """Kill a group's processes where they are: one that hangs, or is stopped, hears nothing else.
-
-    A node that does not answer is passed over; Ray finds out about it by itself.
-    """
-    by_node: dict[str, list[int]] = {}
-    for node, process in group.processes.values():
-        by_node.setdefault(node, []).append(process)
-    kills = [
-        ray.remote(num_cpus=0)(_kill)
-        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-        .remote(processes)
-        for node, processes in by_node.items()
-    ]
-    ray.wait(kills, num_returns=len(kills), timeout=KILL_S)
-
-
-def _kill(processes: list[int]) -> None:
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
 
 
 def in_background(job: Callable[[], object]) -> Future[object]:

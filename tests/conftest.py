@@ -9,7 +9,7 @@ from PIL import Image
 
 # jaxtyping, told to check with tests.typechecker.check, imports only `tests` by itself.
 import tests.typechecker  # noqa: F401
-from tests.s3_server import S3Server, s3_server
+from pipelines.local_s3 import S3Server, s3_server
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from urllib.parse import unquote, urlsplit
 
+from pipelines.local_s3 import S3Server
 from tests.http_wire import HEAD_LIMIT, Head, Peer, connect, reset
-from tests.s3_server import S3Server
 
 
 class Fault(Enum):

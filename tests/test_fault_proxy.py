@@ -10,8 +10,8 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError, ConnectionClosedError, ReadTimeoutError
 
+from pipelines.local_s3 import S3Server
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
-from tests.s3_server import S3Server
 
 BODY = os.urandom(300_000)
 

@@ -16,8 +16,8 @@ from random import Random
 
 import numpy as np
 
+from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare as pack
-from tests.s3_server import S3Server
 
 SIDE = 224
 SCALE = (0.2, 1.0)

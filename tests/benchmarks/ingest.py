@@ -30,9 +30,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.local_s3 import S3Server, s3_server
 from tests.benchmarks import contenders
 from tests.benchmarks.tiles import write_tiles
-from tests.s3_server import S3Server, s3_server
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,13 +1,17 @@
 """What one step does, on one process."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import droppos.step
 from droppos.config import Compute, Method, Optim
 from droppos.errors import ConfigError
+from droppos.loss import Metrics
 from droppos.step import MicroBatch, TrainState, train_step
 from tests.droppos import ranks
 from tests.droppos.ranks import BATCH, MODEL, Case, everything, pictures, spoil, step, train
@@ -110,6 +114,61 @@ def test_a_gradient_that_is_not_finite_changes_nothing(conformance: str, first: 
     assert not step(state).skipped
     assert all(value.isfinite().all() for value in everything(state).values())
     assert not torch.equal(everything(state)["encoder.norm.weight"], before["encoder.norm.weight"])
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state, loss = create(), droppos.step.pretraining_loss
+
+    def overflowing(*given: Any) -> Metrics:
+        metrics = loss(*given)
+        return metrics._replace(loss=metrics.loss + float("inf"))
+
+    monkeypatch.setattr("droppos.step.pretraining_loss", overflowing)
+    before = weights(state)
+    assert step(state).skipped
+    assert torch.equal(weights(state), before)
+
+
+COMPILED = """
+from sys import argv
+from torch import nn
+from torch._dynamo.utils import counters
+from droppos.config import Compute, Method, Optim
+from droppos.step import TrainState
+from tests.droppos.ranks import BATCH, MODEL, train
+
+# What inductor makes of a graph is torch's to test, and takes it a minute.
+compile_block = nn.Module.compile
+nn.Module.compile = lambda block: compile_block(block, backend="aot_eager")
+losses = []
+for compiled in (False, True):
+    compute = Compute(
+        strategy="single",
+        precision=argv[1],
+        device="cpu",
+        compile=compiled,
+        activation_checkpointing=argv[2] == "True",
+    )
+    optim = Optim(epochs=4, warmup_epochs=1, global_batch=BATCH, lr_per_256=3e-2)
+    method = Method(mask_ratio=0.25, objective="position_pixels")
+    state = TrainState.create(MODEL, method, optim, compute, seed=1, steps_per_epoch=5)
+    assert not counters["stats"]["unique_graphs"]
+    losses.append(train(state, steps=3))
+assert counters["stats"]["unique_graphs"] >= 5, counters
+assert not counters["graph_break"], counters
+assert all(abs(a - b) < 1e-5 for a, b in zip(*losses)), losses
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "again"), [("float32", True), ("bf16", False)])
+def test_compiled_blocks_change_no_value(precision: str, again: bool) -> None:
+    """In a process of its own: shapes are not checked there, which can't be traced."""
+    command = [sys.executable, "-c", COMPILED, precision, str(again)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert found.returncode == 0, found.stderr[-2000:]
 
 
 class NoReads(TorchDispatchMode):

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from pipelines.local_s3 import S3Server
 from tests.fault_proxy import FaultProxy, fault_proxy
-from tests.s3_server import S3Server
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import main, with_recipe
+from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
-from tests.s3_server import S3Server
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:

@@ -16,10 +16,10 @@ from pipelines.cli import main
 from pipelines.diagnosis import diagnose
 from pipelines.doctor import Question, doctor
 from pipelines.doctor_report import show_doctor
+from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.readings import Contents, Cropping, Decoding, Reading, Readings, Site, Streaming
 from pipelines.stream_gauge import Fit
-from tests.s3_server import S3Server
 
 RATES = st.floats(10, 1e5)
 PICTURE_BYTES = 100_000

@@ -31,12 +31,12 @@ from droppos.errors import ConfigError, TrainingError
 from pipelines import checkpoints
 from pipelines.audit import audit
 from pipelines.ids import id_files
+from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.recipe_file import from_dict, read, to_yaml
 from pipelines.storage import open_place
-from tests.s3_server import S3Server
 
 pytestmark = [
     pytest.mark.slow,

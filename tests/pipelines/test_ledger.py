@@ -1,6 +1,5 @@
 import json
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from mlflow.tracking import MlflowClient
 from droppos.errors import ConfigError
 from pipelines import checkpoints
 from pipelines.ledger import Ledger, local_folder, open_command, redact, tracking_uri
+from pipelines.local_mlflow import free_port, mlflow_server
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.storage import open_place
 
@@ -243,45 +243,6 @@ def test_an_mlflow_that_is_none_is_an_error_soon(where: Any, tmp_path: Path) -> 
         ledger(uri, tmp_path).__enter__()
     assert time.monotonic() - start < 15
     assert "hunter2" not in str(info.value)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """A real server; what it kept in the folder is there again when it starts anew."""
-    folder.mkdir(exist_ok=True)
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination", str(folder / "artifacts"),
-    ]  # fmt: skip
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "log").open("ab") as log:
-        server = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            wait_for(port, server, folder / "log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(server.pid, 15)
-            server.wait(timeout=30)
-
-
-def wait_for(port: int, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        assert server.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    raise TimeoutError(log.read_text())
 
 
 @pytest.mark.slow

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from droppos.errors import ConfigError, DataError
+from pipelines.local_s3 import S3Server
 from pipelines.prepare import PrepareReport, prepare, read_set_aside
 from pipelines.shards import Picture, load_manifest, read_rows
 from pipelines.storage import open_place
-from tests.s3_server import S3Server
 
 SHARD_BYTES = 100_000
 """So small that the 72 photographs fill several shards."""

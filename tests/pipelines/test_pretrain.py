@@ -20,13 +20,13 @@ from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints
 from pipelines.evaluate import evaluate
 from pipelines.export import export_checkpoint
+from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from tests.droppos.tiny import TINY
-from tests.s3_server import S3Server
 
 pytestmark = [
     pytest.mark.slow,

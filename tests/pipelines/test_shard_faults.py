@@ -7,11 +7,11 @@ import pytest
 
 from droppos.errors import DataError, StorageError
 from pipelines import retries
+from pipelines.local_s3 import S3Server
 from pipelines.shards import Picture, Shard, ShardWriter, read_row_group
 from pipelines.storage import Place, open_place
 from pipelines.storage import retries as count_retries
 from tests.fault_proxy import Fault, FaultProxy, fault_proxy
-from tests.s3_server import S3Server
 
 QUICK = [
     Fault.SLOW_DOWN,

