@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from droppos.errors import DropposError, TrainingError
+from droppos.errors import ConfigError, DropposError, TrainingError
 from pipelines import checkpoints
 from pipelines.attempt import claim_for_driver
 from pipelines.cluster import decode_tasks_of, group_share
@@ -172,8 +172,14 @@ class Supervisor:
                     self._take_back(group)
                 elif error is not None:
                     failures = 1 if step > before else failures + 1
+                    if isinstance(error, ConfigError):
+                        raise error  # it will not pass
                     if failures > self._recipe.run.max_failures:
-                        raise error
+                        raise type(error)(
+                            f"{error}; that was {failures} times in a row without a newer "
+                            f"checkpoint (run.max_failures {self._recipe.run.max_failures}); the "
+                            "newest one is kept, --resume goes on from it"
+                        ) from error
                     self._say("lost", error=str(error), step=step)
                 if self._stopped or step == self._schedule.steps:
                     return
@@ -388,8 +394,4 @@ def cause_of(error: TrainingFailedError) -> DropposError:
             if isinstance(link, DropposError):
                 return link
             link = getattr(link, "cause", None) or link.__cause__
-    last = str(failures[0]).strip().splitlines()[-1]
-    return TrainingError(
-        f"the workers failed more often than run.max_failures allows; the last time: {last}; "
-        "the newest checkpoint is kept, --resume goes on from it"
-    )
+    return TrainingError(f"the workers failed: {str(failures[0]).strip().splitlines()[-1]}")

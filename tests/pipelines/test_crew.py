@@ -1,0 +1,117 @@
+"""How many workers a run may have, and what it is told to do about nodes that go and come."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+
+from droppos.config import Compute, Optim
+from droppos.errors import ConfigError
+from pipelines.crew import Advice, Room, advise, best_size, send_signal
+from pipelines.recipe import Recipe, Run
+
+NOW = 1000.0
+
+
+def recipe(workers: int = 4, least: int | None = 1, batch: int = 16, accumulate: int = 1) -> Recipe:
+    return Recipe(
+        optim=Optim(global_batch=batch, accumulate=accumulate),
+        compute=Compute(strategy="fsdp2"),
+        run=Run(workers=workers, min_workers=least, notice_margin_s=20),
+    )
+
+
+def room(*cpus: float, gpus: float = 0, going: dict[str, float] | None = None) -> Room:
+    nodes = {f"n{i}": {"CPU": count, "GPU": gpus} for i, count in enumerate(cpus)}
+    return Room(nodes, going or {})
+
+
+@given(
+    workers=st.integers(1, 64),
+    each=st.integers(1, 40),
+    accumulate=st.integers(1, 6),
+    least=st.integers(1, 64),
+)
+def test_any_size_does_the_same_steps_in_micro_batches_no_larger(
+    workers: int, each: int, accumulate: int, least: int
+) -> None:
+    whole = recipe(workers, min(least, workers), workers * each * accumulate, accumulate)
+    assert max(whole.sizes) == workers
+    for size in whole.sizes:
+        at = whole.at(size)
+        assert at.run.workers == size
+        assert at.worker_batch * size * at.optim.accumulate == whole.optim.global_batch
+        assert at.worker_batch <= whole.worker_batch
+    assert whole.at(workers).optim == whole.optim
+
+
+def test_a_run_of_a_fixed_size_has_no_other() -> None:
+    assert recipe(4, None).sizes == (4,)
+    with pytest.raises(ConfigError, match=r"min_workers must be from 1 to run.workers \(4\).*got 5"):
+        Run(workers=4, min_workers=5)
+
+
+@pytest.mark.parametrize(
+    ("there", "gpu", "cpus", "fit"),
+    [
+        (room(2, 2), False, 1, 3),  # one CPU is left to decode
+        (room(2), False, 2, 0),
+        (room(3, 3), False, 2, 2),
+        (room(16, 16, gpus=8), True, 1, 16),
+        (room(16, gpus=0), True, 1, 0),
+        (room(), False, 1, 0),
+    ],
+)
+def test_workers_fit_where_a_cpu_is_left_to_decode(
+    there: Room, gpu: bool, cpus: int, fit: int
+) -> None:
+    assert there.workers(cpus, gpu) == fit
+
+
+def test_the_best_size_shares_the_batch_evenly() -> None:
+    assert [best_size(recipe(6, 1, 12), fit) for fit in range(8)] == [None, 1, 2, 3, 4, 4, 6, 6]
+    assert best_size(recipe(4, 2), 1) is None
+
+
+def told(there: Room, size: int, **changed: int) -> Advice:
+    return advise(recipe(**changed), gpu=False, size=size, homes={"a", "b"}, room=there, now=NOW)
+
+
+def test_without_news_a_group_goes_on() -> None:
+    assert told(room(3, 2), 4) == Advice()
+    assert told(room(1, 1), 4) == Advice()  # what is lost already tells itself
+
+
+def test_room_for_more_is_taken_at_the_next_checkpoint() -> None:
+    advice = told(room(3, 2), 2)
+    assert advice.leave and not advice.urgent and not advice.save
+
+
+def test_a_notice_is_a_checkpoint_and_a_move_if_there_is_where_to() -> None:
+    advice = told(room(5, going={"a": NOW + 100}), 4)
+    assert advice.save == {"a"} and advice.urgent and advice.leave
+    assert told(room(5, going={"c": NOW + 100}), 4) == Advice()  # nobody works there
+
+
+def test_with_nowhere_to_go_it_works_until_shortly_before() -> None:
+    """As spot machines go, all at once say: two minutes of work are not thrown away."""
+    assert told(room(going={"a": NOW + 100}), 4) == Advice(save=frozenset({"a"}))
+    late = told(room(going={"a": NOW + 19}), 4)
+    assert late.urgent and late.save == {"a"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_signal_reaches_processes_on_their_node() -> None:
+    here = ray.get_runtime_context().get_node_id()
+    sleepers = [
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)
+    ]
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    send_signal([(here, process.pid) for process in [gone, *sleepers]], signal.SIGKILL)
+    assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL] * 2

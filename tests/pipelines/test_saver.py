@@ -1,0 +1,144 @@
+"""Checkpoints in the background, on one rank; that several agree is test_drill.py's."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from droppos.errors import DataError, StorageError, TrainingError
+from pipelines import checkpoints
+from pipelines.checkpoints import Retention
+from pipelines.parts import DamagedError
+from pipelines.saver import Saver
+from pipelines.storage import Place, open_place
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def home(tmp_path: object) -> Place:
+    return open_place(f"{tmp_path}/run")
+
+
+@pytest.fixture
+def saver(home: Place) -> Iterator[Saver]:
+    ours = Saver(home, Retention(2), CPU, may_write=lambda: None, timeout_s=60)
+    yield ours
+    ours.close()
+
+
+def unreachable() -> None:
+    raise StorageError("s3://bucket cannot be reached")
+
+
+def test_training_goes_on_and_what_is_written_is_what_was_copied(saver: Saver, home: Place) -> None:
+    weights, go_on = torch.ones(1000), threading.Event()
+    saver.begin(1, {"w": weights}, {}, beside=lambda: go_on.wait(30))  # pyright: ignore
+    assert not saver.due and checkpoints.newest(home) is None
+    weights.add_(1)  # the next step, while the write is held up
+    go_on.set()
+    done = saver.finish()
+    assert done is not None and done.saved == checkpoints.newest(home)
+    found: torch.Tensor = checkpoints.load_full(done.saved)["w"]
+    assert torch.equal(found, torch.ones(1000))
+
+
+def test_the_host_copy_is_made_anew_each_time(saver: Saver, home: Place) -> None:
+    weights = torch.zeros(10)
+    for step in (1, 2, 3):
+        weights.fill_(step)
+        saver.begin(step, {"w": weights}, {})
+        done = saver.finish()
+        assert done is not None and done.saved is not None
+        assert checkpoints.load_full(done.saved)["w"].eq(step).all()
+    assert (home / "checkpoints").children() == ["step-00000002", "step-00000003"]
+
+
+def test_storage_that_is_away_once_costs_a_checkpoint_not_the_run(saver: Saver) -> None:
+    state = {"w": torch.ones(3)}
+    for step in (1, 3, 5):  # never twice in a row
+        saver.begin(step, state, {}, beside=unreachable)
+        done = saver.finish()
+        assert done is not None and done.saved is None and "cannot be reached" in done.error
+        saver.begin(step + 1, state, {})
+        assert (done := saver.finish()) is not None and done.saved is not None
+
+
+def test_storage_that_stays_away_ends_the_run(saver: Saver) -> None:
+    saver.begin(1, {"w": torch.ones(3)}, {}, beside=unreachable)
+    saver.finish()
+    saver.begin(2, {"w": torch.ones(3)}, {}, beside=unreachable)
+    with pytest.raises(StorageError, match="cannot be reached"):
+        saver.finish()
+
+
+@pytest.mark.parametrize("error", [DataError("no such bucket"), TrainingError("taken over")])
+def test_what_does_not_pass_ends_the_run_at_once(saver: Saver, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    saver.begin(1, {"w": torch.ones(3)}, {}, beside=fail)
+    with pytest.raises(type(error), match=str(error)):
+        saver.finish()
+
+
+def test_without_a_checkpoint_under_way_there_is_nothing_to_wait_for(saver: Saver) -> None:
+    assert saver.finish() is None and not saver.due
+
+
+STEPS = (10, 20, 30, 40, 50)
+
+
+def kept(home: Place, retention: Retention, scores: dict[int, float | None]) -> list[int]:
+    for step, score in scores.items():
+        metrics = {} if score is None else {"holdout/skill": score}
+        checkpoints.save(home, step, {"w": torch.ones(1)}, {"metrics": metrics}, retention)
+    return [int(name[5:]) for name in (home / "checkpoints").children()]
+
+
+@pytest.mark.parametrize(
+    ("retention", "scores", "expected"),
+    [
+        (Retention(1), {}, [50]),
+        (Retention(2, every=20), {}, [20, 40, 50]),
+        (Retention(1, best="holdout/skill"), {10: 0.1, 20: 0.9, 40: 0.5}, [20, 50]),
+        (Retention(1, best="holdout/skill", smallest=True), {10: 0.1, 20: 0.9}, [10, 50]),
+        (Retention(1, best="holdout/skill"), {20: 0.9, 40: 0.9}, [40, 50]),
+        (Retention(1, best="holdout/other"), {20: 0.9}, [50]),
+    ],
+)
+def test_the_newest_every_nth_and_the_best_stay(
+    home: Place,
+    retention: Retention,
+    scores: dict[int, float],
+    expected: list[int],
+) -> None:
+    assert kept(home, retention, {step: scores.get(step) for step in STEPS}) == expected
+
+
+def test_a_damaged_one_counts_no_more_and_the_one_before_it_does(
+    home: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        checkpoints.save(home, step, {"w": torch.ones(9)}, {}, Retention(3))
+    newest = checkpoints.newest(home)
+    assert newest is not None
+    part = newest.place / "part-00000.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(bytes(data))
+    with pytest.raises(DamagedError, match="not what was written") as error:
+        checkpoints.load(newest, {"w": torch.ones(9)})
+    checkpoints.set_aside(newest, str(error.value))
+    before = checkpoints.newest(home)
+    assert before is not None and before.step == 1
+    assert "damaged" in caplog.text

@@ -1,0 +1,110 @@
+"""What the supervisor makes of what it hears; that it restarts real workers is test_drill.py's."""
+
+from typing import Any
+
+import pytest
+from ray.train import TrainingFailedError
+
+from droppos.errors import TrainingError
+from pipelines.news import told
+from pipelines.parts import DamagedError
+from pipelines.supervisor import STALL_S, Group, cause_of
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def group(hang_timeout_s: float = 600) -> tuple[Group, Clock]:
+    clock = Clock()
+    return Group(hang_timeout_s, clock), clock
+
+
+def started(rank: int) -> dict[str, Any]:
+    return {"kind": "started", "rank": rank, "node": f"node {rank}", "pid": 10 + rank}
+
+
+def beat(rank: int, doing: str, step: int) -> dict[str, Any]:
+    return {"kind": "beat", "rank": rank, "doing": doing, "step": step}
+
+
+def test_a_group_knows_where_its_workers_are() -> None:
+    ours, _ = group()
+    for rank in (1, 0):
+        ours.event(started(rank))
+    assert ours.processes == {0: ("node 0", 10), 1: ("node 1", 11)}
+    assert ours.nodes == {"node 0", "node 1"}
+
+
+def test_while_one_worker_gets_on_nobody_hangs() -> None:
+    ours, clock = group(600)
+    for second in range(0, 2000, 10):
+        clock.now = second
+        ours.event(beat(0, "training", 3))
+        ours.event(beat(1, "waiting for pictures", second // 500))
+        assert not ours.hangs
+
+
+def test_when_all_stand_still_who_does_what_and_who_is_mute_is_told() -> None:
+    ours, clock = group(600)
+    ours.event(beat(0, "training", 7))
+    ours.event(beat(1, "saving", 7))
+    for clock.now in range(10, 600, 10):
+        ours.event(beat(0, "training", 7))  # a sign of life, not of progress
+        assert not ours.hangs
+        assert bool(ours.stalls) == (clock.now >= STALL_S)
+    clock.now = 600
+    assert ours.hangs == (
+        "no worker got on for 600 s: worker 0 training at step 7, worker 1 saving at step 7; "
+        "nothing was heard of worker 1"
+    )
+
+
+def test_workers_that_have_not_begun_are_not_taken_to_hang() -> None:
+    """Ray may wait for an autoscaler before them, for as long as that takes."""
+    ours, clock = group(600)
+    clock.now = 10_000
+    assert not ours.hangs
+
+
+def test_the_cause_is_our_own_error_not_that_a_peer_was_gone() -> None:
+    damage = DamagedError("part-00000 is not what was written")
+    remote = RuntimeError("task failed")
+    remote.__cause__ = damage
+    failed = TrainingFailedError.__new__(TrainingFailedError)
+    failed.worker_failures = {0: RuntimeError("peer gone"), 1: remote}  # pyright: ignore
+    assert cause_of(failed) is damage
+
+
+def test_what_is_no_error_of_ours_is_one_line() -> None:
+    failed = TrainingFailedError.__new__(TrainingFailedError)
+    failed.worker_failures = {0: RuntimeError("a\nb\nworker died: OOM")}  # pyright: ignore
+    error = cause_of(failed)
+    assert isinstance(error, TrainingError)
+    assert str(error) == "the workers failed: worker died: OOM"
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        ({"kind": "lost", "error": "worker 1 died", "step": 8}, "going on from step 8"),
+        ({"kind": "notice", "nodes": ["a", "b"]}, "2 nodes are about to go"),
+        ({"kind": "leave", "why": "there is room for 4 workers"}, "after a checkpoint"),
+        ({"kind": "waiting", "workers": 2, "fit": 1}, "1 workers fit"),
+        ({"kind": "rewind", "why": "NaN", "steps": [3, 4], "rewinds": 1}, "steps 3, 4"),
+        ({"kind": "not_saved", "error": "no answer"}, "no answer"),
+        ({"kind": "ledger_away"}, "does not answer"),
+    ],
+)
+def test_news_say_what_happened_and_what_is_done(event: dict[str, Any], words: str) -> None:
+    assert words in (told(event) or "")
+
+
+def test_ordinary_events_are_no_news() -> None:
+    assert told({"kind": "metrics", "step": 1, "values": {}}) is None
