@@ -7,10 +7,10 @@ Jobs are imported when they are called: `droppos --help` should not wait for tor
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -235,6 +235,7 @@ def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa:
 def drill(
     file: RecipeName = "",
     outage_s: float = 30,
+    only: tuple[str, ...] = (),
     recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
 ) -> None:
     """Kill workers, nodes, storage and MLflow under a run, and show that nothing is lost.
@@ -245,7 +246,9 @@ def drill(
 
     Args:
         file: A YAML file, or the name of a recipe that is shipped; `drill` when not given.
-        outage_s: Seconds that storage and MLflow are away, and from a spot notice to the end.
+        outage_s: Seconds that storage and MLflow are away.
+        only: Some of kill, term, hang, damage, storage, mlflow, notice, node, grow; all of them
+            when not given.
         recipe: Fields given here override the file's.
     """
     _refuse_late(file, "drill")
@@ -253,7 +256,7 @@ def drill(
     from pipelines.drill import drill as job
     from pipelines.report import show_drill
 
-    report = job(recipe, outage_s=outage_s, say=_say)
+    report = job(recipe, outage_s=outage_s, only=only, say=_say, on_event=_say_news)
     show_drill(console, report)
     print(report.line)
     if not report.passed:
@@ -313,6 +316,13 @@ def with_recipe(argv: list[str]) -> list[str]:
 
 def _announce() -> None:
     _say("loading torch and Ray")
+
+
+def _say_news(event: Mapping[str, Any]) -> None:
+    from pipelines.news import told
+
+    if (news := told(event)) is not None:
+        _say(f"    {news}")
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,7 @@ Each fault strikes when the run has calmed down from the one before. What the ru
 held against its schedule, picture by picture, and its loss against the twin's.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,14 +17,15 @@ from droppos.errors import ConfigError, DropposError, TrainingError
 from pipelines import checkpoints
 from pipelines.audit import schedule_of
 from pipelines.demo_pictures import write_demo_pictures
-from pipelines.drill_faults import Fault, Worker, faults_for
-from pipelines.drill_stage import Stage, stage_for
+from pipelines.drill_faults import Fault, faults_for
+from pipelines.drill_stage import Stage, Worker, stage_for
 from pipelines.heard import OnEvent
 from pipelines.ids import id_files
 from pipelines.ledger import local_folder
 from pipelines.prepare import prepare
 from pipelines.pretrain import Outcome, located, pretrain
 from pipelines.recipe import Recipe
+from pipelines.retries import LONGEST_PAUSE
 from pipelines.storage import Place, open_place
 from pipelines.tally import Plan
 
@@ -118,6 +119,7 @@ def drill(
     recipe: Recipe,
     *,
     outage_s: float = 30,
+    only: Collection[str] = (),
     say: Callable[[str], None],
     on_event: OnEvent | None = None,
 ) -> DrillReport:
@@ -126,8 +128,8 @@ def drill(
     Args:
         recipe: The run; a suffix of the time is added to its name. Without data.path it trains on
             embedded photographs.
-        outage_s: Seconds that storage and MLflow are away; also the time between a spot notice and
-            the node's end.
+        outage_s: Seconds that storage and MLflow are away.
+        only: Keys of the faults that are wanted; all when empty.
         say: Told what is done, and what came of it.
         on_event: Hears of both runs' progress.
 
@@ -140,13 +142,14 @@ def drill(
     say("starting nodes, storage and MLflow")
     with stage_for(recipe, folder) as stage:
         recipe = located(_with_data(stage, folder))
-        faults = faults_for(stage, open_place(recipe.home), outage_s)
+        faults = faults_for(stage, open_place(recipe.home), outage_s, only)
         referee = Referee(faults, recipe.run.workers, stage, say, on_event)
         error, outcome = "", None
         try:
             outcome = pretrain(recipe, on_event=referee, stop=referee.is_over)
         except DropposError as failure:
             error = str(failure)
+            say(f"the run ended early: {error}")
         say("the same run without faults")
         twin = Twin(referee.step, on_event)
         quiet = replace(recipe, run=replace(recipe.run, name=f"{recipe.run.name}-twin"))
@@ -171,11 +174,10 @@ def _drillable(recipe: Recipe, outage_s: float) -> Recipe:
             f"{recipe.run.checkpoint_every}; take {CALM_STEPS + 1} or more"
         )
     name = f"{recipe.run.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    # Storage that is away must not look like workers that hang; reads are tried again for longer
-    # than it is away, in pauses of up to 20 s.
-    hang_s = min(recipe.run.hang_timeout_s, 2 * outage_s + 20)
-    run = replace(recipe.run, name=name, hang_timeout_s=hang_s, notice_margin_s=outage_s / 3)
-    return replace(recipe, run=run)
+    # Storage that is away must not look like workers that hang: after it is back, a read may still
+    # pause, and wait for another that pauses.
+    hang_s = min(recipe.run.hang_timeout_s, outage_s + 3 * LONGEST_PAUSE)
+    return replace(recipe, run=replace(recipe.run, name=name, hang_timeout_s=hang_s))
 
 
 def _with_data(stage: Stage, folder: Path) -> Recipe:
@@ -241,8 +243,6 @@ class Referee:
             return False
         if self._size < self.workers and not fault.any_size:
             return False
-        if fault.at_checkpoint:
-            return kind == "checkpoint"
         return kind == "metrics" and self.step >= self._saved + CALM_STEPS
 
     def _strike(self, fault: Fault) -> None:

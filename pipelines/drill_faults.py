@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from time import time
 
@@ -10,19 +10,18 @@ import ray
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
 from ray.core.generated import autoscaler_pb2
 
+from droppos.errors import ConfigError
 from pipelines import checkpoints
-from pipelines.crew import send_signal
-from pipelines.drill_stage import Outage, Stage
+from pipelines.drill_stage import NOTICE_S, Outage, Stage, Worker
 from pipelines.storage import Place
-
-Worker = tuple[str, int]
-"""Node and process of a worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
     """One thing that goes wrong, on purpose."""
 
+    key: str
+    """How a person asks for it."""
     name: str
     strike: Callable[[list[Worker]], threading.Event]
     """Does it, to workers in the order of their ranks; the event is set when it is over."""
@@ -32,45 +31,45 @@ class Fault:
     """Whether workers must start again to recover."""
     back: str = ""
     """Kind of event that must come once it is over, or it is not recovered from."""
-    at_checkpoint: bool = False
-    """Whether it strikes when a checkpoint has just been completed."""
     any_size: bool = False
     """Whether it may strike while the run is smaller than it could be."""
 
 
-def faults_for(stage: Stage, home: Place, outage_s: float) -> list[Fault]:
+def faults_for(
+    stage: Stage, home: Place, outage_s: float, only: Collection[str] = ()
+) -> list[Fault]:
     """List what can go wrong on a stage, in the order it will.
 
     Args:
         stage: Where the run is.
         home: Folder of the run.
-        outage_s: Seconds that storage and MLflow are away, and between a notice and the end.
+        outage_s: Seconds that storage and MLflow are away.
+        only: Keys of those that are wanted; all when empty.
+
+    Raises:
+        ConfigError: If a key is none of this stage's.
     """
-    lost = frozenset({"lost"})
+
+    def signalled(key: str, name: str, number: int, *notices: str) -> Fault:
+        return Fault(
+            key, name, lambda crew: _done(stage.signal, crew[-1:], number), frozenset(notices)
+        )
+
     faults = [
+        signalled("kill", "worker killed (-9)", signal.SIGKILL, "lost"),
+        signalled("term", "worker told to go (SIGTERM)", signal.SIGTERM, "leave"),
+        signalled("hang", "worker frozen (hangs)", signal.SIGSTOP, "stall", "hang"),
         Fault(
-            "worker killed (-9)", lambda crew: _done(send_signal, crew[-1:], signal.SIGKILL), lost
-        ),
-        Fault(
-            "worker told to go (SIGTERM)",
-            lambda crew: _done(send_signal, crew[-1:], signal.SIGTERM),
-            frozenset({"checkpoint", "group"}),
-        ),
-        Fault(
-            "worker frozen (hangs)",
-            lambda crew: _done(send_signal, crew[-1:], signal.SIGSTOP),
-            frozenset({"stall", "hang"}),
-        ),
-        Fault(
-            "checkpoint damaged, worker killed",
-            lambda crew: _damage(home, crew),
-            lost,
-            at_checkpoint=True,
+            "damage",
+            "worker killed, newest checkpoint damaged",
+            lambda crew: _damage(stage, home, crew),
+            frozenset({"lost"}),
         ),
     ]
     if (storage := stage.storage) is not None:
         faults.append(
             Fault(
+                "storage",
                 f"storage away for {outage_s:g} s",
                 lambda _: Outage(storage.kill, storage.start, outage_s).over,
                 frozenset({"stall", "not_saved"}),
@@ -81,6 +80,7 @@ def faults_for(stage: Stage, home: Place, outage_s: float) -> list[Fault]:
     if (tracking := stage.tracking) is not None:
         faults.append(
             Fault(
+                "mlflow",
                 f"MLflow away for {outage_s:g} s",
                 lambda _: Outage(tracking.kill, tracking.start, outage_s).over,
                 frozenset({"ledger_away"}),
@@ -90,26 +90,35 @@ def faults_for(stage: Stage, home: Place, outage_s: float) -> list[Fault]:
         )
     faults += [
         Fault(
-            f"spot notice of {outage_s:g} s, node goes",
-            lambda crew: _preempt(stage, crew, outage_s),
+            "notice",
+            f"spot notice, node goes after {NOTICE_S} s",
+            lambda crew: _preempt(stage, crew, NOTICE_S),
             frozenset({"notice"}),
         ),
         Fault(
+            "node",
             "node killed (-9)",
             lambda crew: _done(stage.kill_node, _node_to_lose(crew)),
-            lost,
+            frozenset({"lost"}),
         ),
     ]
     if stage.brings_nodes:
         faults.append(
             Fault(
+                "grow",
                 "node comes",
                 lambda _: _done(stage.add_node),
                 frozenset({"leave"}),
                 any_size=True,
             )
         )
-    return faults
+    keys = [fault.key for fault in faults]
+    if unknown := [key for key in only if key not in keys]:
+        raise ConfigError(
+            f"there is no fault {unknown[0]!r} here; expected some of {', '.join(keys)} (storage "
+            "and mlflow only where the drill has started them, grow where it can start nodes)"
+        )
+    return [fault for fault in faults if not only or fault.key in only]
 
 
 def _done(act: Callable[..., object], *given: object) -> threading.Event:
@@ -119,15 +128,16 @@ def _done(act: Callable[..., object], *given: object) -> threading.Event:
     return over
 
 
-def _damage(home: Place, crew: list[Worker]) -> threading.Event:
-    """Change one byte of the newest checkpoint, and kill a worker, so that it is asked for."""
+def _damage(stage: Stage, home: Place, crew: list[Worker]) -> threading.Event:
+    """Kill a worker, and change one byte of the checkpoint that the next ones will ask for."""
+    stage.signal(crew[-1:], signal.SIGKILL)
     saved = checkpoints.newest(home)
     assert saved is not None
     file = saved.place / max(saved.files, key=lambda name: saved.files[name].bytes)
     data = bytearray(file.read_bytes())
     data[-len(data) // 4] ^= 255
     file.write_bytes(bytes(data))
-    return _done(send_signal, crew[-1:], signal.SIGKILL)
+    return _done(lambda: None)
 
 
 def _node_to_lose(crew: list[Worker]) -> str:

@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from droppos.errors import ConfigError
+from pipelines.crew import send_signal
 from pipelines.local_mlflow import LocalMlflow
 from pipelines.local_s3 import LocalS3
 from pipelines.recipe import Recipe
@@ -29,8 +30,14 @@ NODES = 3
 """Nodes of a local cluster that train and decode, each with CPUs for both workers."""
 STORE_BYTES = 100 * 2**20
 """Object store of each."""
+NOTICE_S = 30
+"""Seconds between a spot notice and the node's end: the shortest that clouds give."""
 HEALTH_MS = 1000
 """Milliseconds between two looks of a local cluster at its nodes."""
+
+
+Worker = tuple[str, int]
+"""Node and process of a worker."""
 
 
 class Outage:
@@ -71,6 +78,10 @@ class Stage:
     def add_node(self) -> None:
         """Start one more node; returns at once."""
         raise NotImplementedError
+
+    def signal(self, workers: list[Worker], number: int) -> None:
+        """Send a signal to workers on their nodes."""
+        send_signal(workers, number)
 
     def kill_node(self, node: str) -> None:
         """Kill a node's raylet by a task on it: with its parent, all of the node's work ends."""
@@ -170,6 +181,11 @@ class LocalStage(Stage):
     def brings_nodes(self) -> bool:
         """Yes."""
         return True
+
+    def signal(self, workers: list[Worker], number: int) -> None:
+        """Send a signal at once: all nodes are this machine."""
+        for _, process in workers:
+            os.kill(process, number)
 
     def kill_node(self, node: str) -> None:
         """Kill a node's raylet; with its parent, all of the node's work ends."""

@@ -5,31 +5,31 @@ checkpoint, which the stream's factory (:mod:`pipelines.pretrain`) reads alike.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from math import isfinite
 from time import perf_counter
-from typing import Any
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from droppos.errors import DropposError, TrainingError
+from droppos.errors import DropposError
+from droppos.flops import matmul_peak, step_flops
 from droppos.parallel import precision, unwrap
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
 from pipelines import checkpoints
 from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
+from pipelines.bad_steps import BadSteps, TooManyBadSteps
 from pipelines.checkpoints import Retention
 from pipelines.events import Events, Wish
 from pipelines.facts import facts
 from pipelines.holdout import Holdout
+from pipelines.kept_state import kept_state, restore
 from pipelines.order import Schedule
-from pipelines.parts import DamagedError
+from pipelines.pace import Pace
 from pipelines.passed import PassedOver
 from pipelines.proof import Proof
 from pipelines.pulse import Pulse
@@ -83,6 +83,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     state = create_state(recipe, schedule.steps_per_epoch)
     attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
     saved = checkpoints.newest(job.home)
+    pace = Pace(recipe.optim.global_batch, step_flops(recipe.model, recipe.method), peak_of(state))
     restore(state, saved)
     passed = PassedOver.read(job.home)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
@@ -109,10 +110,10 @@ def _train(job: Job, pulse: Pulse) -> None:
         accumulate=recipe.optim.accumulate,
     )
     holdout = Holdout.open(recipe, state.device)
-    pace = Pace(recipe.optim.global_batch)
+    pace.reset()
     bad = BadSteps(recipe.run.bad_steps)
     saves = 0
-    leave = False
+    leave = told_to_go = False
     pulse.now("waiting for pictures", state.step)
     for group in grouped(stream, recipe.optim.accumulate):
         pulse.now("training", state.step)
@@ -126,6 +127,10 @@ def _train(job: Job, pulse: Pulse) -> None:
         pace.count(group)
         tell_skipped(job, group)
 
+        if asked_to_terminate() and not told_to_go:
+            told_to_go = True
+            why = f"worker {dist.get_rank()} was sent SIGTERM"
+            job.events.send({"kind": "leave", "why": why})
         wish = job.events.wish() if dist.get_rank() == 0 else Wish()
         heard = agreement.settle(wish.saves, max(wish.leave, 2 * asked_to_terminate()), keeper.due)
         last = state.step == schedule.steps
@@ -156,6 +161,13 @@ def _train(job: Job, pulse: Pulse) -> None:
     keeper.close()
 
 
+def peak_of(state: TrainState) -> float:
+    """Measure what all workers' devices together could do, in the precision that is trained in."""
+    half = state.compute.precision == "bf16"
+    own = matmul_peak(state.device, torch.bfloat16 if half else torch.float32)
+    return own * dist.get_world_size()
+
+
 def micro_batch(batch: Batch) -> MicroBatch:
     """Hand over what a step needs of a batch."""
     return MicroBatch(batch.images, batch.slots, batch.mirrored)
@@ -169,56 +181,6 @@ def tell_skipped(job: Job, group: list[Batch]) -> None:
             job.events.send(event)
 
 
-class TooManyBadSteps(TrainingError):  # noqa: N818
-    """All ranks skipped too many steps since the last checkpoint."""
-
-    def __init__(self, steps: Sequence[int], limit: int) -> None:
-        self.steps = list(steps)
-        """Steps, counted from 0, whose batch made the gradient NaN or infinite."""
-        super().__init__(
-            f"the gradient was NaN or infinite in {len(steps)} steps since the last checkpoint "
-            f"({', '.join(map(str, self.steps[:5]))}{', ...' * (len(steps) > 5)}), run.bad_steps "
-            f"allows {limit}"
-        )
-
-
-class BadSteps:
-    """Steps since the last checkpoint that changed nothing, for their gradient was not finite.
-
-    Whether a step was skipped stays on the device until a step is logged.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._unread: list[tuple[int, Tensor]] = []
-        self.steps: list[int] = []
-
-    def note(self, step: int, skipped: Tensor) -> None:
-        """Take note of a step; waits for no device."""
-        self._unread.append((step, skipped))
-
-    def read(self) -> list[int]:
-        """Wait for the device, and return which steps were skipped since the last call."""
-        if not self._unread:
-            return []
-        flags = torch.stack([skipped for _, skipped in self._unread]).tolist()
-        found = [step for (step, _), flag in zip(self._unread, flags, strict=True) if flag]
-        self._unread.clear()
-        self.steps += found
-        return found
-
-    def refuse(self) -> None:
-        """Begin anew for the next checkpoint.
-
-        Raises:
-            TooManyBadSteps: On all ranks, if there were more than the limit.
-        """
-        self.read()
-        if len(self.steps) > self._limit:
-            raise TooManyBadSteps(self.steps, self._limit)
-        self.steps.clear()
-
-
 def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:
     """Make model and optimizer at step 0."""
     return TrainState.create(
@@ -229,49 +191,6 @@ def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:
         seed=recipe.run.seed,
         steps_per_epoch=steps_per_epoch,
     )
-
-
-def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
-    """Put a checkpoint's weights, moments, step and random state into this rank's, at any size.
-
-    Raises:
-        DamagedError: On all ranks, if a file is not what was written; it counts no more then.
-    """
-    if saved is None:
-        return
-    model, optimizer = get_state_dict(state.model, state.optimizer)
-    kept: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    if dist.get_rank() < saved.record.get("random_states", 0):
-        kept |= random_state(state.device)
-    try:
-        checkpoints.load(saved, kept)
-    except DamagedError as error:
-        if dist.get_rank() == 0:
-            checkpoints.set_aside(saved, str(error))
-        raise
-    set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-    for name, value in kept.items():
-        if name.startswith("random"):
-            torch.set_rng_state(value["cpu"])
-            if "cuda" in value:
-                torch.cuda.set_rng_state(value["cuda"], state.device)
-    state.step = saved.step
-    # The optimizer's settings are the recipe's, not the checkpoint's: --allow-changes may differ.
-    decays = (state.optim.weight_decay, 0.0)
-    for group, decay in zip(state.optimizer.param_groups, decays, strict=True):
-        group |= {"weight_decay": decay, "betas": state.optim.betas}
-
-
-def random_state(device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """Take this rank's generators. Nothing draws from them today: masks and crops have their own.
-
-    Returns:
-        Under a key of the rank's own, for each rank keeps and finds only its own.
-    """
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return {f"random-{dist.get_rank():05d}": state}
 
 
 class Keeper:
@@ -307,12 +226,11 @@ class Keeper:
         started = perf_counter()
         self.finish()
         job, state = self._job, self._state
-        model, optimizer = get_state_dict(state.model, state.optimizer)
         cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
         pictures, write_ids = self._proof.settle(state.step)
         self._saver.begin(
             state.step,
-            {"model": model, "optimizer": optimizer, **random_state(state.device)},
+            kept_state(state),
             {
                 "cursor": {**cursor, "pictures": pictures},
                 **facts(job.recipe, job.schedule.manifest),
@@ -360,7 +278,7 @@ class Keeper:
         self._saver.close()
 
 
-def log(job: Job, state: TrainState, report: StepReport, pace: "Pace", bad: BadSteps) -> None:
+def log(job: Job, state: TrainState, report: StepReport, pace: Pace, bad: BadSteps) -> None:
     """Average over ranks and tell the driver.
 
     The one place where a step waits for the device, and on logged steps only.
@@ -385,6 +303,8 @@ def log(job: Job, state: TrainState, report: StepReport, pace: "Pace", bad: BadS
             "train/epoch": state.epoch,
             "train/skipped_steps": len(bad.steps),
             "data/images_per_s": pace.images_per_s,
+            "compute/model_tflops_per_s": pace.flops_per_s / 1e12,
+            "compute/mfu": pace.mfu,
             "data/wait_fraction": wait_fraction,
             "data/pictures_replaced": replaced * world,
         }
@@ -432,45 +352,3 @@ def grouped(stream: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         if len(group) == size:
             yield group
             group = []
-
-
-class Pace:
-    """Images per second, and the share of time spent waiting for them, since the last log."""
-
-    def __init__(self, global_batch: int) -> None:
-        self._global_batch = global_batch
-        self.reset()
-
-    def reset(self) -> None:
-        """Start anew."""
-        self._started = self._paused_at = perf_counter()
-        self._steps = 0
-        self._waited = 0.0
-        self.replaced = 0
-        """Pictures of this rank that could not be decoded and were replaced."""
-
-    def count(self, group: list[Batch]) -> None:
-        """Count a step and what it waited for."""
-        self._steps += 1
-        self._waited += sum(batch.waited for batch in group)
-        self.replaced += sum(len(batch.problems) for batch in group)
-        self._paused_at = perf_counter()
-
-    def pause(self) -> None:
-        """Leave the time since the last step, spent on a checkpoint or a measurement, out."""
-        self._started += perf_counter() - self._paused_at
-        self._paused_at = perf_counter()
-
-    @property
-    def images_per_s(self) -> float:
-        """Images of all workers."""
-        return self._steps * self._global_batch / self._elapsed
-
-    @property
-    def wait_fraction(self) -> float:
-        """Share of the time in which this rank had nothing to train on, 0 to 1."""
-        return self._waited / self._elapsed
-
-    @property
-    def _elapsed(self) -> float:
-        return max(perf_counter() - self._started, 1e-9)

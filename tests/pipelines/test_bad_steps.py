@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.bad_steps import BadSteps, TooManyBadSteps
 from pipelines.order import Schedule
 from pipelines.passed import FILE, PassedOver, pass_over
 from pipelines.prepare import prepare
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
-from pipelines.worker import BadSteps, TooManyBadSteps
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 

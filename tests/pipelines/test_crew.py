@@ -51,7 +51,7 @@ def test_any_size_does_the_same_steps_in_micro_batches_no_larger(
 
 def test_a_run_of_a_fixed_size_has_no_other() -> None:
     assert recipe(4, None).sizes == (4,)
-    with pytest.raises(ConfigError, match=r"min_workers must be from 1 to run.workers \(4\).*got 5"):
+    with pytest.raises(ConfigError, match=r"from 1 to run.workers \(4\).*got 5"):
         Run(workers=4, min_workers=5)
 
 
