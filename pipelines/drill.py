@@ -5,6 +5,7 @@ held against its schedule, picture by picture, and its loss against the twin's.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -139,8 +140,14 @@ def drill(
     """
     recipe = _drillable(recipe, outage_s)
     folder = local_folder(recipe) / recipe.run.name
+    folder.mkdir(parents=True, exist_ok=True)
     say("starting nodes, storage and MLflow")
-    with stage_for(recipe, folder) as stage:
+    # Ray prints the log of whatever dies to standard output.
+    with (
+        (folder / "ray.log").open("w") as log,
+        redirect_stdout(log),
+        stage_for(recipe, folder) as stage,
+    ):
         recipe = located(_with_data(stage, folder))
         faults = faults_for(stage, open_place(recipe.home), outage_s, only)
         referee = Referee(faults, recipe.run.workers, stage, say, on_event)

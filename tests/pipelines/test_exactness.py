@@ -1,20 +1,18 @@
-"""Exactly once, whatever happens: runs that are stopped, killed and resumed on a real Ray over S3.
+"""Exactly once, whatever happens to a driver: runs taken over and resumed on a real Ray over S3.
 
 Each run records which picture it trained on in which step. What an interrupted run has committed
-in the end must be, record by record, what the uninterrupted one has.
+in the end must be, record by record, what the uninterrupted one has. What happens to workers,
+nodes and storage is test_drill.py's.
 
 Also a program, a driver that can be killed:
-`python test_exactness.py drive RECIPE ADDRESS|nodes [resume]` prints its events, one a line.
+`python test_exactness.py drive RECIPE ADDRESS` prints its events, one a line.
 """
 
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,13 +23,15 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from mlflow.tracking import MlflowClient
 
 from droppos.config import Compute, Method, Model, Optim
-from droppos.errors import ConfigError, TrainingError
+from droppos.errors import ConfigError
 from pipelines import checkpoints
 from pipelines.audit import audit
 from pipelines.ids import id_files
 from pipelines.local_s3 import S3Server
+from pipelines.news import told
 from pipelines.prepare import prepare
 from pipelines.pretrain import pretrain
 from pipelines.recipe import Data, Recipe, Run, Tracking
@@ -61,8 +61,10 @@ class Heard:
     losses: dict[int, float] = field(default_factory=dict)
     pids: dict[int, int] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
+    news: str = ""
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        self.news += told(event) or ""
         if event["kind"] == "started":
             self.pids[event["rank"]] = event["pid"]
             if event["rank"] == 0:
@@ -163,25 +165,25 @@ def assert_exact(recipe: Recipe, whole: Reference) -> None:
 
 
 @contextmanager
-def driver(
-    recipe: Recipe, folder: Path, cluster: str = "", resume: bool = False
-) -> Iterator["subprocess.Popen[str]"]:
-    """A driver in a process of its own: on the tests' cluster, or on one of its own nodes."""
+def driver(recipe: Recipe, folder: Path, **env: str) -> Iterator["subprocess.Popen[str]"]:
+    """A driver in a process of its own, on the tests' cluster."""
     file = folder / "recipe.yaml"
     file.write_text(to_yaml(recipe))
-    address = cluster or ray.get_runtime_context().gcs_address
+    address = ray.get_runtime_context().gcs_address
     root = Path(__file__).parents[2]
-    # Ray's Cluster leaves its address in this folder, for every `ray.init` of the machine to find.
-    # Short, for there are sockets in it.
-    own = {"RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-")} if cluster == "nodes" else {}
     with (folder / "driver.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, "drive", str(file), address, *["resume"] * resume],
+            [sys.executable, __file__, "drive", str(file), address],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
             cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled", **own},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{root}{os.pathsep}{Path(__file__).with_name('poison')}",
+                "RAY_AUTH_MODE": "disabled",
+                **env,
+            },
         )
     try:
         yield process
@@ -190,8 +192,6 @@ def driver(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
-        for name in own.values():
-            shutil.rmtree(name, ignore_errors=True)
 
 
 def listen(process: "subprocess.Popen[str]", heard: Heard) -> None:
@@ -202,10 +202,6 @@ def listen(process: "subprocess.Popen[str]", heard: Heard) -> None:
             heard(json.loads(line))
 
 
-def kill_worker(heard: Heard) -> None:
-    os.kill(heard.pids[1], signal.SIGKILL)
-
-
 def test_the_reference_is_exact(recipe: Recipe, whole: Reference) -> None:
     assert_exact(recipe, whole)
     saved = checkpoints.newest(open_place(recipe.home))
@@ -213,31 +209,8 @@ def test_the_reference_is_exact(recipe: Recipe, whole: Reference) -> None:
     assert saved.cursor == {"epoch": EPOCHS, "batch": 0, "step": STEPS, "pictures": 0}
 
 
-def test_stopped_killed_and_resumed_at_any_size_a_run_commits_the_same_pictures(
+def test_a_driver_killed_with_9_costs_no_picture_and_twice_the_workers_go_on(
     recipe: Recipe, whole: Reference, tmp_path: Path
-) -> None:
-    recipe = named(recipe, "odyssey", max_failures=0)
-    stop = Heard(4, lambda _: os.kill(os.getpid(), signal.SIGINT))
-    assert not pretrain(recipe, on_event=stop).finished
-
-    four = Heard(4, kill_worker)
-    with pytest.raises(TrainingError, match="max_failures"):
-        pretrain(named(recipe, "odyssey", workers=4), resume=True, on_event=four)
-
-    with driver(named(recipe, "odyssey", workers=1), tmp_path, resume=True) as process:
-        one = Heard(4, lambda _: process.kill())
-        listen(process, one)
-        assert process.wait() == -signal.SIGKILL
-
-    two = Heard()
-    assert pretrain(recipe, resume=True, on_event=two).finished
-    starts = [heard.starts[0] for heard in (stop, four, one, two)]
-    assert starts == sorted(set(starts)) and len(starts) == 4
-    assert_exact(recipe, whole)
-
-
-def test_a_driver_killed_with_9_costs_no_bit(
-    recipe: Recipe, whole: Reference, photographs: Path, tmp_path: Path
 ) -> None:
     recipe = named(recipe, "orphaned")
     with driver(recipe, tmp_path) as process:
@@ -248,59 +221,75 @@ def test_a_driver_killed_with_9_costs_no_bit(
     _, alive = psutil.wait_procs(workers, timeout=10)
     assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
-    for changed, words in (
-        (replace(recipe, run=replace(recipe.run, seed=1)), "run.seed: 0 in the checkpoint, 1 now"),
-        (replace(recipe, optim=replace(recipe.optim, global_batch=8)), "optim.global_batch: 16"),
-        (with_other_picture(recipe, photographs, tmp_path), "content: pictures, their names"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            pretrain(changed, resume=True)
-
     second = Heard()
-    assert pretrain(recipe, resume=True, on_event=second).finished
+    outcome = pretrain(named(recipe, "orphaned", workers=4), resume=True, on_event=second)
+    assert outcome.finished and outcome.checkpoint is not None
     assert second.starts[0] >= 9
-    both = first.losses | second.losses
-    assert both == whole.losses  # to the last bit
-    assert all(whole.losses[step] == loss for step, loss in first.losses.items())
+    assert first.losses | second.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert outcome.checkpoint.cursor == {"epoch": EPOCHS, "batch": 0, "step": STEPS, "pictures": 0}
     assert_exact(recipe, whole)
 
+    client = MlflowClient(tracking_uri=recipe.tracking.uri)
+    history = client.get_metric_history(outcome.tracking_run, "train/loss")
+    assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
 
-def test_workers_that_nobody_reached_give_up_when_they_come_back(
-    recipe: Recipe, whole: Reference, tmp_path: Path
+
+def test_another_driver_takes_a_run_over_to_the_last_bit_and_the_first_gives_up(
+    recipe: Recipe, whole: Reference, photographs: Path, tmp_path: Path
 ) -> None:
-    """Frozen and thawed, as on a node that the network cut off while another driver went on."""
-    recipe = named(recipe, "two-drivers", checkpoint_every=8, workers=1)
+    """The first's workers are frozen and thawed, as on a node that the network cut off."""
+    recipe = named(recipe, "two-drivers", checkpoint_every=8)
+
+    def freeze(heard: Heard) -> None:
+        for pid in heard.pids.values():
+            os.kill(pid, signal.SIGSTOP)
+
     with driver(recipe, tmp_path) as process:
-        older = Heard(4, lambda heard: os.kill(heard.pids[0], signal.SIGSTOP))
+        older = Heard(12, freeze)
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
                 older(json.loads(line))
             if older.do is None:
                 break
+        for changed, words in (
+            (replace(recipe, run=replace(recipe.run, seed=1)), "run.seed: 0 in the checkpoint, 1"),
+            (replace(recipe, optim=replace(recipe.optim, global_batch=8)), "global_batch: 16"),
+            (with_other_picture(recipe, photographs, tmp_path), "content: pictures, their names"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                pretrain(changed, resume=True)
         newer = Heard()
         assert pretrain(recipe, resume=True, on_event=newer).finished
-        os.kill(older.pids[0], signal.SIGCONT)
+        for pid in older.pids.values():
+            os.kill(pid, signal.SIGCONT)
         listen(process, older)
         assert process.wait() == 1
     assert "was taken over by process" in (tmp_path / "driver.log").read_text()
+    assert newer.starts == [8]
+    assert older.losses | newer.losses == whole.losses  # to the last bit
     assert_exact(recipe, whole)
 
 
-def test_nodes_killed_with_9_cost_no_picture(
+def test_batches_that_spoil_the_gradient_are_passed_over_and_their_pictures_named(
     recipe: Recipe, whole: Reference, tmp_path: Path
 ) -> None:
-    """First a node that decodes, then one that trains."""
-    recipe = named(recipe, "nodes")
+    """Three bad steps, two are allowed: back to the checkpoint before them, on without them."""
+    recipe = named(recipe, "poisoned", bad_steps=2, max_rewinds=1, checkpoint_every=6)
     heard = Heard()
-    with driver(recipe, tmp_path, cluster="nodes") as process:
+    with driver(recipe, tmp_path, POISON="9,10,11") as process:
         listen(process, heard)
         assert process.wait() == 0, (tmp_path / "driver.log").read_text()[-3000:]
-    assert len(heard.starts) == 2 and heard.starts[1] > 0
-    kills = re.findall(r"kills a node with (\d+)", (tmp_path / "driver.log").read_text())
-    assert len(kills) == 2 and "0" not in kills
-    assert heard.losses == whole.losses
-    assert_exact(recipe, whole)
+    assert heard.starts == [0, 6]
+    assert set(range(1, STEPS + 1)) - set(heard.losses) == {10, 11, 12}
+    assert [heard.losses[step] for step in range(1, 10)] == [
+        whole.losses[step] for step in range(1, 10)
+    ]
+    record = json.loads((open_place(recipe.home) / "passed_over.json").read_bytes())
+    assert record["rewinds"] == 1 and set(record["pictures"]) == {"9", "10", "11"}
+    assert all(len(keys) == 16 for keys in record["pictures"].values())
+    assert "not finite" in heard.news
+    assert_exact(recipe, whole)  # they were taken, and nothing else was in their place
 
 
 def test_changes_that_are_allowed_go_on(
@@ -328,74 +317,19 @@ def with_other_picture(recipe: Recipe, photographs: Path, folder: Path) -> Recip
     return replace(recipe, data=replace(recipe.data, path=f"{bucket}/other-{folder.name}"))
 
 
-def drive(file: str, cluster: str, *resume: str) -> None:
+def drive(file: str, cluster: str) -> None:
     """Be a driver that prints what it hears."""
-    kill = None
-    if cluster == "nodes":
-        cluster, kill = start_nodes()
-    names = ("AWS_", "OMP_NUM_THREADS")
+    names = ("AWS_", "OMP_NUM_THREADS", "POISON", "PYTHONPATH")
     env = {name: value for name, value in os.environ.items() if name.startswith(names)}
     ray.init(
         address=cluster, log_to_driver=False, logging_level="error", runtime_env={"env_vars": env}
     )
-    heard = Heard()
 
     def on_event(event: Mapping[str, Any]) -> None:
-        if event["kind"] in {"started", "metrics"}:
+        if event["kind"] in {"started", "metrics", "bad_steps", "rewind"}:
             print(json.dumps(event), flush=True)
-        heard(event)
-        if kill is not None:
-            kill(heard)
 
-    pretrain(from_dict(read(file)), resume=bool(resume), on_event=on_event)
-    # Before nodes of this process end, or Ray ends the process with them, and with code 1.
-    ray.shutdown()
-
-
-def start_nodes() -> tuple[str, OnStep]:
-    """Start a cluster of real nodes, and tell how two of them are killed in the course of a run.
-
-    Each has CPUs for both workers, so they share one; the others decode, and hold the pictures.
-
-    Returns:
-        Its address, and what kills a node that only decodes at step 6, one that trains at 15.
-    """
-    from ray.cluster_utils import Cluster
-
-    size = {"object_store_memory": 100 * 2**20}
-    head = {**size, "num_cpus": 0, "include_dashboard": False}
-    health = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": health})
-    for _ in range(4):
-        cluster.add_node(num_cpus=2, wait=False, **size)
-    cluster.wait_for_nodes()
-    raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes]
-    killed: list[int] = []
-
-    def kill(heard: Heard) -> None:
-        step = max(heard.losses, default=0)
-        training = {psutil.Process(pid).ppid() for pid in heard.pids.values()} if step else set()
-        if not killed and step >= 6:
-            idle = [pid for pid in raylets if pid not in training]
-            killed.append(max(idle, key=decoders))
-        elif len(killed) == 1 and step >= 15:
-            killed.append(training.pop())
-        else:
-            return
-        print(f"kills a node with {decoders(killed[-1])} processes", file=sys.stderr)
-        os.kill(killed[-1], signal.SIGKILL)
-
-    def once(heard: Heard) -> None:
-        if len(killed) < 2:
-            kill(heard)
-
-    return cluster.address, once
-
-
-def decoders(raylet: int) -> int:
-    """Count the processes of a node that run tasks, or did; Ray's own agents are none."""
-    names = [" ".join(child.cmdline()) for child in psutil.Process(raylet).children()]
-    return sum("ray::" in name and "Agent" not in name for name in names)
+    pretrain(from_dict(read(file)), on_event=on_event)
 
 
 if __name__ == "__main__":

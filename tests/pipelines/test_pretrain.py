@@ -1,15 +1,11 @@
-"""The main job on a real Ray, a real S3 server and a real MLflow: whole, killed, stopped, resumed.
-
-All runs here train the same model on the same pictures, so every one must tell the same losses.
-"""
+"""The main job on a real Ray, a real S3 server and a real MLflow: whole, stopped, on bad data."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +33,6 @@ pytestmark = [
 
 STEPS = 24
 """72 pictures in batches of 12, for 4 epochs."""
-
-
-@dataclass
-class Heard:
-    """What a run said, and what to do at a step."""
-
-    at_step: int | None = None
-    do: Any = None
-    losses: dict[int, float] = field(default_factory=dict)
-    pids: dict[int, int] = field(default_factory=dict)
-    starts: list[int] = field(default_factory=list)
-
-    def __call__(self, event: Mapping[str, Any]) -> None:
-        if event["kind"] == "started":
-            self.pids[event["rank"]] = event["pid"]
-            if event["rank"] == 0:
-                self.starts.append(event["step"])
-        if event["kind"] == "metrics" and "train/loss" in event["values"]:
-            self.losses[event["step"]] = event["values"]["train/loss"]
-            if event["step"] == self.at_step:
-                self.at_step = None
-                self.do(self)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +68,6 @@ def recipe(bucket: str, s3_env: S3Server, ray_cluster: None, tmp_path: Path) -> 
     )
 
 
-@pytest.fixture(scope="module")
-def kept() -> dict[str, dict[int, float]]:
-    """Losses of the undisturbed run, for the tests after it."""
-    return {}
-
-
 def history(recipe: Recipe, outcome: Outcome, metric: str) -> list[tuple[int, float]]:
     from mlflow.tracking import MlflowClient
 
@@ -112,15 +80,10 @@ def named(recipe: Recipe, name: str, **changes: Any) -> Recipe:
     return replace(recipe, run=replace(recipe.run, name=name, **changes))
 
 
-def test_from_pictures_to_a_backbone_over_s3(
-    recipe: Recipe, kept: dict[str, dict[int, float]], tmp_path: Path, bucket: str
-) -> None:
-    heard = Heard()
-    outcome = pretrain(recipe, on_event=heard)
+def test_from_pictures_to_a_backbone_over_s3(recipe: Recipe, tmp_path: Path, bucket: str) -> None:
+    outcome = pretrain(recipe)
 
     assert outcome.finished and outcome.steps == STEPS
-    assert sorted(heard.losses) == list(range(1, STEPS + 1))
-    kept["whole"] = heard.losses
     home = open_place(recipe.home)
     assert (home / "checkpoints").children() == ["step-00000016", "step-00000024"]
     assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
@@ -150,48 +113,6 @@ def test_from_pictures_to_a_backbone_over_s3(
 
     with pytest.raises(ConfigError, match="--resume"):
         pretrain(recipe)
-
-
-def test_a_worker_killed_with_9_costs_no_bit(
-    recipe: Recipe, kept: dict[str, dict[int, float]]
-) -> None:
-    heard = Heard(at_step=11, do=lambda heard: os.kill(heard.pids[1], signal.SIGKILL))
-    recipe = named(recipe, "killed")
-    outcome = pretrain(recipe, on_event=heard)
-
-    assert outcome.finished
-    assert heard.starts == [0, 8]
-    assert heard.losses == kept["whole"]  # to the last bit
-    assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
-
-
-def test_stopped_and_resumed_with_one_worker_and_with_more(
-    recipe: Recipe, kept: dict[str, dict[int, float]]
-) -> None:
-    recipe = named(recipe, "stopped")
-    heard = Heard(at_step=5, do=lambda _: os.kill(os.getpid(), signal.SIGINT))
-    outcome = pretrain(recipe, on_event=heard)
-    assert not outcome.finished
-    assert outcome.checkpoint is not None
-    assert 5 <= (stopped := outcome.checkpoint.step) < STEPS
-
-    changed = replace(recipe, method=replace(recipe.method, sigma=2.0))
-    with pytest.raises(ConfigError, match=r"method\.sigma: 1\.0 in the checkpoint, 2\.0 now"):
-        pretrain(changed, resume=True)
-
-    alone = named(recipe, "stopped", workers=1)
-    again = Heard()
-    first, outcome = outcome, pretrain(alone, resume=True, on_event=again)
-    assert outcome.finished
-    assert again.starts == [stopped]
-    losses = heard.losses | again.losses
-    assert losses == pytest.approx(kept["whole"], rel=1e-4)
-    assert outcome.tracking_run == first.tracking_run
-    assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
-
-    record = json.loads((outcome.checkpoint.place / "complete.json").read_bytes())
-    assert record["cursor"] == {"epoch": 4, "batch": 0, "step": STEPS, "pictures": 0}
-    assert checkpoints.newest(open_place(recipe.home)) is not None
 
 
 def test_the_demo_stopped_by_ctrl_c_names_its_checkpoint_and_goes_on(tmp_path: Path) -> None:
@@ -230,9 +151,6 @@ def test_the_demo_stopped_by_ctrl_c_names_its_checkpoint_and_goes_on(tmp_path: P
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
 
 
-DAMAGED = ("shard-00001.parquet", "shard-00003.parquet", "shard-00005.parquet")
-
-
 @pytest.fixture(scope="module")
 def damaged(bucket: str, s3: S3Server, photographs: Path) -> str:
     """The photographs in small shards over S3: one gone, one cut off, one with a changed byte."""
@@ -240,9 +158,7 @@ def damaged(bucket: str, s3: S3Server, photographs: Path) -> str:
         for name, value in s3.env.items():
             patch.setenv(name, value)
         prepare(str(photographs), f"{bucket}/damaged", shard_bytes=60_000, group_rows=4)
-        place, spare = open_place(f"{bucket}/damaged"), open_place(f"{bucket}/spare")
-        for name in DAMAGED:
-            (spare / name).write_bytes((place / name).read_bytes())
+        place = open_place(f"{bucket}/damaged")
         (place / "shard-00001.parquet").delete()
         cut, changed = place / "shard-00003.parquet", place / "shard-00005.parquet"
         cut.write_bytes(cut.read_bytes()[:-2000])
@@ -252,11 +168,18 @@ def damaged(bucket: str, s3: S3Server, photographs: Path) -> str:
     return str(place)
 
 
-def test_damaged_shards_cost_their_pictures_and_are_named(recipe: Recipe, damaged: str) -> None:
-    data = replace(recipe.data, path=damaged, holdout=None, skip_limit=0.6)
-    recipe = replace(named(recipe, "damaged"), data=data)
-    outcome = pretrain(recipe)
+def test_damaged_shards_cost_their_pictures_and_too_many_end_the_run_which_goes_on(
+    recipe: Recipe, damaged: str
+) -> None:
+    data = replace(recipe.data, path=damaged, holdout=None, skip_limit=0.05)
+    recipe = replace(named(recipe, "damaged", checkpoint_every=1000), data=data)
+    with pytest.raises(DataError, match=r"of 72 pictures could not be had.*skip_limit 0\.05"):
+        pretrain(recipe)
+    saved = checkpoints.newest(open_place(recipe.home))
+    assert saved is not None and 0 < saved.step <= STEPS
 
+    patient = replace(recipe, data=replace(data, skip_limit=0.6))  # the way out it names
+    outcome = pretrain(patient, resume=True)
     assert outcome.finished
     shards = load_manifest(open_place(damaged)).shards
     starts = [sum(shard.rows for shard in shards[:i]) for i in range(len(shards))]
@@ -272,19 +195,3 @@ def test_damaged_shards_cost_their_pictures_and_are_named(recipe: Recipe, damage
     assert [value for _, value in skipped] == sorted(value for _, value in skipped)
     assert skipped[-1][1] == len(problems)
     assert max(value for _, value in history(recipe, outcome, "data/pictures_replaced")) > 0
-
-
-def test_too_many_skipped_pictures_end_the_run_with_a_checkpoint_to_go_on_from(
-    recipe: Recipe, damaged: str, bucket: str
-) -> None:
-    data = replace(recipe.data, path=damaged, holdout=None, skip_limit=0.05)
-    recipe = replace(named(recipe, "hopeless", checkpoint_every=1000), data=data)
-    with pytest.raises(DataError, match=r"of 72 pictures could not be had.*skip_limit 0\.05"):
-        pretrain(recipe)
-    saved = checkpoints.newest(open_place(recipe.home))
-    assert saved is not None and 0 < saved.step <= STEPS
-
-    for name in DAMAGED:  # the way out that the message names
-        restored = (open_place(f"{bucket}/spare") / name).read_bytes()
-        (open_place(damaged) / name).write_bytes(restored)
-    assert pretrain(recipe, resume=True).finished
