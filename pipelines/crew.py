@@ -6,13 +6,15 @@ the driver decides (:mod:`pipelines.supervisor`), and a group leaves after a che
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import time
 
 import ray
 import ray._private.state
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.recipe import Recipe
@@ -44,20 +46,41 @@ class Room:
             },
         )
 
-    def workers(self, cpus: int, gpu: bool) -> int:
+    def workers(self, recipe: Recipe, gpu: bool) -> int:
         """Count the workers that fit, with a CPU left over to decode for them.
 
         Args:
-            cpus: CPUs of a worker.
+            recipe: Tells the CPUs of a worker.
             gpu: Whether a worker has a GPU.
         """
-        need = {"CPU": cpus} | ({"GPU": 1} if gpu else {})
+        cpus, need = recipe.run.cpus_per_worker, worker_resources(recipe, gpu)
         fit = sum(
             min(int(has.get(name, 0) // amount) for name, amount in need.items())
             for has in self.nodes.values()
         )
         all_cpus = int(sum(has.get("CPU", 0) for has in self.nodes.values()))
         return max(0, min(fit, (all_cpus - 1) // cpus))
+
+
+def worker_resources(recipe: Recipe, gpu: bool) -> dict[str, float]:
+    """Tell what one worker reserves of its node."""
+    return {"CPU": float(recipe.run.cpus_per_worker)} | ({"GPU": 1.0} if gpu else {})
+
+
+@contextmanager
+def room_wanted(recipe: Recipe, gpu: bool) -> Iterator[None]:
+    """Ask the cluster's autoscaler, if it has one, for room for all workers while the block runs.
+
+    A run that goes on with fewer asks for no more by itself, and one that waits for a cluster that
+    is still empty asks for nothing at all.
+    """
+    decoder: dict[str, float] = {"CPU": 1}
+    request_resources(bundles=[worker_resources(recipe, gpu)] * recipe.run.workers + [decoder])
+    try:
+        yield
+    finally:
+        with suppress(RayError):
+            request_resources(bundles=[])
 
 
 def best_size(recipe: Recipe, fit: int) -> int | None:
@@ -97,7 +120,7 @@ def advise(
         now: Seconds since 1970; the clock's when not given.
     """
     now = time() if now is None else now
-    best = best_size(recipe, room.workers(recipe.run.cpus_per_worker, gpu))
+    best = best_size(recipe, room.workers(recipe, gpu))
     notices = {node: at for node, at in room.going.items() if node in homes}
     if notices:
         soonest = min(notices.values())

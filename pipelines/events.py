@@ -9,6 +9,7 @@ import logging
 import pickle
 from collections import deque
 from collections.abc import Mapping
+from threading import Lock
 from time import monotonic
 from typing import Any, NamedTuple, Self
 
@@ -71,6 +72,7 @@ class Events:
         """
         self._mailbox = mailbox
         self._under_way: deque[ray.ObjectRef] = deque()
+        self._lock = Lock()  # a worker's pulse sends from a thread of its own
         self._dropped = 0
         self._asking: ray.ObjectRef | None = None
         self._asked = 0.0
@@ -107,7 +109,9 @@ class Events:
             event: Values that pickle; of a device tensor that would cost a synchronisation.
         """
         try:
-            self._under_way.append(self._mailbox.put.remote(pickle.dumps(event)))
+            call = self._mailbox.put.remote(pickle.dumps(event))
+            with self._lock:
+                self._under_way.append(call)
         except (PendingCallsLimitExceeded, RayError):
             self._dropped += 1
         self._settle(0)
@@ -153,14 +157,15 @@ class Events:
 
     def _settle(self, timeout_s: float) -> None:
         """Forget calls that are done, and count those that failed."""
-        if not self._under_way:
-            return
-        done, _ = ray.wait(
-            list(self._under_way), num_returns=len(self._under_way), timeout=timeout_s
-        )
-        for ref in done:
-            self._under_way.remove(ref)
-            try:
-                ray.get(ref)
-            except RayActorError:
-                self._dropped += 1
+        with self._lock:
+            if not self._under_way:
+                return
+            done, _ = ray.wait(
+                list(self._under_way), num_returns=len(self._under_way), timeout=timeout_s
+            )
+            for ref in done:
+                self._under_way.remove(ref)
+                try:
+                    ray.get(ref)
+                except RayActorError:
+                    self._dropped += 1

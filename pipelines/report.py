@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -182,23 +183,15 @@ def show_audit(console: Console, audit: Audit) -> None:
 
 def show_drill(console: Console, report: DrillReport) -> None:
     """Tell how a run took each fault, and what it committed in the end."""
-    table = Table(title="Drill", title_justify="left")
-    table.add_column("fault")
-    for column in (
-        "at step",
-        "told after",
-        "back after",
-        "workers",
-        "steps again",
-        "lost",
-        "twice",
-    ):
-        table.add_column(column, justify="right")
+    table = Table(title="Drill", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("fault", no_wrap=True)
+    for column in ("step", "told", "back", "size", "again", "lost", "twice"):
+        table.add_column(column, justify="right", no_wrap=True)
     for bout in report.bouts:
         table.add_row(
             escape(bout.fault),
             f"{bout.step:,}",
-            _seconds(bout.noticed_s, "not told"),
+            _seconds(bout.noticed_s, "not"),
             _seconds(bout.recovered_s, "never"),
             f"{bout.workers}",
             f"{bout.redone:,}",
@@ -206,6 +199,12 @@ def show_drill(console: Console, report: DrillReport) -> None:
             f"{bout.repeated:,}",
         )
     console.print(table, highlight=False)
+    console.print(
+        "[dim]step: done when it struck; told, back: seconds until the run told of it, and until "
+        "it was further than before; size: workers it went on with; again: steps done twice; "
+        "lost, twice: pictures[/]",
+        highlight=False,
+    )
     for name in report.not_struck:
         console.print(f"not struck, the run had ended: {escape(name)}", highlight=False)
     rows: list[Row] = [("steps", f"{report.steps:,} of {report.recipe.optim.global_batch} images")]
@@ -220,7 +219,7 @@ def show_drill(console: Console, report: DrillReport) -> None:
 
 
 def _seconds(value: float | None, none: str) -> str:
-    return none if value is None else f"{value:.1f} s"
+    return none if value is None else f"{value:.1f}"
 
 
 def show_demo(console: Console, report: DemoReport) -> None:

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import monotonic, sleep
 from typing import Any
@@ -26,9 +26,18 @@ from droppos.errors import ConfigError, DropposError, TrainingError
 from pipelines import checkpoints
 from pipelines.attempt import claim_for_driver
 from pipelines.cluster import decode_tasks_of, group_share
-from pipelines.crew import Advice, Room, advise, best_size, send_signal
+from pipelines.crew import (
+    Advice,
+    Room,
+    advise,
+    best_size,
+    room_wanted,
+    send_signal,
+    worker_resources,
+)
 from pipelines.events import Events, Wish
 from pipelines.heard import Heard
+from pipelines.job import Job
 from pipelines.order import Schedule
 from pipelines.passed import FILE as PASSED_FILE
 from pipelines.passed import pass_over
@@ -36,7 +45,7 @@ from pipelines.recipe import Recipe
 from pipelines.storage import open_place
 from pipelines.stream import Remaining, data_config
 from pipelines.terminate import ListeningTorch
-from pipelines.worker import Job, train_worker
+from pipelines.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +166,7 @@ class Supervisor:
             DropposError: As raised in a worker.
         """
         failures = 0
-        with stop_on_signal(self._stop) as abort:
+        with self._room_wanted(), stop_on_signal(self._stop) as abort:
             while True:
                 before = self._newest_step()
                 size = self._await_room(abort)
@@ -184,6 +193,12 @@ class Supervisor:
                 if self._stopped or step == self._schedule.steps:
                     return
 
+    def _room_wanted(self) -> AbstractContextManager[None]:
+        """Ask an autoscaler for the whole crew; groups of a fixed size ask by waiting."""
+        if self._recipe.run.min_workers is None:
+            return nullcontext()
+        return room_wanted(self._recipe, self._on_gpu)
+
     def _newest_step(self) -> int:
         saved = checkpoints.newest(self._home)
         return saved.step if saved else 0
@@ -205,7 +220,7 @@ class Supervisor:
             return None if self._stopped else self._recipe.run.workers
         told = False
         while not (self._stopped or self._asked_to_stop()):
-            room = Room.look().workers(self._recipe.run.cpus_per_worker, self._on_gpu)
+            room = Room.look().workers(self._recipe, self._on_gpu)
             if (size := best_size(self._recipe, room)) is not None:
                 return size
             if not told:
@@ -262,10 +277,7 @@ class Supervisor:
             scaling_config=ScalingConfig(
                 num_workers=recipe.run.workers,
                 use_gpu=self._on_gpu,
-                resources_per_worker={
-                    "CPU": recipe.run.cpus_per_worker,
-                    "GPU": int(self._on_gpu),
-                },
+                resources_per_worker=worker_resources(recipe, self._on_gpu),
             ),
             run_config=RunConfig(
                 name="ray",  # Ray's own bookkeeping; ours is in checkpoints/

@@ -1,21 +1,18 @@
 """The worker's loop: next batch, step, maybe log, maybe checkpoint, maybe measure.
 
 Every rank runs this. Where it starts is decided by storage alone: the newest complete
-checkpoint, which the stream's factory (:mod:`pipelines.pretrain`) reads alike.
+checkpoint, which the stream's factory (:class:`pipelines.stream.Remaining`) reads alike.
 """
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from math import isfinite
-from time import perf_counter
 
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
 
-from droppos.errors import DropposError
 from droppos.flops import matmul_peak, step_flops
 from droppos.parallel import precision, unwrap
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
@@ -23,41 +20,21 @@ from pipelines import checkpoints
 from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
-from pipelines.checkpoints import Retention
-from pipelines.events import Events, Wish
-from pipelines.facts import facts
+from pipelines.events import Wish
 from pipelines.holdout import Holdout
-from pipelines.kept_state import kept_state, restore
-from pipelines.order import Schedule
+from pipelines.job import Job
+from pipelines.keeper import Keeper
+from pipelines.kept_state import restore
 from pipelines.pace import Pace
 from pipelines.passed import PassedOver
 from pipelines.proof import Proof
 from pipelines.pulse import Pulse
 from pipelines.recipe import Recipe
-from pipelines.saver import Done, Saver
-from pipelines.storage import Place, open_place
 from pipelines.stream import Batch, batches
 from pipelines.terminate import asked_to_terminate
 
 FLUSH_S = 10
 """Seconds a worker waits, at its end, for its last events to arrive."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What every worker of a run is told."""
-
-    recipe: Recipe
-    """The run, with as many workers as this group has."""
-    schedule: Schedule
-    events: Events
-    driver: str
-    """Name of the driver's attempt, see :mod:`pipelines.attempt`."""
-
-    @property
-    def home(self) -> Place:
-        """Folder of the run."""
-        return open_place(self.recipe.home)
 
 
 def train_worker(job: Job) -> None:
@@ -191,91 +168,6 @@ def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:
         seed=recipe.run.seed,
         steps_per_epoch=steps_per_epoch,
     )
-
-
-class Keeper:
-    """Makes a run's checkpoints, and tells the driver of each when it counts."""
-
-    def __init__(self, job: Job, state: TrainState, proof: Proof) -> None:
-        run = job.recipe.run
-        self._job = job
-        self._state = state
-        self._proof = proof
-        self._blocked = 0.0
-        self._saver = Saver(
-            job.home,
-            Retention(
-                run.keep_checkpoints, run.keep_every, run.keep_best, run.keep_best_is == "smallest"
-            ),
-            state.device,
-            may_write=proof.attempt.check,
-            timeout_s=max(run.hang_timeout_s, 600),
-        )
-
-    @property
-    def due(self) -> bool:
-        """Whether all ranks should soon `finish`: this one's part is done."""
-        return self._saver.due
-
-    def begin(self, metrics: dict[str, float]) -> None:
-        """Copy the state; every rank calls this. Waits for the checkpoint before it, if need be.
-
-        Args:
-            metrics: Of the held-out pictures at this step, if they were measured.
-        """
-        started = perf_counter()
-        self.finish()
-        job, state = self._job, self._state
-        cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
-        pictures, write_ids = self._proof.settle(state.step)
-        self._saver.begin(
-            state.step,
-            kept_state(state),
-            {
-                "cursor": {**cursor, "pictures": pictures},
-                **facts(job.recipe, job.schedule.manifest),
-                "metrics": metrics,
-                "world_size": dist.get_world_size(),
-                "random_states": dist.get_world_size(),
-            },
-            beside=write_ids,
-        )
-        self._blocked = perf_counter() - started
-
-    def finish(self) -> None:
-        """Wait for the checkpoint under way, if there is one; every rank calls this.
-
-        Raises:
-            DropposError: On all ranks, if it failed for good.
-        """
-        try:
-            done = self._saver.finish()
-        except DropposError:
-            self._proof.concluded(counts=False)
-            raise
-        if done is None:
-            return
-        self._proof.concluded(counts=done.saved is not None)
-        if dist.get_rank() == 0:
-            self._tell(done)
-
-    def _tell(self, done: Done) -> None:
-        send = self._job.events.send
-        if done.saved is None:
-            send({"kind": "not_saved", "error": done.error})
-            return
-        step = done.saved.step
-        send({"kind": "checkpoint", "step": step, "saved": done.saved})
-        values = {
-            "checkpoint/blocked_s": self._blocked,
-            "checkpoint/write_s": done.seconds,
-            "checkpoint/size_mb": done.saved.size / 1e6,
-        }
-        send({"kind": "metrics", "step": step, "values": values})
-
-    def close(self) -> None:
-        """Let go of host memory."""
-        self._saver.close()
 
 
 def log(job: Job, state: TrainState, report: StepReport, pace: Pace, bad: BadSteps) -> None:

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import ray
@@ -69,7 +70,9 @@ def test_a_run_of_a_fixed_size_has_no_other() -> None:
 def test_workers_fit_where_a_cpu_is_left_to_decode(
     there: Room, gpu: bool, cpus: int, fit: int
 ) -> None:
-    assert there.workers(cpus, gpu) == fit
+    whole = recipe()
+    whole = replace(whole, run=replace(whole.run, cpus_per_worker=cpus))
+    assert there.workers(whole, gpu) == fit
 
 
 def test_the_best_size_shares_the_batch_evenly() -> None:

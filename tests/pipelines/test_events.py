@@ -1,4 +1,5 @@
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -23,6 +24,19 @@ def test_events_of_each_sender_arrive_once_and_in_order(ray_cluster: None) -> No
     for name in "ab":
         assert [event["i"] for event in arrived if event["from"] == name] == list(range(300))
     assert events.drain() == []
+
+
+def test_a_worker_may_send_from_several_threads(ray_cluster: None) -> None:
+    """Its pulse has one of its own: once, a call that one settled was missed by the other."""
+    events = Events.start()
+    with ThreadPoolExecutor(3) as pool:
+        list(
+            pool.map(lambda name: [events.send({"from": name, "i": i}) for i in range(300)], "abc")
+        )
+    assert events.flush(timeout_s=30) == 0
+    arrived = events.drain()
+    for name in "abc":
+        assert [event["i"] for event in arrived if event["from"] == name] == list(range(300))
 
 
 def test_a_full_queue_loses_its_oldest_and_says_how_many(

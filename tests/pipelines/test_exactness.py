@@ -231,7 +231,10 @@ def test_a_driver_killed_with_9_costs_no_picture_and_twice_the_workers_go_on(
 
     client = MlflowClient(tracking_uri=recipe.tracking.uri)
     history = client.get_metric_history(outcome.tracking_run, "train/loss")
-    assert sorted(point.step for point in history) == list(range(1, STEPS + 1))
+    # What a killed driver had not sent yet is gone with it; nothing is there twice.
+    steps = sorted(point.step for point in history)
+    assert len(set(steps)) == len(steps)
+    assert set(range(second.starts[0] + 1, STEPS + 1)) <= set(steps)
 
 
 def test_another_driver_takes_a_run_over_to_the_last_bit_and_the_first_gives_up(

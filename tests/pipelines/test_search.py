@@ -106,6 +106,7 @@ def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:
     ("section", "values", "complaint"),
     [
         ("data", {"path": None}, r"data\.path is not set"),
+        ("run", {"min_workers": 1}, "trials of a search have a fixed size"),
         ("data", {"holdout": None}, r"data\.holdout is not set; a search compares"),
         ("method", {"objective": "pixels"}, "has no positions; a search compares"),
         ("measure", {"mask_ratio": 0.99}, "leaves no visible patch"),

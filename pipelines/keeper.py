@@ -1,0 +1,100 @@
+"""A run's checkpoints as its loop sees them: begun, finished, and told of."""
+
+from dataclasses import asdict
+from time import perf_counter
+
+import torch.distributed as dist
+
+from droppos.errors import DropposError
+from droppos.step import TrainState
+from pipelines.checkpoints import Retention
+from pipelines.facts import facts
+from pipelines.job import Job
+from pipelines.kept_state import kept_state
+from pipelines.proof import Proof
+from pipelines.saver import Done, Saver
+
+
+class Keeper:
+    """Makes a run's checkpoints, and tells the driver of each when it counts."""
+
+    def __init__(self, job: Job, state: TrainState, proof: Proof) -> None:
+        run = job.recipe.run
+        self._job = job
+        self._state = state
+        self._proof = proof
+        self._blocked = 0.0
+        self._saver = Saver(
+            job.home,
+            Retention(
+                run.keep_checkpoints, run.keep_every, run.keep_best, run.keep_best_is == "smallest"
+            ),
+            state.device,
+            may_write=proof.attempt.check,
+            timeout_s=max(run.hang_timeout_s, 600),
+        )
+
+    @property
+    def due(self) -> bool:
+        """Whether all ranks should soon `finish`: this one's part is done."""
+        return self._saver.due
+
+    def begin(self, metrics: dict[str, float]) -> None:
+        """Copy the state; every rank calls this. Waits for the checkpoint before it, if need be.
+
+        Args:
+            metrics: Of the held-out pictures at this step, if they were measured.
+        """
+        started = perf_counter()
+        self.finish()
+        job, state = self._job, self._state
+        cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
+        pictures, write_ids = self._proof.settle(state.step)
+        self._saver.begin(
+            state.step,
+            kept_state(state),
+            {
+                "cursor": {**cursor, "pictures": pictures},
+                **facts(job.recipe, job.schedule.manifest),
+                "metrics": metrics,
+                "world_size": dist.get_world_size(),
+                "random_states": dist.get_world_size(),
+            },
+            beside=write_ids,
+        )
+        self._blocked = perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way, if there is one; every rank calls this.
+
+        Raises:
+            DropposError: On all ranks, if it failed for good.
+        """
+        try:
+            done = self._saver.finish()
+        except DropposError:
+            self._proof.concluded(counts=False)
+            raise
+        if done is None:
+            return
+        self._proof.concluded(counts=done.saved is not None)
+        if dist.get_rank() == 0:
+            self._tell(done)
+
+    def _tell(self, done: Done) -> None:
+        send = self._job.events.send
+        if done.saved is None:
+            send({"kind": "not_saved", "error": done.error})
+            return
+        step = done.saved.step
+        send({"kind": "checkpoint", "step": step, "saved": done.saved})
+        values = {
+            "checkpoint/blocked_s": self._blocked,
+            "checkpoint/write_s": done.seconds,
+            "checkpoint/size_mb": done.saved.size / 1e6,
+        }
+        send({"kind": "metrics", "step": step, "values": values})
+
+    def close(self) -> None:
+        """Let go of host memory."""
+        self._saver.close()
