@@ -103,7 +103,7 @@ class DrillReport:
             or self.logged != self.steps
             or self.loss is None
             or self.twin_loss is None
-            or abs(self.loss - self.twin_loss) > LOSS_TOLERANCE * abs(self.twin_loss)
+            or not abs(self.loss - self.twin_loss) <= LOSS_TOLERANCE * abs(self.twin_loss)
         )
 
     @property

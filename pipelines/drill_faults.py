@@ -61,7 +61,7 @@ def faults_for(
         signalled("hang", "worker frozen (hangs)", signal.SIGSTOP, "stall", "hang"),
         Fault(
             "damage",
-            "worker killed, newest checkpoint damaged",
+            "worker and checkpoint lost",
             lambda crew: _damage(stage, home, crew),
             frozenset({"lost"}),
         ),

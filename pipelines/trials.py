@@ -110,8 +110,8 @@ def _require_comparable(recipe: Recipe, grid: Grid) -> None:
         raise ConfigError(f"data.holdout is not set; {way_out}")
     if recipe.run.min_workers is not None:
         raise ConfigError(
-            f"run.min_workers is {recipe.run.min_workers}: trials of a search have a fixed size, or "
-            "they would grow into each other's room; leave it out"
+            f"run.min_workers is {recipe.run.min_workers}: trials of a search have a fixed size, "
+            "or they would grow into each other's room; leave it out"
         )
     if not recipe.method.predicts_positions:
         raise ConfigError(f"method.objective {recipe.method.objective} has no positions; {way_out}")

@@ -6,6 +6,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -30,7 +31,13 @@ def ray_faults(ray_s3: FaultProxy, ray_cluster: None) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(ray_s3: FaultProxy) -> Iterator[None]:
+def poison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the steps whose images are NaN, see poison/sitecustomize.py; none to begin with."""
+    return tmp_path_factory.mktemp("poison") / "steps"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_s3: FaultProxy, poison: Path) -> Iterator[None]:
     """A real local Ray with six logical CPUs, however many the machine has.
 
     Its processes reach the tests' S3 server by the standard variables, through a proxy.
@@ -42,7 +49,16 @@ def ray_cluster(ray_s3: FaultProxy) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="warning",
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", **ray_s3.env}},
+        runtime_env={
+            "env_vars": {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(
+                    [str(Path(__file__).with_name("poison")), os.environ.get("PYTHONPATH", "")]
+                ),
+                "POISON": str(poison),
+                **ray_s3.env,
+            }
+        },
     )
     yield
     ray.shutdown()

@@ -165,7 +165,7 @@ def assert_exact(recipe: Recipe, whole: Reference) -> None:
 
 
 @contextmanager
-def driver(recipe: Recipe, folder: Path, **env: str) -> Iterator["subprocess.Popen[str]"]:
+def driver(recipe: Recipe, folder: Path) -> Iterator["subprocess.Popen[str]"]:
     """A driver in a process of its own, on the tests' cluster."""
     file = folder / "recipe.yaml"
     file.write_text(to_yaml(recipe))
@@ -178,12 +178,7 @@ def driver(recipe: Recipe, folder: Path, **env: str) -> Iterator["subprocess.Pop
             stderr=log,
             text=True,
             cwd=root,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{root}{os.pathsep}{Path(__file__).with_name('poison')}",
-                "RAY_AUTH_MODE": "disabled",
-                **env,
-            },
+            env={**os.environ, "PYTHONPATH": str(root), "RAY_AUTH_MODE": "disabled"},
         )
     try:
         yield process
@@ -209,7 +204,7 @@ def test_the_reference_is_exact(recipe: Recipe, whole: Reference) -> None:
     assert saved.cursor == {"epoch": EPOCHS, "batch": 0, "step": STEPS, "pictures": 0}
 
 
-def test_a_driver_killed_with_9_costs_no_picture_and_twice_the_workers_go_on(
+def test_a_driver_killed_with_9_costs_no_picture_and_half_the_workers_go_on(
     recipe: Recipe, whole: Reference, tmp_path: Path
 ) -> None:
     recipe = named(recipe, "orphaned")
@@ -222,7 +217,7 @@ def test_a_driver_killed_with_9_costs_no_picture_and_twice_the_workers_go_on(
     assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
     second = Heard()
-    outcome = pretrain(named(recipe, "orphaned", workers=4), resume=True, on_event=second)
+    outcome = pretrain(named(recipe, "orphaned", workers=1), resume=True, on_event=second)
     assert outcome.finished and outcome.checkpoint is not None
     assert second.starts[0] >= 9
     assert first.losses | second.losses == pytest.approx(whole.losses, rel=1e-4)
@@ -275,14 +270,16 @@ def test_another_driver_takes_a_run_over_to_the_last_bit_and_the_first_gives_up(
 
 
 def test_batches_that_spoil_the_gradient_are_passed_over_and_their_pictures_named(
-    recipe: Recipe, whole: Reference, tmp_path: Path
+    recipe: Recipe, whole: Reference, poison: Path
 ) -> None:
     """Three bad steps, two are allowed: back to the checkpoint before them, on without them."""
     recipe = named(recipe, "poisoned", bad_steps=2, max_rewinds=1, checkpoint_every=6)
     heard = Heard()
-    with driver(recipe, tmp_path, POISON="9,10,11") as process:
-        listen(process, heard)
-        assert process.wait() == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    poison.write_text("9,10,11")
+    try:
+        assert pretrain(recipe, on_event=heard).finished
+    finally:
+        poison.unlink()
     assert heard.starts == [0, 6]
     assert set(range(1, STEPS + 1)) - set(heard.losses) == {10, 11, 12}
     assert [heard.losses[step] for step in range(1, 10)] == [
@@ -322,14 +319,14 @@ def with_other_picture(recipe: Recipe, photographs: Path, folder: Path) -> Recip
 
 def drive(file: str, cluster: str) -> None:
     """Be a driver that prints what it hears."""
-    names = ("AWS_", "OMP_NUM_THREADS", "POISON", "PYTHONPATH")
+    names = ("AWS_", "OMP_NUM_THREADS")
     env = {name: value for name, value in os.environ.items() if name.startswith(names)}
     ray.init(
         address=cluster, log_to_driver=False, logging_level="error", runtime_env={"env_vars": env}
     )
 
     def on_event(event: Mapping[str, Any]) -> None:
-        if event["kind"] in {"started", "metrics", "bad_steps", "rewind"}:
+        if event["kind"] in {"started", "metrics"}:
             print(json.dumps(event), flush=True)
 
     pretrain(from_dict(read(file)), on_event=on_event)

@@ -192,6 +192,6 @@ def test_damaged_shards_cost_their_pictures_and_too_many_end_the_run_which_goes_
     assert "bytes" in problems[starts[3]]
     assert "checksum" in problems[starts[5]].lower()
     skipped = history(recipe, outcome, "data/pictures_skipped")
-    assert [value for _, value in skipped] == sorted(value for _, value in skipped)
-    assert skipped[-1][1] == len(problems)
+    since = [count for step, count in skipped if step > saved.step]  # a driver counts anew
+    assert since == sorted(since) and since[-1] == len(problems)
     assert max(value for _, value in history(recipe, outcome, "data/pictures_replaced")) > 0
