@@ -91,7 +91,7 @@ def faults_for(
     faults += [
         Fault(
             "notice",
-            f"spot notice, node goes after {NOTICE_S} s",
+            "spot notice, node goes",
             lambda crew: _preempt(stage, crew, NOTICE_S),
             frozenset({"notice"}),
         ),

@@ -198,12 +198,12 @@ def test_whatever_is_lost_is_no_pass(changed: dict[str, Any]) -> None:
 def test_the_table_fits_a_narrow_terminal() -> None:
     console = Console(width=80, record=True, file=StringIO())
     bouts = [
-        Bout("spot notice, node goes after 30 s", 1234, 0.0, 12.5, 123.4, 100, 16),
+        Bout("worker told to go (SIGTERM)", 1234, 0.0, 12.5, 123.4, 100, 16),
         Bout("node comes", 12, 0.0),
     ]
     show_drill(console, report(bouts=bouts, error="node comes was not recovered from"))
     text = console.export_text()
-    assert "spot notice, node goes after 30 s" in text
+    assert "worker told to go (SIGTERM)" in text
     assert re.search(r"1,234 +12\.5 +123\.4 +16 +100 +0 +0", text)
     assert re.search(r"node comes +12 +not +never", text)
     assert "error: node comes was not" in text
