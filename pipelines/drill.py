@@ -234,7 +234,8 @@ class Referee:
                 self._crew, self._size, self._saved = {}, event["workers"], -1
             case "started":
                 self._crew[event["rank"]] = (event["node"], event["pid"])
-                self.step = event["step"]
+                if event["rank"] == 0:  # once, or what is done again would not be seen
+                    self.step = event["step"]
             case "checkpoint":
                 self._saved = event["step"]
             case "metrics" if "train/loss" in event["values"]:

@@ -7,6 +7,7 @@ next is decided here, since only here it is known what a checkpoint and a global
 """
 
 import logging
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -406,4 +407,7 @@ def cause_of(error: TrainingFailedError) -> DropposError:
             if isinstance(link, DropposError):
                 return link
             link = getattr(link, "cause", None) or link.__cause__
-    return TrainingError(f"the workers failed: {str(failures[0]).strip().splitlines()[-1]}")
+    reason = str(failures[0]).strip().splitlines()[-1]
+    if re.search("gloo|nccl", reason, re.IGNORECASE):  # not what to look into
+        reason = "a connection between two of them was closed, as when one dies"
+    return TrainingError(f"the workers failed: {reason.strip()}")

@@ -69,7 +69,7 @@ class Told:
 
     def start(self, step: int, workers: int = 2) -> None:
         self.referee({"kind": "group", "workers": workers})
-        for rank in range(workers):
+        for rank in reversed(range(workers)):  # in whatever order they come
             self.referee(
                 {
                     "kind": "started",

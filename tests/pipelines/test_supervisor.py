@@ -88,6 +88,11 @@ def test_what_is_no_error_of_ours_is_one_line() -> None:
     error = cause_of(failed)
     assert isinstance(error, TrainingError)
     assert str(error) == "the workers failed: worker died: OOM"
+    gloo = "[/pytorch/third_party/gloo/pair.cc:561] Connection closed by peer. GLHF!"
+    failed.worker_failures = {0: RuntimeError(gloo)}  # pyright: ignore
+    assert str(cause_of(failed)) == (
+        "the workers failed: a connection between two of them was closed, as when one dies"
+    )
 
 
 @pytest.mark.parametrize(
