@@ -313,6 +313,8 @@ def _open(place: Place) -> Saved:
         TrainingError: If the checkpoint does not count.
     """
     sizes = {entry.name: entry.size for entry in place.files()}
+    if DAMAGED in sizes:
+        raise TrainingError(f"{place} was found damaged: see its {DAMAGED}")
     if COMPLETE not in sizes:
         raise TrainingError(f"{place} is unfinished: it has no {COMPLETE}")
     saved = _parse(place, (place / COMPLETE).read_bytes())

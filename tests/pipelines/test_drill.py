@@ -26,12 +26,27 @@ from pipelines.storage import open_place
 
 @pytest.mark.slow
 def test_a_run_that_everything_happens_to_loses_nothing(tmp_path: Path) -> None:
-    """Killed workers and nodes, a notice, a damaged checkpoint, storage and MLflow away."""
-    only = ("damage", "storage", "mlflow", "notice", "node", "grow")
+    """Killed workers and nodes, a notice, a damaged checkpoint, storage away.
+
+    Each fault costs this suite most of a minute. Those that are left out are in test_ledger.py
+    (MLflow away), test_supervisor.py and test_exactness.py (who hangs, frozen workers).
+    """
+    only = ("damage", "storage", "notice", "node", "grow")
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
     done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "drill", "--outage-s", "5", "--only", *only],
+        [
+            sys.executable,
+            "-m",
+            "pipelines.cli",
+            "drill",
+            "--outage-s",
+            "5",
+            "--only",
+            *only,
+            "--tracking.uri",
+            f"sqlite:///{tmp_path}/mlflow.db",
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -42,7 +57,6 @@ def test_a_run_that_everything_happens_to_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, said[-5000:]
     assert done.stdout == f"drill faults={len(only)} recovered={len(only)} lost=0 repeated=0\n"
     assert "is not what was written" in said
-    assert "MLflow answers again" in said
     assert "a node is about to go, and 2 workers fit on the others" in said
     assert "there is room for 2 workers now, not only 1" in said
     assert "Traceback" not in said
