@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test fast bench-ingest bench-bounded bench-step format lint types check clean
+.PHONY: help demo test fast bench-ingest bench-bounded bench-step bench-guide format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
 	@echo "make bench-step      time of a training step beside a plain one, in a few minutes"
+	@echo "make bench-guide     what cheaper attentive guides cost, and how alike their weights are"
 	@echo "make check   format, lint and types, as CI does before the tests"
 
 demo: $(READY)
@@ -32,6 +33,9 @@ bench-bounded: $(READY)
 
 bench-step: $(READY)
 	@$(BIN)/python -m tests.benchmarks.step
+
+bench-guide: $(READY)
+	@$(BIN)/python -m tests.benchmarks.guide
 
 check: lint types
 

@@ -177,6 +177,13 @@ class Method:
     """Weigh each patch by its likeness to the class token of the full picture (section 3.3)."""
     tau: float = 0.1
     """Temperature of the attentive weights; smaller trusts fewer patches."""
+    guide: Literal["picture", "half", "visible", "student"] = "picture"
+    """What the attentive weights are read from. picture: the whole picture with all positions, as
+    published. The others cost less and say something else (docs/step.md). half: the picture at
+    half its height and width. visible: the visible patches with all their positions. student: the
+    student's own features, without the dropped positions; no second pass at all."""
+    guide_depth: int | None = None
+    """Encoder blocks of the guide's pass; all of them, as published, when not given."""
     dropped_token: Literal["learnt", "zeros", "wrong"] = "learnt"
     """What stands for a dropped position: one learnt token, nothing, or another cell's position."""
     shuffle: bool = False
@@ -219,6 +226,20 @@ class Method:
             "0 or more",
             "the reference takes 0.05",
         )
+        require(
+            self.guide_depth is None or self.guide_depth > 0,
+            "method.guide_depth",
+            self.guide_depth,
+            "positive",
+            "leave it out for all blocks of the encoder",
+        )
+        require(
+            self.guide_depth is None or self.guide != "student",
+            "method.guide_depth",
+            self.guide_depth,
+            "left out where method.guide is student",
+            "the student's features are those of its last block",
+        )
         if self.shuffle and self.objective != "position" and self.conformance != "paper":
             raise ConfigError(
                 "method.shuffle with a pixel task is not offered under "
@@ -238,8 +259,31 @@ class Method:
 
     @property
     def guided(self) -> bool:
-        """Whether the loss needs the pass over the whole picture."""
+        """Whether the loss needs the likeness of patches to the class token."""
         return self.attentive and self.predicts_positions
+
+    def check(self, model: Model) -> None:
+        """Refuse what this model cannot be trained on.
+
+        Raises:
+            ConfigError: If the ratios leave nothing to see or to ask on its grid, or the guide
+                needs another grid or more blocks.
+        """
+        self.counts(model.grid)
+        require(
+            self.guide != "half" or (model.grid.rows % 2 == 0 and model.grid.columns % 2 == 0),
+            "method.guide",
+            self.guide,
+            f"another than half on a grid of {model.grid.rows} x {model.grid.columns} patches",
+            "half needs an even number of rows and of columns",
+        )
+        require(
+            self.guide_depth is None or self.guide_depth <= model.shape.depth,
+            "method.guide_depth",
+            self.guide_depth,
+            f"at most the encoder's {model.shape.depth} blocks",
+            "leave it out for all of them",
+        )
 
     def counts(self, grid: Grid) -> Counts:
         """Count visible and kept patches of one image on this grid.

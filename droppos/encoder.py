@@ -82,6 +82,7 @@ def encode(
     encoder: VisionTransformer,
     patches: Float[Tensor, "B V D"],
     queries: Int[Tensor, "B Q"] | None = None,
+    depth: int | None = None,
 ) -> Float[Tensor, "B S D"]:
     """Put the class token before the patches, which have their positions, and encode all.
 
@@ -89,11 +90,12 @@ def encode(
         encoder: Of :func:`build_encoder`.
         patches: Embedded patches.
         queries: Which tokens to give, 0 the class token; all when not given.
+        depth: Blocks to run, from the first; all when not given.
     """
     assert encoder.cls_token is not None
     first = encoder.cls_token + positions(encoder)[:, :1]
     tokens = torch.cat([first.expand(len(patches), -1, -1), patches], dim=1)
-    return encoder.norm(run_blocks(list(encoder.blocks), tokens, queries))
+    return encoder.norm(run_blocks(list(encoder.blocks)[:depth], tokens, queries))
 
 
 def positions(encoder: VisionTransformer) -> Float[Tensor, "1 T D"]:

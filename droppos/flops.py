@@ -32,8 +32,24 @@ def step_flops(model: Model, method: Method) -> float:
     trained = blocks(shape.depth, tokens, tokens, shape.width) + _decoders(model, method)
     flops = 2 * embedding + FORWARD_BACKWARD * trained  # no one needs the gradient of the pixels
     if method.guided:
-        flops += blocks(shape.depth, 1 + counts.cells, tokens, shape.width)
+        flops += guide_flops(model, method)
     return float(flops)
+
+
+def guide_flops(model: Model, method: Method) -> int:
+    """Count the pass that the attentive weights are read from; it has no backward pass."""
+    width, counts = model.shape.width, method.counts(model.grid)
+    depth = method.guide_depth or model.shape.depth
+    seen = 1 + counts.visible
+    if method.guide == "picture":
+        return blocks(depth, 1 + counts.cells, seen, width)
+    if method.guide == "visible":
+        return blocks(depth, seen, seen, width)
+    if method.guide == "half":
+        cells = counts.cells // 4
+        embedding = linear(cells, _patch_values(model), width)
+        return embedding + blocks(depth, 1 + cells, 1 + cells, width)
+    return 0
 
 
 def linear(rows: int, channels_in: int, channels_out: int) -> int:

@@ -48,8 +48,8 @@ class Prediction(NamedTuple):
     pixels: Float[Tensor, "B H P"] | None
     """Of each hidden patch, row by row, channels last; None without a pixel head."""
     similarity: Float[Tensor, "B V"] | None
-    """Cosine of class token and each visible patch when the whole picture is seen; None unless
-    asked for."""
+    """Cosine of class token and each visible patch as the guide sees them; None unless asked for.
+    """
 
 
 def normalise(
@@ -91,10 +91,10 @@ class DropPos(nn.Module):
         """Make the modules and give them their first values (paper appendix A).
 
         Raises:
-            ConfigError: If the ratios leave nothing to see or to ask on this grid.
+            ConfigError: If the method cannot be trained on this model (:meth:`Method.check`).
         """
         super().__init__()
-        method.counts(model.grid)
+        method.check(model)
         self.method = method
         self.grid = model.grid
         self.guide_dtype: torch.dtype | None = None
@@ -129,14 +129,25 @@ class DropPos(nn.Module):
         Args:
             images: Normalised images of the model's size.
             draw: Which patches are seen, and which of those without a position.
-            guided: Also look at the whole picture, without gradient, for the likeness of each
-                visible patch to the class token.
+            guided: Also find, without gradient, the likeness of each visible patch to the class
+                token, as ``method.guide`` says.
         """
         patches = self.encoder.patch_embed(images)
         similarity = None
-        if guided:
-            similarity = guide.similarity(self.encoder, patches.detach(), draw, self.guide_dtype)
+        if guided and self.method.guide != "student":
+            # Before the student: what it keeps for its backward pass is not yet in memory.
+            similarity = guide.similarity(
+                self.encoder,
+                self.method,
+                self.grid,
+                images,
+                patches.detach(),
+                draw,
+                self.guide_dtype,
+            )
         tokens = encode(self.encoder, self._visible_tokens(patches, draw))
+        if guided and self.method.guide == "student":
+            similarity = guide.cosine(tokens.detach())
         logits = pixels = None
         if self.position_decoder is not None:
             logits = self.position_decoder(tokens, draw.scored)

@@ -251,7 +251,7 @@ class Recipe:
     search: Search = field(default_factory=Search)
 
     def __post_init__(self) -> None:
-        self.method.counts(self.model.grid)
+        self.method.check(self.model)
         ranks = self.run.workers * self.optim.accumulate
         require(
             self.optim.global_batch % ranks == 0,

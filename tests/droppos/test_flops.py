@@ -17,7 +17,22 @@ MODEL = replace(TINY, depth=3)
 @pytest.mark.parametrize("objective", ["position", "position_pixels", "pixels"])
 @pytest.mark.parametrize("attentive", [False, True])
 def test_the_formula_is_what_torch_counts(objective: str, attentive: bool) -> None:
-    method = Method(objective=objective, attentive=attentive, mask_ratio=0.5)  # pyright: ignore[reportArgumentType]
+    check(Method(objective=objective, attentive=attentive, mask_ratio=0.5))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("depth", [None, 1, 3])
+@pytest.mark.parametrize("guide", ["picture", "half", "visible"])
+def test_the_formula_is_what_torch_counts_of_a_guide(guide: str, depth: int | None) -> None:
+    check(Method(mask_ratio=0.5, guide=guide, guide_depth=depth))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_students_own_features_are_free() -> None:
+    check(Method(mask_ratio=0.5, guide="student"))
+    free, none = Method(guide="student"), Method(attentive=False)
+    assert step_flops(MODEL, free) == step_flops(MODEL, none)
+
+
+def check(method: Method) -> None:
     images = 3
     state = TrainState.create(
         MODEL,
