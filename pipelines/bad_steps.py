@@ -46,13 +46,20 @@ class BadSteps:
         self.steps += found
         return found
 
+    @property
+    def too_many(self) -> bool:
+        """Whether more were read of than the limit allows; all ranks say the same."""
+        return len(self.steps) > self._limit
+
+    def forgive(self) -> None:
+        """Begin anew: a checkpoint is made, and it is good."""
+        self.steps.clear()
+
     def refuse(self) -> None:
-        """Begin anew for the next checkpoint.
+        """Raise what the driver is to know, if there are too many.
 
         Raises:
-            TooManyBadSteps: On all ranks, if there were more than the limit.
+            TooManyBadSteps: On all ranks.
         """
-        self.read()
-        if len(self.steps) > self._limit:
+        if self.too_many:
             raise TooManyBadSteps(self.steps, self._limit)
-        self.steps.clear()

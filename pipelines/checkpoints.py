@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from math import isfinite, nan
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Retention:
             scores = [
                 (sign * saved.record["metrics"][self.best], saved.step)
                 for saved in known
-                if self.best in saved.record.get("metrics", {})
+                if isfinite(saved.record.get("metrics", {}).get(self.best, nan))
             ]
             kept |= {max(scores)[1]} if scores else set()
         return kept

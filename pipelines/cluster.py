@@ -155,5 +155,5 @@ def gpu_workers(recipe: Recipe) -> bool:
     from zero shows none yet, so its recipes say cuda.
     """
     if recipe.compute.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) >= recipe.run.workers
+        return ray.cluster_resources().get("GPU", 0) >= min(recipe.sizes)
     return recipe.compute.device == "cuda"

@@ -31,6 +31,8 @@ class Room:
     """Resources of each node that will stay, by its identifier."""
     going: Mapping[str, float]
     """When each of the other nodes goes: seconds since 1970, infinite if it is not said."""
+    free: Mapping[str, float] | None = None
+    """Resources that nobody holds, this run or another; None if it is not known."""
 
     @classmethod
     def look(cls) -> "Room":
@@ -44,6 +46,13 @@ class Room:
                 node: deadline / 1000 if deadline else float("inf")
                 for node, deadline in notices.items()
             },
+            free=ray.available_resources(),
+        )
+
+    def has_free(self, need: Mapping[str, float]) -> bool:
+        """Tell whether nobody holds so much: another job may have taken the nodes that came."""
+        return self.free is None or all(
+            self.free.get(name, 0) >= amount for name, amount in need.items()
         )
 
     def workers(self, recipe: Recipe, gpu: bool) -> int:
@@ -65,6 +74,11 @@ class Room:
 def worker_resources(recipe: Recipe, gpu: bool) -> dict[str, float]:
     """Tell what one worker reserves of its node."""
     return {"CPU": float(recipe.run.cpus_per_worker)} | ({"GPU": 1.0} if gpu else {})
+
+
+def more(recipe: Recipe, gpu: bool, workers: int) -> dict[str, float]:
+    """Tell what so many more workers reserve."""
+    return {name: workers * each for name, each in worker_resources(recipe, gpu).items()}
 
 
 @contextmanager
@@ -107,6 +121,7 @@ def advise(
     size: int,
     homes: Collection[str],
     room: Room,
+    most: int | None = None,
     now: float | None = None,
 ) -> Advice:
     """Tell a group what to do about nodes that go, and nodes that came.
@@ -117,10 +132,12 @@ def advise(
         size: Workers of the group.
         homes: Nodes that they are on.
         room: The cluster as it is now.
+        most: Workers that are known to be the most it has room for; None if nothing is known.
         now: Seconds since 1970; the clock's when not given.
     """
     now = time() if now is None else now
-    best = best_size(recipe, room.workers(recipe, gpu))
+    fit = room.workers(recipe, gpu)
+    best = best_size(recipe, fit if most is None else min(fit, most))
     notices = {node: at for node, at in room.going.items() if node in homes}
     if notices:
         soonest = min(notices.values())
@@ -132,7 +149,7 @@ def advise(
         if soonest - now < recipe.run.notice_margin_s:
             return Advice(saves, f"a node goes in {max(0, soonest - now):.0f} s", True)
         return Advice(saves)  # nowhere to go: until shortly before, it works as well as any
-    if best is not None and best > size:
+    if best is not None and best > size and room.has_free(more(recipe, gpu, best - size)):
         return Advice(leave=f"there is room for {best} workers now, not only {size}")
     return Advice()
 

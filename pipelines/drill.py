@@ -219,10 +219,12 @@ class Referee:
     _over: Any = None
     _restarted: bool = False
     _came_back: bool = False
+    _changed_at: float = field(default_factory=monotonic)
+    """When a fault last struck or was recovered from."""
 
     def is_over(self) -> bool:
         """Whether the run may end: all is recovered from, or something was not."""
-        late = self._fault is not None and monotonic() - self.bouts[-1].struck_at > RECOVERY_S
+        late = monotonic() - self._changed_at > RECOVERY_S
         return late or (self._fault is None and not self.faults)
 
     def __call__(self, event: Mapping[str, Any]) -> None:
@@ -257,6 +259,7 @@ class Referee:
         self.say(f"step {self.step}: {fault.name}")
         self.bouts.append(Bout(fault.name, self.step, monotonic()))
         self._fault, self._restarted, self._came_back = fault, False, False
+        self._changed_at = monotonic()
         self._over = fault.strike([self._crew[rank] for rank in sorted(self._crew)])
 
     def _follow(self, fault: Fault, bout: Bout, event: Mapping[str, Any]) -> None:
@@ -278,6 +281,7 @@ class Referee:
             and self._over.is_set()
         ):
             bout.recovered_s = since
+            self._changed_at = monotonic()
             bout.workers = bout.workers or self._size
             noticed = "not told of" if bout.noticed_s is None else f"told of {bout.noticed_s:.1f} s"
             self.say(f"  {noticed} after, recovered {since:.1f} s after, {bout.redone} steps again")

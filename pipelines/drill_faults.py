@@ -12,7 +12,7 @@ from ray.core.generated import autoscaler_pb2
 
 from droppos.errors import ConfigError
 from pipelines import checkpoints
-from pipelines.drill_stage import NOTICE_S, Outage, Stage, Worker
+from pipelines.drill_stage import NOTICE_S, Outage, Stage, Worker, kept_nodes
 from pipelines.storage import Place
 
 
@@ -88,7 +88,25 @@ def faults_for(
                 back="ledger_back",
             )
         )
-    faults += [
+    if stage.has_nodes_to_spare:
+        faults += _node_faults(stage)
+    keys = [fault.key for fault in faults]
+    if unknown := [key for key in only if key not in keys]:
+        raise ConfigError(
+            f"there is no fault {unknown[0]!r} here; expected some of {', '.join(keys)} (storage "
+            "and mlflow only where the drill has started them; notice, node and grow only where "
+            "there are nodes that hold neither the cluster's head nor this process)"
+        )
+    if "grow" in only and not {"notice", "node"} <= set(only):
+        raise ConfigError(
+            f"the fault grow needs a run that was made smaller, got {', '.join(only)}; "
+            "ask for notice, node and grow together"
+        )
+    return [fault for fault in faults if not only or fault.key in only]
+
+
+def _node_faults(stage: Stage) -> list[Fault]:
+    faults = [
         Fault(
             "notice",
             "spot notice, node goes",
@@ -112,13 +130,7 @@ def faults_for(
                 any_size=True,
             )
         )
-    keys = [fault.key for fault in faults]
-    if unknown := [key for key in only if key not in keys]:
-        raise ConfigError(
-            f"there is no fault {unknown[0]!r} here; expected some of {', '.join(keys)} (storage "
-            "and mlflow only where the drill has started them, grow where it can start nodes)"
-        )
-    return [fault for fault in faults if not only or fault.key in only]
+    return faults
 
 
 def _done(act: Callable[..., object], *given: object) -> threading.Event:
@@ -141,14 +153,15 @@ def _damage(stage: Stage, home: Place, crew: list[Worker]) -> threading.Event:
 
 
 def _node_to_lose(crew: list[Worker]) -> str:
-    """Choose a node that trains, and is not this process's own."""
-    here = ray.get_runtime_context().get_node_id()
-    return next((node for node, _ in reversed(crew) if node != here), crew[-1][0])
+    """Choose a node that trains, and that the cluster and this process can do without."""
+    kept = kept_nodes()
+    return next((node for node, _ in reversed(crew) if node not in kept), "")
 
 
 def _preempt(stage: Stage, crew: list[Worker], notice_s: float) -> threading.Event:
     """Tell Ray that a node will go, as a watcher of spot notices does, and let it go then."""
-    node = _node_to_lose(crew)
+    if not (node := _node_to_lose(crew)):
+        return _done(lambda: None)
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     reasons = autoscaler_pb2.DrainNodeReason  # pyright: ignore[reportAttributeAccessIssue]
     client.drain_node(

@@ -75,6 +75,12 @@ class Stage:
         """Whether `add_node` does; on a standing cluster its autoscaler must."""
         return False
 
+    @property
+    def has_nodes_to_spare(self) -> bool:
+        """Whether there are nodes that may be lost."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return bool(alive - kept_nodes())
+
     def add_node(self) -> None:
         """Start one more node; returns at once."""
         raise NotImplementedError
@@ -207,6 +213,12 @@ class LocalStage(Stage):
         for name, value in values.items():
             self._exits.callback(_restore, name, os.environ.get(name))
             os.environ[name] = value
+
+
+def kept_nodes() -> set[str]:
+    """Name the nodes that may not be lost: the cluster's head, and this process's own."""
+    head = {node["NodeID"] for node in ray.nodes() if "node:__internal_head__" in node["Resources"]}
+    return head | {ray.get_runtime_context().get_node_id()}
 
 
 def _kill_parent() -> None:

@@ -9,8 +9,8 @@ import logging
 import pickle
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from threading import Lock
-from time import monotonic
 from typing import Any, NamedTuple, Self
 
 import ray
@@ -21,9 +21,6 @@ Event = Mapping[str, Any]
 
 _PENDING = 1000
 """Calls a sender may have under way before it drops: a driver that hangs must not fill memory."""
-
-_ASK_EVERY_S = 0.2
-"""Seconds between two questions of a worker what the driver wishes."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,11 +71,9 @@ class Events:
         self._under_way: deque[ray.ObjectRef] = deque()
         self._lock = Lock()  # a worker's pulse sends from a thread of its own
         self._dropped = 0
-        self._asking: ray.ObjectRef | None = None
-        self._asked = 0.0
-        self.wished = Wish()
+        self.wished: Wish = Wish()
         """In the driver: what workers are told from the next `drain` on. In a worker: the newest
-        that it has heard of."""
+        that it was told when it asked."""
 
     @classmethod
     def start(cls, capacity: int = 100_000) -> Self:
@@ -131,17 +126,11 @@ class Events:
         self._settle(0)
         return self._dropped
 
-    def wish(self) -> Wish:
-        """Tell what the driver was last heard to want; this never waits for it."""
-        try:
-            if self._asking is not None and ray.wait([self._asking], timeout=0)[0]:
-                asking, self._asking = self._asking, None
-                self.wished = ray.get(asking)
-            if self._asking is None and monotonic() - self._asked > _ASK_EVERY_S:
-                self._asked = monotonic()
-                self._asking = self._mailbox.wish.remote()
-        except RayError:
-            pass  # training goes on; the driver is asked again
+    def ask(self, timeout_s: float = 5) -> Wish:
+        """Ask what the driver wishes; what it last did, if there is no answer in time."""
+        with suppress(RayError):  # training goes on; the driver is asked again
+            wished: Any = ray.get(self._mailbox.wish.remote(), timeout=timeout_s)
+            self.wished = wished
         return self.wished
 
     def drain(self, timeout_s: float = 10) -> list[Event]:

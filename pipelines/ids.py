@@ -136,13 +136,21 @@ class IdWriter:
             del self._steps[:batches], self._rows[:batches]
             self._cut = None
 
+    def put_off(self) -> None:
+        """Leave what was cut last to the next checkpoint: storage did not take this one.
+
+        What was perhaps written goes when that is: storage may still be away, and nobody waits.
+        """
+        if self._cut is not None:
+            self._stale.append(self._cut[2])
+            self._cut = None
+
     def withdraw(self) -> None:
-        """Delete what was cut last and perhaps written: its checkpoint does not count."""
+        """Delete what was cut last and perhaps written: the run is another's now, or ends."""
         if self._cut is None:
             return
         place, self._cut = self._cut[2], None
         try:
             place.delete()
         except DataError as error:
-            self._stale.append(place)
-            _log.warning("ids of a checkpoint that does not count stay for now: %s", error)
+            _log.warning("ids of a checkpoint that does not count stay: %s", error)

@@ -35,9 +35,9 @@ class Keeper:
         )
 
     @property
-    def due(self) -> bool:
-        """Whether all ranks should soon `finish`: this one's part is done."""
-        return self._saver.due
+    def ended(self) -> int:
+        """See :attr:`Saver.ended`."""
+        return self._saver.ended
 
     def begin(self, metrics: dict[str, float]) -> None:
         """Copy the state; every rank calls this. Waits for the checkpoint before it, if need be.
@@ -59,25 +59,41 @@ class Keeper:
                 "metrics": metrics,
                 "world_size": dist.get_world_size(),
                 "random_states": dist.get_world_size(),
+                "random_devices": sorted({"cpu", state.device.type}),
             },
             beside=write_ids,
         )
         self._blocked = perf_counter() - started
 
-    def finish(self) -> None:
+    def finish_if(self, ended: int) -> None:
+        """Finish the checkpoint under way if all ranks' parts of it have ended.
+
+        Args:
+            ended: The step that all ranks said a step ago; 0 if they said different ones.
+        """
+        if ended == self._saver.step:  # or it is one that was finished meanwhile
+            self.finish()
+
+    def finish(self, last: bool = False) -> None:
         """Wait for the checkpoint under way, if there is one; every rank calls this.
+
+        Args:
+            last: No later one will make up for it.
 
         Raises:
             DropposError: On all ranks, if it failed for good.
         """
         try:
-            done = self._saver.finish()
+            done = self._saver.finish(last)
         except DropposError:
-            self._proof.concluded(counts=False)
+            self._proof.withdraw()
             raise
         if done is None:
             return
-        self._proof.concluded(counts=done.saved is not None)
+        if done.saved is None:
+            self._proof.put_off()
+        else:
+            self._proof.committed()
         if dist.get_rank() == 0:
             self._tell(done)
 

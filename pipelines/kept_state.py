@@ -29,7 +29,12 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
     model, optimizer = get_state_dict(state.model, state.optimizer)
     kept: dict[str, Any] = {"model": model, "optimizer": optimizer}
     if dist.get_rank() < saved.record.get("random_states", 0):
-        kept |= random_state(state.device)
+        there = saved.record.get("random_devices", ["cpu"])
+        kept |= {
+            name: value
+            for name, value in random_state(state.device).items()
+            if name.split("-")[1] in there
+        }
     try:
         checkpoints.load(saved, kept)
     except DamagedError as error:
@@ -38,10 +43,10 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
         raise
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for name, value in kept.items():
-        if name.startswith("random"):
-            torch.set_rng_state(value["cpu"])
-            if "cuda" in value:
-                torch.cuda.set_rng_state(value["cuda"], state.device)
+        if name.startswith("random-cpu"):
+            torch.set_rng_state(value["state"])
+        elif name.startswith("random-cuda"):
+            torch.cuda.set_rng_state(value["state"], state.device)
     state.step = saved.step
     # The optimizer's settings are the recipe's, not the checkpoint's: --allow-changes may differ.
     decays = (state.optim.weight_decay, 0.0)
@@ -53,9 +58,11 @@ def random_state(device: torch.device) -> dict[str, dict[str, Tensor]]:
     """Take this rank's generators. Nothing draws from them today: masks and crops have their own.
 
     Returns:
-        Under a key of the rank's own, for each rank keeps and finds only its own.
+        Under a key for the rank and the kind of device: each rank keeps and finds only its own, and
+        a run may move between CPUs and GPUs.
     """
-    state = {"cpu": torch.get_rng_state()}
+    rank = f"{dist.get_rank():05d}"
+    state = {f"random-cpu-{rank}": {"state": torch.get_rng_state()}}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return {f"random-{dist.get_rank():05d}": state}
+        state[f"random-cuda-{rank}"] = {"state": torch.cuda.get_rng_state(device)}
+    return state

@@ -28,8 +28,8 @@ class PassedOver:
     """Steps that are not trained on: their batch is taken, and nothing moves."""
 
     @classmethod
-    def read(cls, home: Place) -> "PassedOver":
-        """Read what is noted in a run's folder.
+    def read(cls, home: Place, schedule: Schedule) -> "PassedOver":
+        """Read what is noted in a run's folder; nothing, if it speaks of another schedule's steps.
 
         Raises:
             DataError: If storage refuses.
@@ -37,6 +37,8 @@ class PassedOver:
         if not (home / FILE).exists():
             return cls()
         record = json.loads((home / FILE).read_bytes())
+        if record["schedule"] != _name(schedule):
+            return cls()
         return cls(record["rewinds"], frozenset(map(int, record["pictures"])))
 
 
@@ -46,15 +48,29 @@ def pass_over(home: Place, data: Place, schedule: Schedule, steps: Sequence[int]
     Raises:
         DataError: If storage refuses.
     """
-    before = PassedOver.read(home)
-    record: dict[str, Any] = {"rewinds": before.rewinds + 1, "pictures": {}}
+    before = PassedOver.read(home, schedule)
+    record: dict[str, Any] = {
+        "schedule": _name(schedule),
+        "rewinds": before.rewinds + 1,
+        "pictures": {},
+    }
     if before.rewinds:
         record["pictures"] = json.loads((home / FILE).read_bytes())["pictures"]
     plan = Plan(schedule)
     for step in sorted(steps):
         record["pictures"][str(step)] = keys_of(data, schedule.manifest, plan.rows(step).tolist())
     (home / FILE).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
-    return PassedOver.read(home)
+    return PassedOver.read(home, schedule)
+
+
+def _name(schedule: Schedule) -> dict[str, Any]:
+    """Tell what decides which pictures a step has."""
+    return {
+        "manifest": schedule.manifest.digest,
+        "seed": schedule.seed,
+        "global_batch": schedule.global_batch,
+        "window": schedule.window,
+    }
 
 
 def keys_of(data: Place, manifest: Manifest, rows: Sequence[int]) -> list[str]:

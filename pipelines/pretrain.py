@@ -20,6 +20,7 @@ from pipelines.heard import Heard, OnEvent
 from pipelines.holdout import load_pictures
 from pipelines.ledger import Ledger, local_folder
 from pipelines.order import Schedule
+from pipelines.passed import FILE as PASSED_FILE
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import to_yaml
 from pipelines.shards import load_manifest
@@ -88,6 +89,8 @@ def pretrain(
     home.check_reachable()
     saved = checkpoints.newest(home)
     check_resume(recipe, schedule, saved, resume=resume, allow_changes=allow_changes)
+    if saved is None:
+        (home / PASSED_FILE).delete()  # of an earlier try, that another learning rate may mend
     (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())
     connect(recipe)
     with Ledger.open(

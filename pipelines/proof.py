@@ -77,13 +77,19 @@ class Proof:
         pictures = self.tally.settle()
         return pictures, self.ids.cut(step) if self.ids is not None else lambda: None
 
-    def concluded(self, counts: bool) -> None:
-        """Learn whether the checkpoint that was last settled for counts."""
-        if self.ids is None:
-            return
-        if counts:
+    def committed(self) -> None:
+        """Learn that the checkpoint that was last settled for counts."""
+        if self.ids is not None:
             self.ids.committed()
-        else:
+
+    def put_off(self) -> None:
+        """Learn that storage did not take it, and the next one is to make up for it."""
+        if self.ids is not None:
+            self.ids.put_off()
+
+    def withdraw(self) -> None:
+        """Learn that it never will count."""
+        if self.ids is not None:
             self.ids.withdraw()
 
 

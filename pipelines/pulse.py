@@ -5,22 +5,29 @@ cannot say so. Its pulse goes on, or stops if the whole process is stopped; the 
 worker gets on (:mod:`pipelines.supervisor`), and which ones said nothing at all.
 """
 
+import os
 import threading
 from types import TracebackType
 from typing import Self
 
+import ray
+
 from pipelines.events import Events
 
-EVERY_S = 1.0
-"""Seconds between two beats; only changes, and one beat in ten, are sent."""
+EVERY_S = 0.5
+"""Seconds between two beats; only changes, and one beat in twenty, are sent."""
 
 
 class Pulse:
-    """Sends what this worker does whenever that has changed, and a sign of life in between."""
+    """Sends what this worker does whenever that has changed, and a sign of life in between.
+
+    Rank 0's also asks what the driver wishes, so that no step has to.
+    """
 
     def __init__(self, events: Events, rank: int) -> None:
         self._events = events
         self._rank = rank
+        self._node = ray.get_runtime_context().get_node_id()
         self._doing = "starting"
         self._step = 0
         self._ended = threading.Event()
@@ -51,8 +58,17 @@ class Pulse:
         while not self._ended.wait(EVERY_S if told else 0):
             beats += 1
             now = (self._doing, self._step)
-            if now != told or beats % 10 == 0:
+            if now != told or beats % 20 == 0:
                 told = now
                 self._events.send(
-                    {"kind": "beat", "rank": self._rank, "doing": now[0], "step": now[1]}
+                    {
+                        "kind": "beat",
+                        "rank": self._rank,
+                        "node": self._node,
+                        "pid": os.getpid(),
+                        "doing": now[0],
+                        "step": now[1],
+                    }
                 )
+            if self._rank == 0:
+                self._events.ask()

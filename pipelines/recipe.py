@@ -152,6 +152,13 @@ class Run:
             "none waits for all workers",
         )
         require(
+            self.keep_best is None or self.keep_best.startswith("holdout/"),
+            "run.keep_best",
+            self.keep_best,
+            "a metric that begins with holdout/, or none",
+            "holdout/position/skill is one",
+        )
+        require(
             self.keep_every is None or self.keep_every > 0,
             "run.keep_every",
             self.keep_every,
@@ -260,6 +267,19 @@ class Recipe:
             f"a multiple of run.workers * optim.accumulate = {ranks}",
             f"take {max(1, self.optim.global_batch // ranks) * ranks}",
         )
+        shards = self.compute.shard_ranks or 1
+        require(
+            self.run.workers % shards == 0,
+            "run.workers",
+            self.run.workers,
+            f"a multiple of compute.shard_ranks = {shards}",
+            f"take {max(1, self.run.workers // shards) * shards}",
+        )
+        if self.run.keep_best is not None and self.data.holdout is None:
+            raise ConfigError(
+                f"run.keep_best {self.run.keep_best} is measured on held-out pictures; set "
+                "data.holdout to a prepared data set, or leave run.keep_best out"
+            )
         if self.compute.strategy == "single" and self.run.workers > 1:
             raise ConfigError(
                 f"compute.strategy single has one worker, got run.workers={self.run.workers}; "
@@ -278,12 +298,13 @@ class Recipe:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers of workers that can share each global batch evenly, fewest first."""
+        """Numbers of workers that can share each global batch and the shards, fewest first."""
         fewest = self.run.workers if self.run.min_workers is None else self.run.min_workers
         return tuple(
             workers
             for workers in range(fewest, self.run.workers + 1)
             if self.optim.global_batch % workers == 0
+            and workers % (self.compute.shard_ranks or 1) == 0
         )
 
     def at(self, workers: int) -> "Recipe":

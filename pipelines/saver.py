@@ -70,14 +70,19 @@ class Saver:
             )
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._under_way: Future[Saved] | None = None
+        self._under_way: Future[tuple[Saved, float]] | None = None
+        self.step = 0
+        """Step of the checkpoint under way, or of the last one."""
         self._began = 0.0
         self._failures = 0
 
     @property
-    def due(self) -> bool:
-        """Whether this rank's part of the checkpoint under way has ended, well or not."""
-        return self._under_way is not None and self._under_way.done()
+    def ended(self) -> int:
+        """Step of the checkpoint under way if this rank's part of it has ended, well or not.
+
+        0 if not: the ranks may `finish` without waiting once all of them say the same step.
+        """
+        return self.step if self._under_way is not None and self._under_way.done() else 0
 
     def begin(
         self,
@@ -99,20 +104,28 @@ class Saver:
         self._began = perf_counter()
         staged = self._stager.stage(state)
         assert isinstance(staged, dict)
-        self._under_way = self._thread.submit(
-            checkpoints.save,
-            self._home,
-            step,
-            staged,
-            facts,
-            self._retention,
-            may_write=self._may_write,
-            beside=beside,
-            group=self._group,
-        )
+        self.step = step
 
-    def finish(self) -> Done | None:
+        def write() -> tuple[Saved, float]:
+            saved = checkpoints.save(
+                self._home,
+                step,
+                staged,
+                facts,
+                self._retention,
+                may_write=self._may_write,
+                beside=beside,
+                group=self._group,
+            )
+            return saved, perf_counter()
+
+        self._under_way = self._thread.submit(write)
+
+    def finish(self, last: bool = False) -> Done | None:
         """Wait for the checkpoint under way; None if there is none.
+
+        Args:
+            last: No later one will make up for it, so that it may not fail even once.
 
         Raises:
             DropposError: On all ranks, what any of them met, but for storage that could not be
@@ -122,15 +135,15 @@ class Saver:
             return None
         under_way, self._under_way = self._under_way, None
         try:
-            saved = under_way.result()
+            saved, ended = under_way.result()
         except StorageError as error:
             self._failures += 1
-            if self._failures >= FAILURES:
+            if last or self._failures >= FAILURES:
                 raise
             _log.warning("the run goes on without this checkpoint: %s", error)
             return Done(None, perf_counter() - self._began, str(error))
         self._failures = 0
-        return Done(saved, perf_counter() - self._began)
+        return Done(saved, ended - self._began)
 
     def close(self) -> None:
         """Let go of host memory; what is under way must be finished, or is given up."""

@@ -55,6 +55,12 @@ POLL_S = 0.2
 LOOK_S = 1.0
 """Seconds between two looks at the cluster's nodes."""
 
+KILL_EVERY_S = 30.0
+"""Seconds after which workers that hang are sent SIGKILL again."""
+FEWER_S = 120.0
+"""Seconds for which a size that could not start is not tried again."""
+START_S = 60.0
+"""Seconds after a request to stop in which workers may still start, and save a checkpoint."""
 STALL_S = 30.0
 """Seconds without any progress after which it is told, if that is less than a quarter of
 run.hang_timeout_s."""
@@ -73,6 +79,8 @@ class Group:
         self._heard: dict[int, float] = {}
         self.processes: dict[int, tuple[str, int]] = {}
         """Node and process of each rank."""
+        self.started = False
+        """Whether a worker has begun to train."""
         self.stalled = False
         """Whether nobody has got on for a while."""
         self.gave_up: str | None = None
@@ -89,9 +97,11 @@ class Group:
         """Take one event."""
         match event["kind"]:
             case "started":
-                self.processes[event["rank"]] = (event["node"], event["pid"])
+                self.started = True
                 self._moved = self._now()
             case "beat":
+                # From the first on, so that one that freezes before it has started is found, too.
+                self.processes[event["rank"]] = (event["node"], event["pid"])
                 doing = (event["doing"], event["step"])
                 if self._doing.get(event["rank"]) != doing:
                     self._moved = self._now()
@@ -157,6 +167,8 @@ class Supervisor:
         self._saves = 0
         self._noticed: set[str] = set()
         self._stopped = False
+        self._stopped_at = 0.0
+        self._most: tuple[int, float] | None = None
 
     def run(self) -> None:
         """Run groups until the last step, a request to stop, or too many failures.
@@ -178,21 +190,54 @@ class Supervisor:
                 step = self._newest_step()
                 if self._heard.too_many is not None:
                     raise self._heard.too_many
+                if step > before:
+                    failures = 0
                 if group.gave_up is not None:
                     self._take_back(group)
-                elif error is not None:
-                    failures = 1 if step > before else failures + 1
-                    if isinstance(error, ConfigError):
-                        raise error  # it will not pass
-                    if failures > self._recipe.run.max_failures:
-                        raise type(error)(
-                            f"{error}; that was {failures} times in a row without a newer "
-                            f"checkpoint (run.max_failures {self._recipe.run.max_failures}); the "
-                            "newest one is kept, --resume goes on from it"
-                        ) from error
+                elif error is not None or step <= before:
+                    if self._stopped and not group.started:
+                        return  # nobody had begun, so there is nothing to keep
+                    error = error or TrainingError(
+                        "the workers ended without a newer checkpoint, and did not say why"
+                    )
+                    failures += not self._try_fewer(size, group)
+                    self._refuse(error, failures)
                     self._say("lost", error=str(error), step=step)
                 if self._stopped or step == self._schedule.steps:
                     return
+
+    def _refuse(self, error: DropposError, failures: int) -> None:
+        """Raise an error that will not pass, or has come too often."""
+        if isinstance(error, ConfigError):
+            raise error
+        if failures > self._recipe.run.max_failures:
+            raise type(error)(
+                f"{error}; that was {failures} times in a row without a newer checkpoint "
+                f"(run.max_failures {self._recipe.run.max_failures}); the newest one is kept, "
+                "--resume goes on from it"
+            ) from error
+
+    def _try_fewer(self, size: int, group: Group) -> bool:
+        """Take a group that could not even start for too large, and try the next size for a while.
+
+        A node may be dead and still be listed, or hold another job: its resources are counted, and
+        nobody can have them.
+
+        Returns:
+            Whether there is a smaller size; if not, it is a failure as any other.
+        """
+        smaller = [fewer for fewer in self._recipe.sizes if fewer < size]
+        if group.processes or not smaller:
+            return False
+        self._most = (max(smaller), monotonic() + FEWER_S)
+        return True
+
+    @property
+    def _room_for(self) -> int | None:
+        """Workers that are known to be the most that can start now; None if nothing is known."""
+        if self._most is None or monotonic() > self._most[1]:
+            return None
+        return self._most[0]
 
     def _room_wanted(self) -> AbstractContextManager[None]:
         """Ask an autoscaler for the whole crew; groups of a fixed size ask by waiting."""
@@ -209,6 +254,11 @@ class Supervisor:
         self._stopped = True
         self._events.wished = Wish(self._saves, leave=2)
 
+    def _waits_in_vain(self) -> bool:
+        """Tell whether nobody has started though the run is to stop: there may be no nodes."""
+        self._stopped_at = self._stopped_at or monotonic()
+        return monotonic() - self._stopped_at > START_S
+
     def _say(self, kind: str, **told: Any) -> None:
         self._heard.event({"kind": kind, **told})
 
@@ -222,6 +272,8 @@ class Supervisor:
         told = False
         while not (self._stopped or self._asked_to_stop()):
             room = Room.look().workers(self._recipe, self._on_gpu)
+            if self._room_for is not None:
+                room = min(room, self._room_for)
             if (size := best_size(self._recipe, room)) is not None:
                 return size
             if not told:
@@ -239,22 +291,27 @@ class Supervisor:
         self._say("group", workers=size)
         running = in_background(self._trainer(self._recipe.at(size)).fit)
         looked = monotonic()
-        killed = ""
+        killed, killed_at = "", 0.0
         try:
             while not running.done():
                 if abort.is_set():
                     raise KeyboardInterrupt
                 self._heard.drain(self._events, group.event)
-                if self._heard.too_many is not None or self._asked_to_stop():
-                    self._stop()
+                if self._stopped or self._heard.too_many is not None or self._asked_to_stop():
+                    self._stop()  # again, for a notice may just have been written over it
                 if monotonic() - looked > LOOK_S and group.processes:
                     looked = monotonic()
                     self._look(size, group)
                     self._tell_stall(group)
                     if not killed and (killed := group.hangs):
                         self._say("hang", error=killed)
+                    if killed and monotonic() - killed_at > KILL_EVERY_S:
+                        killed_at = monotonic()
                         # One that hangs, or is stopped, hears nothing else.
                         send_signal(group.processes.values(), signal.SIGKILL)
+                if self._stopped and not group.processes and self._waits_in_vain():
+                    ray.shutdown()
+                    return None
                 sleep(POLL_S)
         except BaseException:
             ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
@@ -300,7 +357,14 @@ class Supervisor:
         except RayError as error:
             logger.warning("the cluster's nodes cannot be listed now: %s", error)
             return
-        advice = advise(self._recipe, gpu=self._on_gpu, size=size, homes=group.nodes, room=room)
+        advice = advise(
+            self._recipe,
+            gpu=self._on_gpu,
+            size=size,
+            homes=group.nodes,
+            room=room,
+            most=self._room_for,
+        )
         self._tell_workers(advice)
 
     def _tell_workers(self, advice: Advice) -> None:

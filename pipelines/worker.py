@@ -20,7 +20,6 @@ from pipelines import checkpoints
 from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
-from pipelines.events import Wish
 from pipelines.holdout import Holdout
 from pipelines.job import Job
 from pipelines.keeper import Keeper
@@ -62,7 +61,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     saved = checkpoints.newest(job.home)
     pace = Pace(recipe.optim.global_batch, step_flops(recipe.model, recipe.method), peak_of(state))
     restore(state, saved)
-    passed = PassedOver.read(job.home)
+    passed = PassedOver.read(job.home, schedule)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
     agreement = Agreement(3, recipe.run.hang_timeout_s)
     keeper = Keeper(job, state, proof)
@@ -108,16 +107,19 @@ def _train(job: Job, pulse: Pulse) -> None:
             told_to_go = True
             why = f"worker {dist.get_rank()} was sent SIGTERM"
             job.events.send({"kind": "leave", "why": why})
-        wish = job.events.wish() if dist.get_rank() == 0 else Wish()
-        heard = agreement.settle(wish.saves, max(wish.leave, 2 * asked_to_terminate()), keeper.due)
+        wish = job.events.wished  # of rank 0's pulse; the other ranks wish for nothing
+        wished_leave = max(wish.leave, 2 * asked_to_terminate())
+        # The largest of what is negative is the least: 0 unless all ranks have ended the same one.
+        heard = agreement.settle(wish.saves, wished_leave, -keeper.ended)
         last = state.step == schedule.steps
         leave = heard[1] > 1
         due = last or leave or heard[0] > saves or state.step % recipe.run.checkpoint_every == 0
         saves = max(saves, heard[0])
         if report and (due or state.step % recipe.run.log_every == 0):
             log(job, state, report, pace, bad)
-        if heard[2]:
-            keeper.finish()
+        if bad.too_many:
+            break
+        keeper.finish_if(-heard[2])
         metrics = {}
         if holdout and (last or at_epoch(state, recipe.measure.every_epochs)):
             pulse.now("measuring", state.step)
@@ -125,7 +127,7 @@ def _train(job: Job, pulse: Pulse) -> None:
             pace.pause()
         if due:
             pulse.now("saving", state.step)
-            bad.refuse()  # what is kept is what a rewind goes back to
+            bad.forgive()
             leave |= heard[1] > 0
             keeper.begin(metrics)
             pace.pause()
@@ -134,8 +136,9 @@ def _train(job: Job, pulse: Pulse) -> None:
         pulse.now("waiting for pictures", state.step)
     pulse.now("saving", state.step)
     agreement.close()
-    keeper.finish()
+    keeper.finish(last=not bad.too_many)  # the newest good one is what a rewind goes back to
     keeper.close()
+    bad.refuse()
 
 
 def peak_of(state: TrainState) -> float:
@@ -174,9 +177,6 @@ def log(job: Job, state: TrainState, report: StepReport, pace: Pace, bad: BadSte
     """Average over ranks and tell the driver.
 
     The one place where a step waits for the device, and on logged steps only.
-
-    Raises:
-        TooManyBadSteps: On all ranks, if more steps than run.bad_steps had to be skipped.
     """
     row = [*report.metrics, report.grad_norm.to(state.device)]
     own = torch.tensor([pace.wait_fraction, pace.replaced], device=state.device)
@@ -216,8 +216,6 @@ def log(job: Job, state: TrainState, report: StepReport, pace: Pace, bad: BadSte
         job.events.send({"kind": "metrics", "step": state.step, "values": values})
         if skipped:
             job.events.send({"kind": "bad_steps", "steps": skipped})
-    if len(bad.steps) > job.recipe.run.bad_steps:
-        bad.refuse()
     pace.reset()
 
 

@@ -1,6 +1,7 @@
 """Steps without a finite gradient: counted, refused past a limit, and their pictures named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ def test_steps_are_counted_when_they_are_read_and_forgiven_by_a_checkpoint() -> 
     for step, skipped in enumerate((NO, YES, NO, YES)):
         bad.note(step, skipped)
     assert bad.read() == [1, 3] and bad.read() == []
+    assert not bad.too_many
     bad.refuse()  # two are allowed
+    bad.forgive()
     bad.note(4, YES)
     assert bad.read() == [4] and bad.steps == [4]
 
@@ -30,6 +33,8 @@ def test_one_more_than_the_limit_names_them() -> None:
     bad = BadSteps(limit=1)
     for step in (7, 8):
         bad.note(step, YES)
+    bad.read()
+    assert bad.too_many
     with pytest.raises(TooManyBadSteps, match=r"2 steps .*\(7, 8\), run.bad_steps allows 1") as e:
         bad.refuse()
     assert e.value.steps == [7, 8]
@@ -41,9 +46,12 @@ def test_what_is_passed_over_adds_up_and_names_the_pictures(
     prepare(str(photographs), str(tmp_path / "data"), shard_bytes=200_000, group_rows=5)
     data, home = open_place(str(tmp_path / "data")), open_place(str(tmp_path / "run"))
     schedule = Schedule(manifest=load_manifest(data), seed=3, global_batch=8, window=16, epochs=2)
-    assert PassedOver.read(home) == PassedOver()
+    assert PassedOver.read(home, schedule) == PassedOver()
     assert pass_over(home, data, schedule, [10, 2]) == PassedOver(1, frozenset({2, 10}))
     assert pass_over(home, data, schedule, [4]) == PassedOver(2, frozenset({2, 4, 10}))
+
+    other = replace(schedule, global_batch=4)
+    assert PassedOver.read(home, other) == PassedOver()  # its steps have other pictures
 
     keys = json.loads((home / FILE).read_bytes())["pictures"]
     everything = sorted(str(path.relative_to(photographs)) for path in photographs.glob("*/*.jpg"))

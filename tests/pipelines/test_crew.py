@@ -118,3 +118,24 @@ def test_a_signal_reaches_processes_on_their_node() -> None:
     gone.wait()
     send_signal([(here, process.pid) for process in [gone, *sleepers]], signal.SIGKILL)
     assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL] * 2
+
+
+def test_room_that_another_job_holds_is_none() -> None:
+    whole = Room({"a": {"CPU": 8}}, {}, free={"CPU": 1})
+    assert told(whole, 2) == Advice()
+    assert told(replace(whole, free={"CPU": 2}), 2).leave
+    with_most = advise(
+        recipe(), gpu=False, size=2, homes=set(), room=replace(whole, free=None), most=2
+    )
+    assert with_most == Advice()
+
+
+def test_shards_are_shared_evenly_too() -> None:
+    whole = Recipe(
+        optim=Optim(global_batch=24),
+        compute=Compute(strategy="fsdp2", shard_ranks=4),
+        run=Run(workers=12, min_workers=1),
+    )
+    assert whole.sizes == (4, 8, 12)
+    with pytest.raises(ConfigError, match=r"run\.workers must be a multiple of.*4, got 6"):
+        replace(whole, run=Run(workers=6))

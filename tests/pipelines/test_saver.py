@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def unreachable() -> None:
 def test_training_goes_on_and_what_is_written_is_what_was_copied(saver: Saver, home: Place) -> None:
     weights, go_on = torch.ones(1000), threading.Event()
     saver.begin(1, {"w": weights}, {}, beside=lambda: go_on.wait(30))  # pyright: ignore
-    assert not saver.due and checkpoints.newest(home) is None
+    assert not saver.ended and checkpoints.newest(home) is None
     weights.add_(1)  # the next step, while the write is held up
     go_on.set()
     done = saver.finish()
@@ -73,6 +74,25 @@ def test_storage_that_is_away_once_costs_a_checkpoint_not_the_run(saver: Saver) 
         assert (done := saver.finish()) is not None and done.saved is not None
 
 
+def test_the_last_checkpoint_may_not_fail_even_once(saver: Saver) -> None:
+    saver.begin(1, {"w": torch.ones(3)}, {}, beside=unreachable)
+    with pytest.raises(StorageError, match="cannot be reached"):
+        saver.finish(last=True)
+
+
+def test_what_has_ended_is_told_by_its_step(saver: Saver) -> None:
+    go_on = threading.Event()
+    saver.begin(7, {"w": torch.ones(3)}, {}, beside=lambda: go_on.wait(30))  # pyright: ignore
+    assert (saver.step, saver.ended) == (7, 0)
+    go_on.set()
+    deadline = monotonic() + 30
+    while not saver.ended and monotonic() < deadline:
+        sleep(0.01)
+    assert saver.ended == 7
+    saver.finish()
+    assert saver.ended == 0
+
+
 def test_storage_that_stays_away_ends_the_run(saver: Saver) -> None:
     saver.begin(1, {"w": torch.ones(3)}, {}, beside=unreachable)
     saver.finish()
@@ -92,7 +112,7 @@ def test_what_does_not_pass_ends_the_run_at_once(saver: Saver, error: Exception)
 
 
 def test_without_a_checkpoint_under_way_there_is_nothing_to_wait_for(saver: Saver) -> None:
-    assert saver.finish() is None and not saver.due
+    assert saver.finish() is None and not saver.ended
 
 
 STEPS = (10, 20, 30, 40, 50)

@@ -1,14 +1,20 @@
 """What the supervisor makes of what it hears; that it restarts real workers is test_drill.py's."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.train import TrainingFailedError
 
-from droppos.errors import TrainingError
+from droppos.config import Compute
+from droppos.errors import ConfigError, TrainingError
+from pipelines.crew import Room
 from pipelines.news import told
 from pipelines.parts import DamagedError
-from pipelines.supervisor import STALL_S, Group, cause_of
+from pipelines.passed import PassedOver
+from pipelines.recipe import Data, Recipe, Run
+from pipelines.supervisor import STALL_S, Group, Supervisor, cause_of
 
 
 class Clock:
@@ -31,13 +37,23 @@ def started(rank: int) -> dict[str, Any]:
 
 
 def beat(rank: int, doing: str, step: int) -> dict[str, Any]:
-    return {"kind": "beat", "rank": rank, "doing": doing, "step": step}
+    return {
+        "kind": "beat",
+        "rank": rank,
+        "node": f"node {rank}",
+        "pid": 10 + rank,
+        "doing": doing,
+        "step": step,
+    }
 
 
 def test_a_group_knows_where_its_workers_are() -> None:
     ours, _ = group()
     for rank in (1, 0):
-        ours.event(started(rank))
+        ours.event(beat(rank, "starting", 0))
+    assert not ours.started
+    ours.event(started(1))
+    assert ours.started
     assert ours.processes == {0: ("node 0", 10), 1: ("node 1", 11)}
     assert ours.nodes == {"node 0", "node 1"}
 
@@ -113,3 +129,106 @@ def test_news_say_what_happened_and_what_is_done(event: dict[str, Any], words: s
 
 def test_ordinary_events_are_no_news() -> None:
     assert told({"kind": "metrics", "step": 1, "values": {}}) is None
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path, ray_cluster: None) -> Supervisor:
+    """One whose groups are told by `after`: nothing starts, and nothing is waited for."""
+    recipe = Recipe(
+        compute=Compute(strategy="fsdp2", device="cpu"),
+        data=Data(path=str(tmp_path / "data")),
+        run=Run(storage=str(tmp_path), workers=4, min_workers=1, max_failures=2),
+    )
+    heard = SimpleNamespace(event=lambda event: None, too_many=None)
+    schedule = SimpleNamespace(steps=100)
+    return Supervisor(recipe, schedule, heard, on_gpu=False)  # pyright: ignore[reportArgumentType]
+
+
+LOST = TrainingError("the workers failed")
+
+
+class Groups:
+    """Stands in for real ones: each is (newest step after it, its error, whether it started)."""
+
+    def __init__(
+        self, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, *groups: Any
+    ) -> None:
+        self.sizes: list[int] = []
+        step, left = 0, list(groups)
+
+        def run(size: int, group: Group, abort: Any) -> TrainingError | None:
+            nonlocal step
+            self.sizes.append(size)
+            step, error, begun = left.pop(0)
+            if begun:
+                group.event(started(0) | {"kind": "beat", "doing": "training", "step": step})
+                group.event(started(0))
+            return error
+
+        monkeypatch.setattr(supervisor, "_run_group", run)
+        monkeypatch.setattr(supervisor, "_newest_step", lambda: step)
+        monkeypatch.setattr(Room, "look", classmethod(lambda cls: Room({"n": {"CPU": 9}}, {})))
+
+
+@pytest.mark.slow
+def test_failures_count_only_in_a_row_without_a_newer_checkpoint(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost, left = (0, LOST, True), (10, None, True)
+    groups = [lost, lost, left, (10, LOST, True), (10, LOST, True), (20, LOST, True)]
+    groups += [(20, LOST, True), (100, None, True)]
+    told = Groups(supervisor, monkeypatch, *groups)
+    supervisor.run()
+    assert len(told.sizes) == len(groups)
+
+
+@pytest.mark.slow
+def test_one_failure_too_many_ends_the_run_and_keeps_its_kind(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage = DamagedError("part-00000 is not what was written")
+    Groups(supervisor, monkeypatch, (0, LOST, True), (0, LOST, True), (0, damage, True))
+    with pytest.raises(DamagedError, match=r"not what .*3 times in a row.*--resume goes on"):
+        supervisor.run()
+
+
+@pytest.mark.slow
+def test_groups_that_end_well_without_a_checkpoint_do_not_go_on_for_ever(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Groups(supervisor, monkeypatch, *[(0, None, True)] * 3)
+    with pytest.raises(TrainingError, match=r"ended without a newer checkpoint.*3 times"):
+        supervisor.run()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_mended_ends_the_run_at_once(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Groups(supervisor, monkeypatch, (0, ConfigError("no GPU"), True))
+    with pytest.raises(ConfigError, match=r"^no GPU$"):
+        supervisor.run()
+
+
+@pytest.mark.slow
+def test_a_size_that_cannot_start_is_not_a_failure_while_there_is_a_smaller_one(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another job may hold what the nodes have, or a dead node may still be listed."""
+    never = (0, LOST, False)
+    told = Groups(supervisor, monkeypatch, never, never, (100, None, True))
+    supervisor.run()
+    assert told.sizes == [4, 2, 1]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_taken_back_too_often_ends_and_says_where_the_pictures_are(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.supervisor.pass_over", lambda *given: PassedOver(rewinds=3))
+    bad = group()[0]
+    bad.event({"kind": "gave_up", "error": "the gradient was NaN", "bad_steps": [7]})
+    with pytest.raises(TrainingError, match=r"NaN; .*2 times \(run.max_rewinds\).*passed_over"):
+        supervisor._take_back(bad)
+    monkeypatch.setattr("pipelines.supervisor.pass_over", lambda *given: PassedOver(rewinds=2))
+    supervisor._take_back(bad)
