@@ -54,11 +54,8 @@ def test_a_vit_bs_step_is_what_the_design_says() -> None:
     assert step_flops(Model(), Method()) == pytest.approx(61.0e9, rel=0.02)
 
 
-def test_a_peak_is_measured_within_a_second_and_is_no_less_than_one_product_shows() -> None:
-    device = torch.device("cpu")
-    start = time.perf_counter()
-    peak = matmul_peak(device, torch.float32)
-    assert time.perf_counter() - start < 2
+def test_a_peak_is_no_less_than_one_product_shows() -> None:
+    peak = matmul_peak(torch.device("cpu"), torch.float32)
     a = torch.randn(256, 256)
     start = time.perf_counter()
     torch.mm(a, a)

@@ -142,7 +142,7 @@ def test_an_epoch_of_imagenet_is_planned_in_a_moment() -> None:
     start = perf_counter()
     windows = list(schedule.windows(0))
     windows[-1].rows()
-    assert perf_counter() - start < 1
+    assert perf_counter() - start < 10  # a second on a quiet machine; picture by picture, minutes
     assert len(windows) == 313
 
 

@@ -213,7 +213,7 @@ def test_patience_ends(
     says = {Fault.SLOW_DOWN: "is overloaded", Fault.RESET: "does not answer"}[fault]
     with pytest.raises(StorageError, match=rf"{place}.*127.* {says}.*; .*tried \d+ times in \d s"):
         act(place)
-    assert monotonic() - start < 1.5
+    assert monotonic() - start < 10  # the patience of everyone else is two minutes
     assert 4 <= len(proxy.requests()) <= 50
 
 
