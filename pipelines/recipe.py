@@ -109,8 +109,8 @@ class Run:
     """Times in a row that the workers may be lost, and started again from the newest checkpoint,
     without a newer one in between. Nodes taken back with a notice don't count."""
     hang_timeout_s: float = 600
-    """Seconds without any progress after which the workers are taken to hang, are killed, and
-    start again. More than the longest step, measurement or compilation takes."""
+    """Seconds without any progress after which the workers are taken to hang, are killed, and start
+    again. More than the longest step, measurement, compilation or loading of a checkpoint takes."""
     notice_margin_s: float = 20
     """Seconds before a node goes, by its notice, at which its workers leave it; until then they
     go on if nothing else could run them. A checkpoint is made at once, and again on leaving."""
