@@ -24,6 +24,7 @@ class Heard:
         self._skipped = skipped
         self._on_event = on_event
         self._away = False
+        self._counted = 0
         self.last: dict[str, float] = {}
         """Last value of each metric."""
 
@@ -48,10 +49,11 @@ class Heard:
         """Take one event."""
         match event["kind"]:
             case "metrics":
-                self.last |= event["values"]
-                self._ledger.log(event["step"], event["values"])
+                values = {**event["values"], **self._newly_skipped(event["values"])}
+                self.last |= values
+                self._ledger.log(event["step"], values)
             case "skipped":
-                self._skip(event)
+                self._skipped.add(event["step"], event["problems"])
             case "checkpoint":
                 self._ledger.checkpoint(event["saved"])
         if self._on_event is not None:
@@ -59,6 +61,13 @@ class Heard:
         elif (news := told(event)) is not None:
             _log.warning("%s", news)
 
-    def _skip(self, event: Mapping[str, Any]) -> None:
-        if self._skipped.add(event["step"], event["problems"]):
-            self._ledger.log(event["step"], {"data/pictures_skipped": len(self._skipped)})
+    def _newly_skipped(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Count the skipped pictures, if there are more than when they were last counted.
+
+        With rank 0's metrics, whose steps only grow: what one rank tells of a step may come after
+        what another tells of the next, and the ledger takes no step twice.
+        """
+        if "train/loss" not in values or len(self._skipped) == self._counted:
+            return {}
+        self._counted = len(self._skipped)
+        return {"data/pictures_skipped": self._counted}
