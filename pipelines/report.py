@@ -183,7 +183,7 @@ def show_audit(console: Console, audit: Audit) -> None:
 
 def show_drill(console: Console, report: DrillReport) -> None:
     """Tell how a run took each fault, and what it committed in the end."""
-    table = Table(title="Drill", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Drill", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("fault", no_wrap=True)
     for column in ("step", "told", "back", "size", "again", "lost", "twice"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -218,6 +218,7 @@ def test_the_table_fits_a_narrow_terminal() -> None:
     show_drill(console, report(bouts=bouts, error="node comes was not recovered from"))
     text = console.export_text()
     assert "worker told to go (SIGTERM)" in text
+    assert re.search(r"told +back +size +again +lost +twice", text)
     assert re.search(r"1,234 +12\.5 +123\.4 +16 +100 +0 +0", text)
     assert re.search(r"node comes +12 +not +never", text)
     assert "error: node comes was not" in text
