@@ -4,6 +4,8 @@ Run by tests/droppos/test_ranks.py: ``python -m tests.droppos.ranks FILE``. Impo
 longer than all the training here, so it is imported once, before the processes fork.
 """
 
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -66,6 +68,32 @@ SPOILT = (
     Case("fsdp2", 2, conformance="reference"),
 )
 """Cases in which the last rank meets a batch without a finite gradient."""
+
+
+def run_program(module: str, folder: Path) -> None:
+    """Run a program of ranks, such as this one, in processes of its own; it leaves files."""
+    result = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Compare two states as a whole, as a fraction of the second's norm.
+
+    Not tensor by tensor: Adam divides a gradient by its size, so where one is 0 but for rounding,
+    that rounding decides the weight's sign of travel; a few in a thousand weights differ by a step.
+    """
+    a, b = (
+        torch.cat([value.flatten().double() for _, value in sorted(state.items())])
+        for state in (ours, theirs)
+    )
+    return ((a - b).norm() / b.norm()).item()
 
 
 def create(case: Case, **method: Any) -> TrainState:

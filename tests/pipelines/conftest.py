@@ -10,9 +10,18 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch.distributed as dist
 
 from pipelines.local_s3 import S3Server
 from tests.fault_proxy import FaultProxy, fault_proxy
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
 """Who writes a run: the newest attempt, and nobody else."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from pipelines import checkpoints
 from pipelines.attempt import Attempt, SupersededError, claim_for_driver, claim_for_group
@@ -13,12 +11,7 @@ from pipelines.storage import Place, open_place
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture

@@ -1,16 +1,12 @@
 """A run goes on at any number of ranks and by any strategy: real processes on gloo, float32."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.droppos.ranks import Case, create, everything, train
+from tests.droppos.ranks import Case, create, distance, everything, run_program, train
 from tests.pipelines.reshard import LEGS, STEPS
 
 pytestmark = pytest.mark.slow
@@ -19,15 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("reshard")
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.pipelines.reshard", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_program("tests.pipelines.reshard", folder)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(4)]
 
 
@@ -46,13 +34,7 @@ def test_all_legs_together_are_one_run(found: list[list[dict[str, Any]]]) -> Non
     state = create(Case("single", 1))
     losses = torch.tensor(train(state, steps=STEPS * len(LEGS)))
     torch.testing.assert_close(torch.cat([leg["losses"] for leg in found[0]]), losses)
-
-    def whole(state: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([value.flatten().double() for _, value in sorted(state.items())])
-
-    # As a whole, for the reason test_ranks.py tells.
-    ours, theirs = whole(found[0][-1]["ended"]), whole(everything(state))
-    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-4
+    assert distance(found[0][-1]["ended"], everything(state)) < 1e-4
 
 
 def test_each_rank_that_was_there_goes_on_with_its_own_random_numbers(

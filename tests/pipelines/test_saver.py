@@ -6,7 +6,6 @@ from time import monotonic, sleep
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from droppos.errors import DataError, StorageError, TrainingError
 from pipelines import checkpoints
@@ -17,12 +16,7 @@ from pipelines.storage import Place, open_place
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture

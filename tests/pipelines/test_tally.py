@@ -3,12 +3,9 @@
 One process plays all ranks; that several add up is shown on a real Ray in test_exactness.py.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from droppos.errors import TrainingError
 from pipelines.order import Schedule
@@ -19,12 +16,7 @@ from pipelines.tally import Plan, Tally
 B = 8
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(params=[2 * B, B // 2, B // 4])
