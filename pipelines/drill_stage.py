@@ -141,10 +141,8 @@ class LocalStage(Stage):
             self._exits.callback(self.storage.kill)
             self.storage.start()
             self._set_environment(self.storage.server.env)
-            bucket = "drill"
-            if not _has_bucket(self.storage, bucket):
-                self.storage.server.bucket(bucket)
-            recipe = replace(recipe, run=replace(recipe.run, storage=f"s3://{bucket}/runs"))
+            bucket = self.storage.server.bucket("drill")  # the folder is this drill's own
+            recipe = replace(recipe, run=replace(recipe.run, storage=f"{bucket}/runs"))
         if recipe.tracking.uri is None:
             self.tracking = LocalMlflow(self._folder / "mlflow")
             self._exits.callback(self.tracking.kill)
@@ -230,10 +228,6 @@ def _restore(name: str, value: str | None) -> None:
         os.environ.pop(name, None)
     else:
         os.environ[name] = value
-
-
-def _has_bucket(storage: LocalS3, name: str) -> bool:
-    return name in [b["Name"] for b in storage.server.client().list_buckets()["Buckets"]]
 
 
 def stage_for(recipe: Recipe, folder: Path) -> Stage:
