@@ -1,6 +1,9 @@
-"""Trains slower than it reads, on a private Ray with a small object store; tells what that held.
+"""Trains as slowly as can be, on a private Ray with a small object store; tells what that held.
 
-python tests/pipelines/slow_consumer.py FOLDER WINDOW TASKS BATCHES
+After each few batches it waits until nothing more is read: so slow is no machine, and what the
+store holds then depends on no machine's speed.
+
+python tests/pipelines/slow_consumer.py FOLDER WINDOW TASKS ROUNDS
 """
 
 import json
@@ -22,6 +25,10 @@ STORE = 100 * 2**20
 SIDE = 128
 BATCH = 64
 CPUS = 4
+BATCHES = 8
+"""Of a round."""
+STILL_S = 4
+"""Seconds without a change of what is stored, after which nothing more is taken to come."""
 
 
 class Watch(threading.Thread):
@@ -30,7 +37,8 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self._state = get_state_from_address(ray.get_runtime_context().gcs_address)
-        self.peak = self.spilled = 0
+        self._used = self.peak = self.spilled = 0
+        self._changed = time.monotonic()
 
     def run(self) -> None:
         while True:
@@ -39,12 +47,20 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         stats = get_memory_info_reply(self._state).store_stats
-        self.peak = max(self.peak, stats.object_store_bytes_used)
+        if (stats.object_store_bytes_used, stats.spilled_bytes_total) != (self._used, self.spilled):
+            self._changed = time.monotonic()
+        self._used = stats.object_store_bytes_used
+        self.peak = max(self.peak, self._used)
         self.spilled = stats.spilled_bytes_total
+
+    def wait_until_still(self) -> None:
+        self._changed = time.monotonic()
+        while time.monotonic() - self._changed < STILL_S:
+            time.sleep(0.1)
 
 
 def main() -> None:
-    folder, window, tasks, count = sys.argv[1], *map(int, sys.argv[2:])
+    folder, window, tasks, rounds = sys.argv[1], *map(int, sys.argv[2:])
     ray.init(
         address="local",
         num_cpus=CPUS,
@@ -67,9 +83,10 @@ def main() -> None:
     )
     (shard,) = data_config().configure({"train": dataset}, 1, None, None)
     watch.start()
-    for _ in batches(shard["train"], worker_batch=BATCH, start_step=0, stop_step=count):
-        time.sleep(0.1)
-    watch.look()
+    stop = rounds * BATCHES
+    for batch in batches(shard["train"], worker_batch=BATCH, start_step=0, stop_step=stop):
+        if batch.step % BATCHES == 0:
+            watch.wait_until_still()
     print(json.dumps({"peak": watch.peak, "spilled": watch.spilled, "store": STORE}))
 
 
