@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ COMPLETE = "complete.json"
 DAMAGED = "damaged.json"
 """What complete.json is renamed to when a file is not what was written."""
 FORMAT = "droppos-checkpoint/1"
+
+COPIED_AT_ONCE = 8 * 2**20
+"""Bytes."""
 
 _log = logging.getLogger(__name__)
 
@@ -286,6 +290,24 @@ def prune(home: Place, retention: Retention) -> None:
             place.delete()
         except DataError as error:
             _log.warning("old checkpoint stays: %s", error)
+
+
+def adopt(home: Place, saved: Saved) -> None:
+    """Make a checkpoint of another run the newest of this one; what was newer is deleted.
+
+    Nobody may write the run meanwhile.
+
+    Raises:
+        DataError: If a file cannot be copied.
+    """
+    for place in _folders(home):
+        if int(place.name.removeprefix("step-")) >= saved.step:
+            (place / COMPLETE).delete()
+            place.delete()
+    copy = home / FOLDER / saved.place.name
+    for name in [*saved.files, COMPLETE]:  # in this order: what is cut short must not count
+        with (saved.place / name).open_input() as source, (copy / name).open_output() as target:
+            shutil.copyfileobj(source, target, COPIED_AT_ONCE)
 
 
 def set_aside(saved: Saved, why: str) -> None:

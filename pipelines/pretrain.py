@@ -24,8 +24,10 @@ from pipelines.passed import FILE as PASSED_FILE
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import to_yaml
 from pipelines.shards import load_manifest
+from pipelines.sharing import Sharing
 from pipelines.skipped import Skipped
 from pipelines.storage import open_place
+from pipelines.stream import join
 from pipelines.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ def pretrain(
     on_event: OnEvent | None = None,
     parent_run: str | None = None,
     stop: Callable[[], bool] = lambda: False,
+    sharing: Sharing | None = None,
 ) -> Outcome:
     """Run, or go on with, one pre-training.
 
@@ -77,6 +80,7 @@ def pretrain(
         on_event: Hears of progress.
         parent_run: MLflow run that this one is shown under.
         stop: Asked now and then; once it says yes, the run ends as after Ctrl-C.
+        sharing: Decode together with other trials that read the same.
 
     Raises:
         ConfigError: If the recipe cannot be run here.
@@ -109,7 +113,9 @@ def pretrain(
             # Decided once, here: a worker that sees a GPU it was not given must leave it alone.
             device = "cuda" if on_gpu else "cpu"
             sized = replace(recipe, compute=replace(recipe.compute, device=device))
-            Supervisor(sized, schedule, heard, on_gpu=on_gpu, stop=stop).run()
+            if sharing is not None:
+                join(sharing, recipe, schedule)
+            Supervisor(sized, schedule, heard, on_gpu=on_gpu, stop=stop, sharing=sharing).run()
         newest = checkpoints.newest(home)
         pictures = draw_run(recipe, newest, ledger) if newest else []
         for picture in pictures:

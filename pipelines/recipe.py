@@ -218,6 +218,9 @@ class Tracking:
             )
 
 
+Objective = Literal["position_skill", "knn", "effective_rank"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
     """What `droppos search` tries. Only that job reads this section."""
@@ -228,19 +231,42 @@ class Search:
         "method.sigma=choice(0, 1, 2)",
     )
     """What each field may be: FIELD=choice(...), grid(...), uniform(low, high) or
-    loguniform(low, high)."""
-    algorithm: Literal["grid", "random"] = "random"
-    """grid tries every combination of grid(...) fields; random draws."""
+    loguniform(low, high); `droppos search --space` is short for it."""
+    algorithm: Literal["grid", "random", "tpe"] = "random"
+    """grid tries every combination of grid(...) fields; random draws; tpe (Optuna's) draws near
+    what did well."""
     trials: int = 4
-    """Trials of a random search."""
+    """Trials of a random or tpe search."""
     max_concurrent: int = 1
     """Trials at once."""
+    objective: Objective | Literal["auto"] = "auto"
+    """What trials are compared by, on the held-out pictures; larger is better. auto takes knn where
+    they have labels, else position_skill."""
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    """asha ends a trial at the end of an epoch in which it was measured if most others did better
+    there. pbt (population-based training) has the worst go on from a checkpoint of the best, with
+    values near that one's; only fields that may change on the way, such as method.sigma."""
+    grace_epochs: int = 0
+    """Epochs before asha ends a trial, or pbt replaces one, and with pbt between two times; 0 takes
+    measure.every_epochs."""
+    reduction_factor: int = 3
+    """asha: of so many trials, one goes on past each of its looks."""
+    retries: int = 1
+    """Times a trial that failed is started again before it is marked as failed."""
+    share_stream: bool = True
+    """Have trials that train on the same pictures at the same time read and decode them once; they
+    wait for each other then, within a few windows."""
 
     def __post_init__(self) -> None:
-        require(self.trials > 0, "search.trials", self.trials, "positive", "4 is a start")
-        require(
-            self.max_concurrent > 0, "search.max_concurrent", self.max_concurrent, "positive", "1"
-        )
+        for name, least in (
+            ("trials", 1),
+            ("max_concurrent", 1),
+            ("grace_epochs", 0),
+            ("reduction_factor", 2),
+            ("retries", 0),
+        ):
+            value = getattr(self, name)
+            require(value >= least, f"search.{name}", value, f"{least} or more", "see --help")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

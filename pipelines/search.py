@@ -1,12 +1,11 @@
 """Search: the same run with other settings, many times, and which of them is best.
 
 Each trial is an ordinary `pretrain` of a recipe of its own, below the search's home; Ray Tune
-runs them, some at once. What is tried follows from space, seed and number alone, so a search
-that was killed, told to resume, repeats the same list: finished trials are in storage and are
-not run again, others go on from their checkpoints.
+runs them, some at once. The table of trials is in storage, so a search that was killed goes on:
+what has ended is not run again, what was under way goes on from its checkpoints.
 
-Trials train on different tasks, so their losses cannot be compared. The objective is position
-skill on held-out pictures under the fixed protocol of recipe.measure.
+Trials train on different tasks, so their losses cannot be compared. The objective is measured on
+held-out pictures under one protocol for all (recipe.measure); docs/figures.md tells of it.
 """
 
 import json
@@ -14,36 +13,40 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from ray import tune
-from ray.tune import Callback, ResultGrid, Stopper, TuneConfig, Tuner
+from ray.tune import Callback, FailureConfig, Stopper, TuneConfig, Tuner
 
-from droppos.errors import ConfigError
+from droppos.errors import ConfigError, DataError
 from pipelines.cluster import Share, buffer_mb_of, connect
 from pipelines.facts import FIXED
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
+from pipelines.memory import Footprint
 from pipelines.order import Schedule
 from pipelines.pretrain import located, plan
-from pipelines.recipe import Recipe
+from pipelines.proposals import Proposals, Source, scheduler_of, source_of
+from pipelines.recipe import Objective, Recipe
 from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.shards import load_manifest
+from pipelines.sharing import Shared, Sharing
+from pipelines.space import corners, parse_space
 from pipelines.storage import Place, open_place
 from pipelines.supervisor import STOP_SIGNALS
+from pipelines.trial_run import Common, TrialRun
 from pipelines.trials import (
-    OBJECTIVE,
-    State,
-    Trial,
-    TrialOutcome,
-    list_trials,
-    read_record,
-    run_trial,
+    Record,
+    TrialTable,
+    make_trial,
+    objective_of,
+    require_comparable,
 )
 
 DRIVER = {"CPU": 0, "memory": 1e6}
@@ -58,19 +61,35 @@ class SearchOutcome:
     """Where a search ended."""
 
     home: str
-    trials: list[TrialOutcome]
-    """In the order of their numbers."""
-    best: TrialOutcome | None
+    objective: Objective
+    trials: list[Record]
+    """In the order in which they began."""
+    best: Record | None
     """The finished one with the highest objective."""
     best_recipe: Path | None
     """Its recipe as a YAML file of this machine, for `droppos pretrain`."""
     tracking_run: str
     """Identifier of the MLflow run that the trials are shown under."""
+    left: int
+    """Trials that did not end: the search was interrupted."""
+    shared: Shared | None
+    """What the trials of this process read together; None if they did not."""
+    at_once: int
 
     @property
     def finished(self) -> bool:
         """Whether every trial ran to its end, or failed."""
-        return all(trial.state != "stopped" for trial in self.trials)
+        return self.left == 0
+
+    @property
+    def storage_reads_ratio(self) -> float | None:
+        """Windows read for every window that one trial alone would have read; 1 is perfect.
+
+        Trials that run at once by themselves read as many times as much as there are of them.
+        """
+        if self.shared is None or not self.shared.taken:
+            return None
+        return self.shared.decoded * self.at_once / self.shared.taken
 
 
 def search(
@@ -78,7 +97,7 @@ def search(
 ) -> SearchOutcome:
     """Run, or go on with, a search.
 
-    Ctrl-C or SIGTERM ends the trials where they are; each keeps its newest checkpoint.
+    Ctrl-C or SIGTERM ends the trials where they are; each saves a last checkpoint.
 
     Args:
         recipe: What trials have in common, and in its `search` section what they try.
@@ -93,26 +112,35 @@ def search(
     recipe = located(recipe)
     recipe = replace(recipe, tracking=replace(recipe.tracking, uri=shared_tracking(recipe)))
     schedule = plan(recipe)
-    trials = list_trials(recipe, schedule)
+    objective = objective_of(recipe)
+    check(recipe, schedule, objective)
     home = open_place(recipe.home)
     home.check_reachable()
-    begin(home, recipe, schedule, resume=resume)
-    left = [trial for trial in trials if not trial.record.exists()]
-    say = on_event or (lambda event: None)
-    say({"kind": "search", "trials": [trial.recipe.run.name for trial in trials]})
-    for trial in trials:
-        if trial not in left:
-            say(_event(trial, "finished", {"objective": read_record(trial).objective}))
-    digest = schedule.manifest.digest
-    with Ledger.open(recipe, digest, resume=resume) as ledger:
-        errors = run_trials(recipe, left, ledger.run_id, say) if left else {}
-        outcomes = [outcome_of(trial, errors) for trial in trials]
-        outcome = conclude(recipe, trials, outcomes, ledger)
-        if not outcome.finished:
-            stopped = {trial.name for trial in outcomes if trial.state == "stopped"}
-            end_children(ledger, stopped)
+    begin(home, recipe, schedule, objective, resume=resume)
+    table = TrialTable(home)
+    source, new = source_of(recipe, table)
+    left = len(table.unfinished) + new
+    run = Driver(recipe, schedule, objective, table, on_event or (lambda event: None))
+    run.tell_plan(left)
+    shared = None
+    with Ledger.open(recipe, schedule.manifest.digest, resume=resume) as ledger:
+        if left:
+            shared = run.run(source, new, ledger)
+        outcome = conclude(run, new, shared, ledger)
         ledger.finish("FINISHED" if outcome.finished else "KILLED")
     return outcome
+
+
+def check(recipe: Recipe, schedule: Schedule, objective: Objective) -> None:
+    """Refuse what could not be compared or run, at every corner of the space.
+
+    Raises:
+        ConfigError: Naming the field.
+    """
+    points = list(corners(parse_space(recipe)))
+    trials = [make_trial(recipe, schedule, 0, point).recipe for point in points]
+    require_comparable([recipe, *trials], recipe.model.grid, objective)
+    scheduler_of(recipe, TrialTable(open_place(recipe.home)), schedule.steps_per_epoch)
 
 
 def shared_tracking(recipe: Recipe) -> str | None:
@@ -127,10 +155,12 @@ def shared_tracking(recipe: Recipe) -> str | None:
     return uri if redact(uri) == uri else recipe.tracking.uri
 
 
-def begin(home: Place, recipe: Recipe, schedule: Schedule, *, resume: bool) -> None:
+def begin(
+    home: Place, recipe: Recipe, schedule: Schedule, objective: Objective, *, resume: bool
+) -> None:
     """Note what is searched, and refuse to go on with a search as if it were another.
 
-    More trials may be asked for than before: the list begins with the same ones.
+    More trials may be asked for than before.
 
     Raises:
         ConfigError: Naming the search or each difference, and the way out.
@@ -141,6 +171,7 @@ def begin(home: Place, recipe: Recipe, schedule: Schedule, *, resume: bool) -> N
     ours: dict[str, Any] = {
         name: value for name, value in flatten(recipe).items() if name.startswith(fixed)
     }
+    ours |= {"search.objective": objective}
     ours |= {"data (manifest digest)": schedule.manifest.digest}
     ours |= {"held-out data (manifest digest)": holdout}
     record = home / "search.json"
@@ -164,90 +195,193 @@ def begin(home: Place, recipe: Recipe, schedule: Schedule, *, resume: bool) -> N
     record.write_bytes(json.dumps(ours, indent=1).encode())
 
 
-def _shared(recipe: Recipe, share: Share, buffer_mb: float | None) -> Recipe:
-    """Give a trial its part of the CPUs that decode and of the memory that holds pictures."""
-    data = replace(recipe.data, decode_cpus=share.decoding, buffer_mb=buffer_mb)
-    return replace(recipe, data=data)
+class Driver(Callback):
+    """Runs the trials, and keeps the table of what Tune tells of them."""
 
-
-def run_trials(
-    recipe: Recipe, trials: Sequence[Trial], parent_run: str, say: OnEvent
-) -> dict[str, str]:
-    """Run trials on the cluster, search.max_concurrent at once.
-
-    Returns:
-        What went wrong, by the name of the trial. Those that are done have their records.
-
-    Raises:
-        ConfigError: If so many do not fit at once.
-    """
-    at_once = min(recipe.search.max_concurrent, len(trials))
-    share = connect(recipe, at_once)
-    buffer_mb = buffer_mb_of(recipe, at_once)
-    trials = [replace(trial, recipe=_shared(trial.recipe, share, buffer_mb)) for trial in trials]
-
-    def trainable(config: dict[str, Any]) -> dict[str, Any]:
-        return run_trial(trials[config["number"]], parent_run)
-
-    home = open_place(recipe.home)
-    # Tune's own result files would repeat what MLflow has, its own table ours.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    with interruptible() as interruption:
-        results = Tuner(
-            tune.with_resources(trainable, DRIVER),
-            param_space={"number": tune.grid_search(list(range(len(trials))))},
-            tune_config=TuneConfig(max_concurrent_trials=at_once),
-            run_config=tune.RunConfig(
-                name="tune",  # Tune's own bookkeeping; ours are the records of the trials
-                storage_path=home.path,
-                storage_filesystem=home.fs,
-                stop=interruption,
-                callbacks=[Follower(trials, say)],
-                verbose=0,
-            ),
-        ).fit()
-    return _errors(trials, results)
-
-
-class Follower(Callback):
-    """Tells the driver what Tune hears of its trials."""
-
-    def __init__(self, trials: Sequence[Trial], say: OnEvent) -> None:
-        self._trials = trials
+    def __init__(
+        self,
+        recipe: Recipe,
+        schedule: Schedule,
+        objective: Objective,
+        table: TrialTable,
+        say: OnEvent,
+    ) -> None:
+        self.recipe = recipe
+        self.schedule = schedule
+        self.objective: Objective = objective
+        self.table = table
         self._say = say
+        self._sharing: Sharing | None = None
+        self._interruption = Interruption()
+        self._since: dict[str, float] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Be empty in the copy that Tune keeps in storage: a terminal cannot go there."""
         return {}
 
+    @property
+    def at_once(self) -> int:
+        """Trials that run at the same time, at most."""
+        return self.recipe.search.max_concurrent
+
+    def tell_plan(self, left: int) -> None:
+        """Tell what is known before anything runs."""
+        waiting = left - len(self.table.unfinished)
+        self._say(
+            {
+                "kind": "search",
+                "trials": len(self.table) + waiting,
+                "objective": self.objective,
+            }
+        )
+        for record in self.table:
+            if not record.ended:
+                record.state = "waiting"
+            self._tell(record)
+
+    def run(self, source: Source, new: int, ledger: Ledger) -> Shared | None:
+        """Run all trials that are left, search.max_concurrent at once.
+
+        Raises:
+            ConfigError: If so many do not fit at once.
+        """
+        left = len(self.table.unfinished) + new
+        at_once = min(self.at_once, left)
+        sharing = self.recipe.search.share_stream and at_once > 1
+        share = connect(self.recipe, at_once)
+        recipe, capacity = _parted(self.recipe, share, at_once, sharing)
+        if sharing:
+            self._sharing = Sharing.start(capacity, self.recipe.run.hang_timeout_s)
+        common = Common(recipe, self.schedule, self.objective, ledger.run_id, self._sharing)
+        home = open_place(self.recipe.home)
+        # Tune's own result files would repeat what MLflow has, its own table ours.
+        os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+        # Between two measurements a trial tells its step alone.
+        os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+        with interruptible(self._interruption):
+            Tuner(
+                tune.with_resources(tune.with_parameters(TrialRun, common=common), DRIVER),
+                tune_config=TuneConfig(
+                    search_alg=Proposals(recipe, self.schedule, self.table, source, new),
+                    scheduler=scheduler_of(self.recipe, self.table, self.schedule.steps_per_epoch),
+                    num_samples=left,
+                    max_concurrent_trials=at_once,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",  # Tune's own bookkeeping; ours is the table
+                    storage_path=home.path,
+                    storage_filesystem=home.fs,
+                    stop=self._interruption,
+                    failure_config=FailureConfig(max_failures=self.recipe.search.retries),
+                    callbacks=[self],
+                    verbose=0,
+                ),
+            ).fit()
+        return self._sharing.shared if self._sharing else None
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell that a trial has begun."""
-        self._tell(trial, "running", {})
+        """Note that a trial has begun, or goes on."""
+        record = self._record(trial)
+        record.state, record.error = "running", None
+        record.point = dict(trial.config["point"])
+        self._since[record.name] = monotonic()
+        self._keep(record)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Tell how far a trial is."""
-        self._tell(trial, "failed" if "error" in result else "running", result)
+        """Note how far a trial is, and what it has measured."""
+        record = self._record(trial)
+        self._take(record, result)
+        if "objective" in result:
+            self._keep(record)
+        else:
+            self._tell(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell how a trial ended."""
-        done = self._trials[trial.config["number"]].record.exists()
-        state = "finished" if done else "failed" if "error" in trial.last_result else "stopped"
-        self._tell(trial, state, trial.last_result)
+        """Note how a trial ended."""
+        record = self._record(trial)
+        result = trial.last_result or {}
+        if "error" in result:
+            record.state, record.error = "failed", result["error"]
+        elif "checkpoint_uri" in result:
+            record.state = "finished"
+            record.checkpoint = result["checkpoint_uri"]
+            record.tracking_run = result["tracking_run"]
+        else:
+            record.state = "stopped" if self._interruption.asked else "early"
+        self._end(record)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial failed, and is started again."""
+        record = self._record(trial)
+        record.state = "waiting"
+        record.error = _last_line(trial)
+        self._end(record)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell that a trial's process died."""
-        self._tell(trial, "failed", {})
+        """Note that a trial failed for good."""
+        record = self._record(trial)
+        record.state = "failed"
+        record.error = _last_line(trial)
+        self._end(record)
 
-    def _tell(self, trial: Any, state: str, result: Mapping[str, Any]) -> None:
-        self._say(_event(self._trials[trial.config["number"]], state, result))
+    def _record(self, trial: Any) -> Record:
+        return self.table.records[trial.config["name"]]
+
+    def _take(self, record: Record, result: Mapping[str, Any]) -> None:
+        record.step = result.get("step", record.step)
+        record.steps = result.get("steps", record.steps)
+        record.figures |= result.get("figures", {})
+        if "objective" in result:
+            record.objective = result["objective"]
+            record.history.append((record.step, result["objective"]))
+
+    def _end(self, record: Record) -> None:
+        if self._sharing is not None:
+            self._sharing.of(record.name).leave()
+        record.seconds += monotonic() - self._since.pop(record.name, monotonic())
+        self._keep(record)
+
+    def _keep(self, record: Record) -> None:
+        try:
+            self.table.write(self.objective)
+        except DataError as error:  # the next one has all of it
+            logger.warning("the table of trials could not be written now: %s", error)
+        self._tell(record)
+
+    def _tell(self, record: Record) -> None:
+        told = {
+            "kind": "trial",
+            "trial": record.name,
+            "state": record.state,
+            "step": record.step,
+            "steps": record.steps,
+        }
+        known = {"objective": record.objective, "error": record.error}
+        self._say(told | {name: value for name, value in known.items() if value is not None})
 
 
-def _event(trial: Trial, state: str, result: Mapping[str, Any]) -> dict[str, Any]:
-    known = {key: result[key] for key in ("step", "steps", "objective", "error") if key in result}
-    return {"kind": "trial", "trial": trial.recipe.run.name, "state": state, **known}
+def _parted(recipe: Recipe, share: Share, at_once: int, sharing: bool) -> tuple[Recipe, int]:
+    """Give each trial its part of the CPUs that decode and of the memory that holds pictures.
+
+    Returns:
+        The recipe of one, and the decoded windows that may be held for all.
+    """
+    parts = at_once + sharing
+    buffer_mb = buffer_mb_of(recipe, parts)
+    data = replace(recipe.data, decode_cpus=share.decoding, buffer_mb=buffer_mb)
+    room = float("inf") if buffer_mb is None else buffer_mb * 1e6
+    windows = min(room / Footprint.of(recipe).window, 1000)
+    return replace(recipe, data=data), max(2, int(windows))
+
+
+def _last_line(trial: Any) -> str:
+    """Give the reason, of the whole traceback that Tune has."""
+    error = trial.get_error()
+    lines = str(error).strip().splitlines() if error is not None else []
+    return redact(lines[-1].strip()) if lines else "its process died"
 
 
 class Interruption(Stopper):
@@ -266,21 +400,20 @@ class Interruption(Stopper):
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
+def interruptible(interruption: Interruption) -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into an end of all trials; the second one is as without this.
 
     Only a main thread is sent signals; elsewhere nothing changes.
     """
-    interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield interruption
+        yield
         return
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def on_signal(number: int, frame: object) -> None:
         logger.warning(
-            "%s: ending the trials; --resume goes on from their newest checkpoints",
+            "%s: ending the trials, each after a last checkpoint; --resume goes on from there",
             signal.Signals(number).name,
         )
         interruption.asked = True
@@ -290,54 +423,26 @@ def interruptible() -> Iterator[Interruption]:
     for number in before:
         signal.signal(number, on_signal)
     try:
-        yield interruption
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _errors(trials: Sequence[Trial], results: ResultGrid) -> dict[str, str]:
-    errors = {}
-    for result in results:
-        name = trials[(result.config or {})["number"]].recipe.run.name
-        if result.error is not None:
-            errors[name] = str(result.error).strip().splitlines()[-1]
-        elif "error" in (result.metrics or {}):
-            errors[name] = (result.metrics or {})["error"]
-    return errors
-
-
-def outcome_of(trial: Trial, errors: Mapping[str, str]) -> TrialOutcome:
-    """Find where a trial stands: in its record, among the errors, or nowhere yet."""
-    if trial.record.exists():
-        return read_record(trial)
-    name = trial.recipe.run.name
-    state: State = "failed" if name in errors else "stopped"
-    return TrialOutcome(name, trial.point, state, error=errors.get(name))
-
-
-def conclude(
-    recipe: Recipe, trials: Sequence[Trial], outcomes: list[TrialOutcome], ledger: Ledger
-) -> SearchOutcome:
+def conclude(run: Driver, new: int, shared: Shared | None, ledger: Ledger) -> SearchOutcome:
     """Write the table and the best recipe: on this machine, to storage and to MLflow."""
-    scored = [
-        (outcome.objective, number)
-        for number, outcome in enumerate(outcomes)
-        if outcome.objective is not None
-    ]
-    best = max(scored, default=None)
-    table = {"objective": OBJECTIVE, "trials": [asdict(outcome) for outcome in outcomes]}
-    files = {"trials.json": json.dumps(table, indent=1)}
-    if best is not None:
-        objective, number = best
-        outcome = outcomes[number]
-        ledger.log(len(scored), {"search/best_position_skill": objective})
-        point = {f"best.{name}": str(value) for name, value in outcome.point.items()}
-        ledger.describe(recipe, {**point, "best.trial": outcome.name})
+    recipe, table = run.recipe, run.table
+    finished = [record for record in table if record.state == "finished"]
+    best = max(finished, key=lambda record: record.objective or 0.0, default=None)
+    files = {"trials.json": table.text(run.objective)}
+    if best is not None and best.objective is not None:
+        ledger.log(len(finished), {f"search/best_{run.objective}": best.objective})
+        point = {f"best.{name}": str(value) for name, value in best.point.items()}
+        ledger.describe(recipe, {**point, "best.trial": best.name})
         files["best.yaml"] = (
-            f"# Best of {len(scored)} trials: {OBJECTIVE} {objective:.4f}, {outcome.name}.\n"
-            f"# `droppos pretrain best.yaml` runs it anew.\n"
-            + to_yaml(best_recipe(recipe, trials[number]))
+            f"# Best of {len(finished)} finished trials: {run.objective} {best.objective:.4f}, "
+            f"{best.name}.\n# `droppos pretrain best.yaml` runs it anew.\n"
+            + to_yaml(best_recipe(recipe, run.schedule, best))
         )
     folder = local_folder(recipe) / recipe.run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -346,32 +451,22 @@ def conclude(
         (home / name).write_bytes(text.encode())
         (folder / name).write_text(text)
         ledger.picture(folder / name, f"search/{name}")
+    begun = len(table)
     return SearchOutcome(
         home=recipe.home,
-        trials=outcomes,
-        best=outcomes[best[1]] if best else None,
+        objective=run.objective,
+        trials=list(table),
+        best=best,
         best_recipe=folder / "best.yaml" if best else None,
         tracking_run=ledger.run_id,
+        left=sum(not record.ended for record in table),
+        shared=shared,
+        at_once=min(run.at_once, begun),
     )
 
 
-def best_recipe(recipe: Recipe, trial: Trial) -> Recipe:
+def best_recipe(recipe: Recipe, schedule: Schedule, best: Record) -> Recipe:
     """Make an ordinary run of a trial: beside the search, under a name of its own."""
+    trial = make_trial(recipe, schedule, best.number, best.point)
     run = replace(trial.recipe.run, name=f"{recipe.run.name}-best", storage=recipe.run.storage)
     return replace(trial.recipe, run=run, search=SearchSection())
-
-
-def end_children(ledger: Ledger, stopped: Collection[str]) -> None:
-    """Mark the MLflow runs of interrupted trials, which run on or failed as far as MLflow knows."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(ledger.uri)
-    try:
-        experiment = client.get_run(ledger.run_id).info.experiment_id
-        children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{ledger.run_id}'")
-        for child in children:
-            if child.info.run_name in stopped:
-                client.set_terminated(child.info.run_id, "KILLED")
-    except MlflowException as error:
-        logger.warning("interrupted trials still show as running in MLflow: %s", error)

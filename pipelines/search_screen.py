@@ -17,6 +17,8 @@ class SearchScreen:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._trials: dict[str, dict[str, Any]] = {}
+        self._total = 0
+        self._objective = ""
 
     def __enter__(self) -> Self:
         """Begin the live table."""
@@ -37,9 +39,9 @@ class SearchScreen:
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event of the search."""
         if event["kind"] == "search":
-            self._trials = {name: {"state": "waiting"} for name in event["trials"]}
+            self._total, self._objective = event["trials"], event["objective"]
         else:
-            trial = self._trials[event["trial"]]
+            trial = self._trials.setdefault(event["trial"], {"state": ""})
             changed = trial["state"] != event["state"]
             trial.update(event)
             if changed and not self._console.is_terminal:
@@ -48,25 +50,26 @@ class SearchScreen:
             self._live.update(self._table(), refresh=True)
 
     def _line(self, trial: Mapping[str, Any]) -> str:
-        parts = [trial["trial"], trial["state"], _skill(trial), trial.get("error", "")]
+        parts = [trial["trial"], trial["state"], _score(trial), trial.get("error", "")]
         return " · ".join(escape(part) for part in parts if part)
 
     def _table(self) -> Table:
-        done = sum(trial["state"] in {"finished", "failed"} for trial in self._trials.values())
+        ended = {"finished", "early", "failed"}
+        done = sum(trial["state"] in ended for trial in self._trials.values())
         table = Table(
-            title=f"{done} of {len(self._trials)} trials done",
+            title=f"{done} of {self._total} trials done",
             title_justify="left",
             box=None,
             padding=(0, 2),
         )
-        for column in ("trial", "state", "step", "skill"):
+        for column in ("trial", "state", "step", self._objective):
             table.add_column(column, header_style="dim")
         for name, trial in self._trials.items():
-            step = f"{trial['step']:,}/{trial['steps']:,}" if "step" in trial else ""
-            table.add_row(escape(name), trial["state"], step, _skill(trial))
+            step = f"{trial['step']:,}/{trial['steps']:,}" if trial.get("steps") else ""
+            table.add_row(escape(name), trial["state"], step, _score(trial))
         return table
 
 
-def _skill(trial: Mapping[str, Any]) -> str:
+def _score(trial: Mapping[str, Any]) -> str:
     objective = trial.get("objective")
     return "" if objective is None else f"{objective:.4f}"

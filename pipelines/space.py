@@ -75,11 +75,15 @@ class Dimension:
 
     def draw(self, random: np.random.RandomState) -> Value:
         """Draw a value, of four significant digits: a name and a YAML file tell all of it."""
-        value = self.domain.sample(random_state=random)
+        return self.rounded(self.domain.sample(random_state=random))
+
+    def rounded(self, value: Any) -> Value:
+        """Bring what was drawn or computed into the dimension, with four significant digits."""
         if self.listed:
             return value
         low, high = cast(tuple[float, float], self.values)
-        return int(value) if isinstance(low, int) else min(max(float(f"{value:.4g}"), low), high)
+        near = round(value) if isinstance(low, int) else float(f"{value:.4g}")
+        return min(max(near, low), high)
 
 
 Space = tuple[Dimension, ...]
@@ -100,9 +104,16 @@ def parse_space(recipe: Recipe) -> Space:
     names = [dimension.field for dimension in space]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"search.space names {', '.join(sorted(twice))} twice; keep one of them")
-    for corner in islice(product(*(dimension.values for dimension in space)), MOST_CORNERS):
-        apply(recipe, dict(zip(names, corner, strict=True)))
+    for corner in corners(space):
+        apply(recipe, corner)
     return space
+
+
+def corners(space: Space) -> Iterator[Point]:
+    """List the combinations of ends and listed values, as many as may be tried."""
+    names = [dimension.field for dimension in space]
+    for corner in islice(product(*(dimension.values for dimension in space)), MOST_CORNERS):
+        yield dict(zip(names, corner, strict=True))
 
 
 def apply(recipe: Recipe, point: Point) -> Recipe:

@@ -43,6 +43,7 @@ from droppos.errors import TrainingError
 from pipelines import checkpoints
 from pipelines.order import Schedule
 from pipelines.recipe import Recipe
+from pipelines.sharing import Sharing, stream_of
 from pipelines.storage import Place, open_place
 from pipelines.windows import CropOptions, Windows, read_window
 
@@ -98,6 +99,7 @@ def make_dataset(
     worker_batch: int,
     start_step: int = 0,
     decode_tasks: int | None = None,
+    sharing: Sharing | None = None,
     windows_per_execution: int = 2000,
 ) -> Dataset:
     """Make the data set of all that is left of a run, for TorchTrainer.
@@ -114,6 +116,8 @@ def make_dataset(
         decode_tasks: Windows that are read and decoded at once, each by one task on one CPU; as
             many as there are free CPUs when not given. While the first is under way, what is
             done of the others waits in the object store (:mod:`pipelines.memory`).
+        sharing: Have windows decoded together with other trials that read the same; the tasks
+            that ask for them take no CPU then.
         windows_per_execution: A new execution drains the pipeline first, so small data sets do
             several epochs in one: as many whole epochs as have about so many windows.
 
@@ -128,11 +132,19 @@ def make_dataset(
         )
     block = block_rows(worker_batch, schedule.rows_per_window)
     span = max(1, windows_per_execution // schedule.windows_per_epoch)
-    read = partial(
-        read_window, data=data, crop=crop, global_batch=schedule.global_batch, block=block
-    )
+    if sharing is None:
+        read = partial(
+            read_window, data=data, crop=crop, global_batch=schedule.global_batch, block=block
+        )
+    else:
+        read = sharing.reader(stream_of(schedule, data, crop, block), data)
     source = Windows(schedule, read, start_step=start_step, epochs_per_execution=span)
-    dataset = ray.data.read_datasource(source, override_num_blocks=1, concurrency=decode_tasks)
+    dataset = ray.data.read_datasource(
+        source,
+        override_num_blocks=1,
+        concurrency=decode_tasks,
+        num_cpus=None if sharing is None else 0,
+    )
     _keep_blocks_whole(dataset.context, block, crop)
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -162,6 +174,7 @@ class Remaining:
     recipe: Recipe
     schedule: Schedule
     decode_tasks: int
+    sharing: Sharing | None = None
 
     def __call__(self) -> ray.data.Dataset:
         """Start where the newest checkpoint stands, as the workers do."""
@@ -175,7 +188,18 @@ class Remaining:
             worker_batch=recipe.worker_batch,
             start_step=saved.step if saved else 0,
             decode_tasks=self.decode_tasks,
+            sharing=self.sharing,
         )
+
+
+def join(sharing: Sharing, recipe: Recipe, schedule: Schedule) -> None:
+    """Have other trials wait for one that starts, before its workers do: that takes a while."""
+    assert recipe.data.path is not None
+    saved = checkpoints.newest(open_place(recipe.home))
+    data = open_place(recipe.data.path)
+    block = block_rows(recipe.worker_batch, schedule.rows_per_window)
+    stream = stream_of(schedule, data, crop_options(recipe), block)
+    sharing.join(stream, (saved.step if saved else 0) * schedule.global_batch)
 
 
 def data_config(buffer_mb: float | None = None) -> DataConfig:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -43,6 +43,7 @@ from pipelines.order import Schedule
 from pipelines.passed import FILE as PASSED_FILE
 from pipelines.passed import pass_over
 from pipelines.recipe import Recipe
+from pipelines.sharing import Sharing
 from pipelines.storage import open_place
 from pipelines.stream import Remaining, data_config
 from pipelines.terminate import ListeningTorch
@@ -64,6 +65,8 @@ START_S = 60.0
 STALL_S = 30.0
 """Seconds without any progress after which it is told, if that is less than a quarter of
 run.hang_timeout_s."""
+
+Result = TypeVar("Result")
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -145,6 +148,7 @@ class Supervisor:
         *,
         on_gpu: bool,
         stop: Callable[[], bool] = lambda: False,
+        sharing: Sharing | None = None,
     ) -> None:
         """Take the run over from whoever ran it before; nothing starts yet.
 
@@ -154,7 +158,9 @@ class Supervisor:
             heard: Takes what workers say, and what is done about them.
             on_gpu: Whether each worker has a GPU.
             stop: Asked now and then; once it says yes, the run ends after a checkpoint.
+            sharing: Decode together with other trials that read the same.
         """
+        self._sharing = sharing
         self._recipe = recipe
         self._asked_to_stop = stop
         self._schedule = schedule
@@ -329,7 +335,7 @@ class Supervisor:
         elastic = self._recipe.run.min_workers is not None
         return TorchTrainer(
             partial(train_worker, Job(recipe, self._schedule, self._events, self._driver)),
-            datasets={"train": Remaining(recipe, self._schedule, tasks)},
+            datasets={"train": Remaining(recipe, self._schedule, tasks, self._sharing)},
             dataset_config=data_config(recipe.data.buffer_mb),
             torch_config=ListeningTorch(),
             scaling_config=ScalingConfig(
@@ -409,12 +415,12 @@ class Supervisor:
             )
 
 
-def in_background(job: Callable[[], object]) -> Future[object]:
+def in_background(job: Callable[[], Result]) -> Future[Result]:
     """Run a job in a thread that ends with this process.
 
     On the main thread `fit` would take Ctrl-C for itself, and drop the last steps.
     """
-    result: Future[object] = Future()
+    result: Future[Result] = Future()
 
     def run() -> None:
         try:

@@ -1,95 +1,188 @@
-"""One run of a search: an ordinary pretrain, its place in a list that never changes, its record.
+"""The trials of a search: what each one is, where it stands, and the table of all of them.
 
-What is tried follows from space, seed and number alone, so a resumed search finds its trials
-again by their names.
+The search's driver alone writes the table, each time a trial begins, is measured or ends. A search
+that goes on finds there what was tried, and so gives no trial twice and forgets none.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from time import monotonic
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from ray import tune
-
 from droppos.config import Grid
-from droppos.errors import ConfigError, DropposError
-from droppos.measure.position import PositionMeter, measure_positions, position_predictor
-from pipelines.backbone import from_checkpoint
-from pipelines.checkpoints import Saved
-from pipelines.holdout import load_pictures, protocol
+from droppos.errors import ConfigError
+from pipelines.holdout import protocol
 from pipelines.order import Schedule
-from pipelines.pretrain import pretrain
-from pipelines.recipe import Recipe, Search
-from pipelines.space import Point, apply, grid_points, parse_space, random_points
+from pipelines.recipe import Objective, Recipe, Search
+from pipelines.shards import load_manifest
+from pipelines.space import Point, apply
 from pipelines.storage import Place, open_place
 
-OBJECTIVE = "holdout/position/skill"
-"""Metric that is compared: 0 looks at no picture, 1 is always right."""
+FIGURES: Mapping[str, str] = {
+    "position_skill": "holdout/position/skill",
+    "knn": "holdout/features/knn_accuracy",
+    "effective_rank": "holdout/features/effective_rank",
+    "train_excess_nats": "train/position_excess_nats",
+}
+"""What trials are compared by, and the metric of a run that tells it. The last is no objective: it
+is measured on the task that the trial itself chose."""
 
-REPORT_EVERY_S = 1.0
-"""Seconds between two reports of a trial's steps; measurements are reported at once."""
+OBJECTIVES = ("position_skill", "knn", "effective_rank")
 
-State = Literal["finished", "failed", "stopped"]
+State = Literal["waiting", "running", "finished", "early", "failed", "stopped"]
+"""early: ended by search.scheduler, for others did better. failed: its error is told. stopped: it
+was interrupted, and goes on when the search does."""
+
+FILE = "trials.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One run of a search."""
 
+    number: int
     point: Point
     """Value of each searched field."""
     recipe: Recipe
 
     @property
-    def record(self) -> Place:
-        """Written when the trial is finished."""
-        return open_place(self.recipe.home) / "trial.json"
+    def name(self) -> str:
+        """Its folder below the search's home, and its name in MLflow."""
+        return self.recipe.run.name
 
 
-@dataclass(frozen=True, slots=True)
-class TrialOutcome:
-    """Where a trial ended."""
+@dataclass(slots=True)
+class Record:
+    """Where a trial stands."""
 
+    number: int
     name: str
     point: Point
-    state: State
-    """failed: its error is told. stopped: it was interrupted, or never began."""
+    """Value of each searched field; population-based training changes them on the way."""
+    state: State = "running"
     objective: float | None = None
-    """Position skill on the held-out pictures, at most 1."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Last value of each of FIGURES that it has."""
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """Step and objective, each time it was measured."""
+    step: int = 0
+    steps: int = 0
+    """Steps of the whole trial."""
+    seconds: float = 0.0
+    """Time it ran, over all its beginnings."""
     checkpoint: str | None = None
-    """Folder of the last checkpoint."""
+    """Folder of the last one that is known."""
     tracking_run: str | None = None
     """Identifier of the MLflow run."""
     error: str | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is not to be run again."""
+        return self.state in {"finished", "early", "failed"}
 
-def list_trials(recipe: Recipe, schedule: Schedule) -> list[Trial]:
-    """Write the recipe of each trial: the same list whenever it is asked for.
+    @property
+    def epoch_history(self) -> list[tuple[int, float]]:
+        """Give the history without what a newer measurement of the same step replaced."""
+        return sorted(dict(self.history).items())
+
+
+class TrialTable:
+    """All trials of a search, in storage."""
+
+    def __init__(self, home: Place) -> None:
+        """Read what is there.
+
+        Args:
+            home: Folder of the search.
+        """
+        self._file = home / FILE
+        self.records: dict[str, Record] = {}
+        """By name, in the order in which they began."""
+        self.objective = ""
+        if self._file.exists():
+            told = json.loads(self._file.read_bytes())
+            for entry in told["trials"]:
+                record = Record(**entry)
+                record.history = [(step, value) for step, value in record.history]
+                self.records[record.name] = record
+
+    def write(self, objective: Objective) -> None:
+        """Keep it as it is now."""
+        self._file.write_bytes(self.text(objective).encode())
+
+    def text(self, objective: Objective) -> str:
+        """Write it for storage and MLflow."""
+        trials = [asdict(record) for record in self]
+        return json.dumps({"objective": FIGURES[objective], "trials": trials}, indent=1)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records.values())
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def unfinished(self) -> list[Record]:
+        """Those that began and did not end."""
+        return [record for record in self if not record.ended]
+
+    def find(self, point: Point) -> Record | None:
+        """Find the trial of a point."""
+        return next((record for record in self if record.point == point), None)
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """Tell by which figure the trials of a search are compared.
+
+    By default k-NN where held-out pictures have labels, for that is what features are for, and
+    position skill where they have none. Effective rank is never the default: noise has a high one.
 
     Raises:
-        ConfigError: If the space is impossible, or a trial could not be compared or run.
+        ConfigError: If the figure cannot be measured there.
     """
-    space = parse_space(recipe)
-    if recipe.search.algorithm == "grid":
-        points = grid_points(space)
-    else:
-        points = random_points(space, recipe.search.trials, recipe.run.seed)
-    trials = []
-    for number, point in enumerate(points):
-        varied = apply(recipe, point)
-        run = replace(recipe.run, name=trial_name(recipe, number, point), storage=recipe.home)
-        run = replace(run, seed=varied.run.seed)
-        trial = Trial(point, replace(varied, run=run, search=Search()))
-        _require_comparable(trial.recipe, recipe.model.grid)
-        replace(
-            schedule,
-            global_batch=varied.optim.global_batch,
-            window=varied.data.window,
-            epochs=varied.optim.epochs,
-        )  # refuses a batch larger than the data
-        trials.append(trial)
-    return trials
+    if recipe.data.holdout is None:
+        raise ConfigError(
+            "data.holdout is not set: a search compares its trials on held-out pictures; set it to "
+            "a prepared data set that none of them trains on"
+        )
+    classes = load_manifest(open_place(recipe.data.holdout)).classes
+    labelled = classes is not None and len(classes) > 1
+    wanted = recipe.search.objective
+    if wanted == "knn" and not labelled:
+        raise ConfigError(
+            f"search.objective is knn, but the pictures of data.holdout {recipe.data.holdout} have "
+            "no two classes; prepare them from a folder with a sub-folder per class, or take "
+            "position_skill"
+        )
+    if wanted != "auto":
+        return wanted
+    return "knn" if labelled else "position_skill"
+
+
+def make_trial(recipe: Recipe, schedule: Schedule, number: int, point: Point) -> Trial:
+    """Write the recipe of a trial.
+
+    Args:
+        recipe: The search.
+        schedule: Of the recipe.
+        number: Of the trial, from 0.
+        point: Value of each searched field.
+
+    Raises:
+        ConfigError: If it could not be compared or run.
+    """
+    varied = apply(recipe, point)
+    run = replace(recipe.run, name=trial_name(recipe, number, point), storage=recipe.home)
+    trial = Trial(number, point, replace(varied, run=replace(run, seed=varied.run.seed)))
+    trial = replace(trial, recipe=replace(trial.recipe, search=Search()))
+    replace(
+        schedule,
+        global_batch=varied.optim.global_batch,
+        window=varied.data.window,
+        epochs=varied.optim.epochs,
+    )  # refuses a batch larger than the data
+    return trial
 
 
 def trial_name(recipe: Recipe, number: int, point: Point) -> str:
@@ -101,96 +194,35 @@ def trial_name(recipe: Recipe, number: int, point: Point) -> str:
     return "-".join([recipe.run.name, f"{number:03d}", *values])
 
 
-def _require_comparable(recipe: Recipe, grid: Grid) -> None:
-    way_out = (
-        "a search compares position skill on held-out pictures; "
-        "set data.holdout to a prepared data set, and a method.objective that predicts positions"
-    )
-    if recipe.data.holdout is None:
-        raise ConfigError(f"data.holdout is not set; {way_out}")
-    if recipe.run.min_workers is not None:
-        raise ConfigError(
-            f"run.min_workers is {recipe.run.min_workers}: trials of a search have a fixed size, "
-            "or they would grow into each other's room; leave it out"
-        )
-    if not recipe.method.predicts_positions:
-        raise ConfigError(f"method.objective {recipe.method.objective} has no positions; {way_out}")
-    if recipe.model.grid != grid:
-        raise ConfigError(
-            f"model.size {recipe.model.size} has a patch grid of {tuple(recipe.model.grid)}, the "
-            f"recipe {tuple(grid)}, so position skill would be another figure; set "
-            "model.patch_size in the recipe"
-        )
-    protocol(recipe.measure).counts(grid)  # refuses a protocol that asks nothing
+def require_comparable(trials: Iterable[Recipe], grid: Grid, objective: Objective) -> None:
+    """Refuse trials that the objective could not compare.
 
-
-def run_trial(trial: Trial, parent_run: str) -> dict[str, Any]:
-    """Be one trial: in a process of its own, called by Tune.
-
-    Returns:
-        Its objective, or the error that a person can mend. Others are raised, for Tune to tell.
+    Raises:
+        ConfigError: Naming the field.
     """
-    recipe = trial.recipe
-    try:
-        outcome = pretrain(
-            recipe, resume=True, on_event=Reporter(monotonic).event, parent_run=parent_run
-        )
-        assert outcome.checkpoint is not None
-        objective = outcome.metrics.get(OBJECTIVE)
-        if objective is None:  # trained in an earlier process, which was killed since
-            objective = measure_objective(recipe, outcome.checkpoint)
-    except DropposError as error:
-        return {"error": str(error)}
-    done = TrialOutcome(
-        name=recipe.run.name,
-        point=trial.point,
-        state="finished",
-        objective=objective,
-        checkpoint=outcome.checkpoint.uri,
-        tracking_run=outcome.tracking_run,
-    )
-    trial.record.write_bytes(json.dumps(asdict(done), indent=1).encode())
-    return {"objective": objective, "step": outcome.steps, "steps": outcome.steps}
+    for recipe in trials:
+        if recipe.run.min_workers is not None:
+            raise ConfigError(
+                f"run.min_workers is {recipe.run.min_workers}: trials of a search have a fixed "
+                "size, or they would grow into each other's room; leave it out"
+            )
+        if objective != "position_skill":
+            continue
+        if not recipe.method.predicts_positions:
+            raise ConfigError(
+                f"method.objective {recipe.method.objective} has no positions, and "
+                "search.objective is position_skill; take knn or effective_rank, or a "
+                "method.objective that predicts positions"
+            )
+        if recipe.model.grid != grid:
+            raise ConfigError(
+                f"model.size {recipe.model.size} has a patch grid of {tuple(recipe.model.grid)}, "
+                f"the recipe {tuple(grid)}, so position skill would be another figure; set "
+                "model.patch_size in the recipe"
+            )
+        protocol(recipe.measure).counts(grid)  # refuses a protocol that asks nothing
 
 
-def measure_objective(recipe: Recipe, saved: Saved) -> float:
-    """Measure a checkpoint's position skill as its run would have."""
-    assert recipe.data.holdout is not None
-    model = from_checkpoint(saved).droppos
-    assert model is not None
-    pictures = load_pictures(recipe.data.holdout, recipe.model.image_size, recipe.measure.pictures)
-    meter = PositionMeter(model.grid, protocol(recipe.measure).counts(model.grid))
-    predict = position_predictor(model)
-    return (
-        measure_positions(predict, pictures.pixels, meter, seed=recipe.measure.seed).report().skill
-    )
-
-
-class Reporter:
-    """Hands a trial's progress to Tune, and so to the search's driver."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._told = -REPORT_EVERY_S
-        self._steps = 0
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Take one event of the run."""
-        if event["kind"] == "plan":
-            self._steps = event["steps"]
-        elif event["kind"] != "metrics":
-            return
-        values = event.get("values", {})
-        if OBJECTIVE in values:
-            self._report(event["step"], {"objective": values[OBJECTIVE]})
-        elif self._now() - self._told >= REPORT_EVERY_S:
-            self._report(event["step"], {})
-
-    def _report(self, step: int, values: dict[str, float]) -> None:
-        self._told = self._now()
-        tune.report({"step": step, "steps": self._steps, **values})
-
-
-def read_record(trial: Trial) -> TrialOutcome:
-    """Read what a finished trial wrote."""
-    return TrialOutcome(**json.loads(trial.record.read_bytes()))
+def figures_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Pick the figures out of a run's metrics."""
+    return {name: metrics[metric] for name, metric in FIGURES.items() if metric in metrics}

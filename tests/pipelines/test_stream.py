@@ -19,6 +19,7 @@ from droppos.pictures import crop_seed, random_crop
 from pipelines import recipe as recipes
 from pipelines.order import Schedule
 from pipelines.shards import Manifest, Picture, ShardWriter, read_rows
+from pipelines.sharing import Sharing, stream_of
 from pipelines.storage import Place, open_place
 from pipelines.stream import (
     Batch,
@@ -105,6 +106,7 @@ def consume(
     decode_cpus: int = 2,
     windows_per_execution: int = 2000,
     window: int = 40,
+    sharing: Sharing | None = None,
 ) -> dict[tuple[int, int], Seen]:
     """Read as Ray Train has its workers read, a thread for each; key what is seen by step, slot."""
     schedule = schedule_of(data, window=window)
@@ -117,6 +119,7 @@ def consume(
         start_step=start,
         decode_tasks=decode_cpus,
         windows_per_execution=windows_per_execution,
+        sharing=sharing,
     )
     shards = data_config().configure({"train": dataset}, workers, None, None)
 
@@ -206,6 +209,39 @@ def test_an_epoch_may_be_an_execution_of_its_own(uneven: Data) -> None:
 def test_a_run_may_stop_early(uneven: Data) -> None:
     seen = consume(uneven, start=1, stop=3)
     assert {step for step, _ in seen} == {1, 2}
+
+
+@pytest.mark.slow
+def test_trials_side_by_side_have_each_window_decoded_once(uneven: Data) -> None:
+    """Three of them, one of which goes on from a checkpoint."""
+    starts = {"first": 0, "second": 0, "resumed": 8}
+    sharing = Sharing.start(capacity=6, patience_s=60)
+    schedule = schedule_of(uneven)
+    stream = stream_of(schedule, uneven.place, CROP, block_rows(GLOBAL_BATCH, 32))
+    for name, start in starts.items():
+        sharing.of(name).join(stream, start * GLOBAL_BATCH)
+
+    def trial(name: str) -> dict[tuple[int, int], Seen]:
+        return consume(uneven, start=starts[name], sharing=sharing.of(name))
+
+    with ThreadPoolExecutor() as pool:
+        seen = dict(zip(starts, pool.map(trial, starts), strict=True))
+    whole = expected(uneven)
+    assert seen == {name: after(whole, start) for name, start in starts.items()}
+    windows = [window.first + window.size for e in range(2) for window in schedule.windows(e)]
+    rest = sum(end > 8 * GLOBAL_BATCH for end in windows)
+    assert sharing.shared.taken == 2 * len(windows) + rest
+    # The resumed one begins alone, and meets nobody; the others are one pack.
+    assert sharing.shared.decoded == len(windows) + rest
+
+
+@pytest.mark.slow
+def test_a_shared_window_without_a_good_picture_names_some(tmp_path: Path) -> None:
+    sharing = Sharing.start(capacity=6, patience_s=60)
+    bad = write(open_place(str(tmp_path)), [b"no picture"] * ROWS)
+    for member in "ab":
+        with pytest.raises(DataError, match="none of the 32 pictures of a window"):
+            consume(bad, sharing=sharing.of(member))
 
 
 @pytest.mark.slow

@@ -1,0 +1,283 @@
+"""What a search tries next: every combination, draws, or what Optuna makes of what it has seen.
+
+Tune asks for one point after another. What has ended is in the search's table and is not tried
+again; what was under way is handed out first, and goes on from its checkpoints.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from droppos.errors import ConfigError
+from pipelines.order import Schedule
+from pipelines.recipe import Recipe
+from pipelines.space import Point, Space, grid_points, parse_space, random_points, to_tune
+from pipelines.trials import Record, TrialTable, make_trial
+
+OBJECTIVE = "objective"
+"""Key of a trial's result."""
+ASKED_AGAIN = 100
+"""Times Optuna is asked for a point that was not tried yet, before the space is taken for empty."""
+
+_log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where points come from."""
+
+    def next(self) -> Point | None:
+        """Give a point that was not given yet; None when there is none left."""
+
+    def told(self, point: Point, objective: float | None) -> None:
+        """Learn how good a point was; None if it failed."""
+
+
+class Listed:
+    """Points that are known from the start."""
+
+    def __init__(self, points: Sequence[Point], tried: Sequence[Point]) -> None:
+        self._left = deque(point for point in points if point not in tried)
+
+    def next(self) -> Point | None:
+        """Give the next of the list."""
+        return self._left.popleft() if self._left else None
+
+    def told(self, point: Point, objective: float | None) -> None:
+        """Learn nothing."""
+
+
+class Tpe:
+    """Optuna's tree-structured Parzen estimator, through Ray Tune."""
+
+    def __init__(self, space: Space, seed: int, trials: int, table: TrialTable) -> None:
+        """Begin with what is known.
+
+        Args:
+            space: What may be tried.
+            seed: Of the draws.
+            trials: Of the whole search; a third of them, at most ten, are drawn at random first.
+            table: What was tried before.
+        """
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space = space
+        self._points: dict[str, Point] = {}
+        self._tried: list[Point] = []
+        self._asked = 0
+        # Another seed when it goes on: the same one would draw what was tried before.
+        sampler = optuna.samplers.TPESampler(
+            seed=seed + len(table), n_startup_trials=max(3, min(10, trials // 3))
+        )
+        self._search = OptunaSearch(
+            OptunaSearch.convert_search_space(dict(to_tune(space))),
+            metric=OBJECTIVE,
+            mode="max",
+            sampler=sampler,
+        )
+        for record in table:
+            self._tried.append(record.point)
+            if record.state in {"finished", "early"} and record.objective is not None:
+                self._search.add_evaluated_point(dict(record.point), record.objective)
+
+    def next(self) -> Point | None:
+        """Ask Optuna, again if need be."""
+        for _ in range(ASKED_AGAIN):
+            self._asked += 1
+            name = str(self._asked)
+            drawn: Any = self._search.suggest(name)
+            point = {one.field: one.rounded(drawn[one.field]) for one in self._space}
+            if point not in self._tried:
+                self._tried.append(point)
+                self._points[name] = point
+                return point
+            self._search.on_trial_complete(name, error=True)
+        return None
+
+    def told(self, point: Point, objective: float | None) -> None:
+        """Hand on how good it was."""
+        for name, asked in self._points.items():
+            if asked == point:
+                del self._points[name]
+                result = None if objective is None else {OBJECTIVE: objective}
+                self._search.on_trial_complete(name, result, error=objective is None)
+                return
+
+
+def source_of(recipe: Recipe, table: TrialTable) -> tuple[Source, int]:
+    """Choose where points come from, and count those that are left to try.
+
+    Raises:
+        ConfigError: If the space is impossible.
+    """
+    space = parse_space(recipe)
+    tried = [record.point for record in table]
+    search = recipe.search
+    if search.algorithm == "tpe":
+        left = max(0, search.trials - len(table))
+        return Tpe(space, recipe.run.seed, search.trials, table), left
+    if search.algorithm == "grid":
+        points = grid_points(space)
+    else:
+        points = random_points(space, search.trials, recipe.run.seed)
+    listed = Listed(points, tried)
+    return listed, sum(point not in tried for point in points)
+
+
+class Proposals(Searcher):
+    """What Tune asks for the next trial."""
+
+    def __init__(
+        self, recipe: Recipe, schedule: Schedule, table: TrialTable, source: Source, left: int
+    ) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        self._recipe = recipe
+        self._schedule = schedule
+        self._table = table
+        self._source = source
+        self._left = left
+        self._again = deque(table.unfinished)
+        self._points: dict[str, Point] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """Give a trial to go on with, or a new one."""
+        if self._again:
+            record = self._again.popleft()
+        else:
+            found = self._new()
+            if found is None:
+                return Searcher.FINISHED
+            record = found
+        self._points[trial_id] = dict(record.point)
+        return {"number": record.number, "name": record.name, "point": dict(record.point)}
+
+    def _new(self) -> Record | None:
+        while self._left > 0 and (point := self._source.next()) is not None:
+            self._left -= 1
+            number = len(self._table)
+            try:
+                name = make_trial(self._recipe, self._schedule, number, point).name
+            except ConfigError as error:  # corners are checked before; what lies between may be odd
+                _log.warning("passed over: %s", error)
+                self._source.told(point, None)
+                continue
+            record = Record(number, name, point)
+            self._table.records[name] = record
+            return record
+        return None
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Hand on how good it was."""
+        objective = (result or {}).get(OBJECTIVE)
+        self._source.told(self._points.pop(trial_id), None if error else objective)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Wait for the end."""
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        """Take nothing from Tune: all is known."""
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: a search that goes on reads its own table."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing, likewise."""
+
+
+def scheduler_of(recipe: Recipe, table: TrialTable, steps_per_epoch: int) -> TrialScheduler:
+    """Make what ends trials early, and have it know of those that ended before.
+
+    Raises:
+        ConfigError: If the scheduler cannot work on this space.
+    """
+    search = recipe.search
+    every = search.grace_epochs or recipe.measure.every_epochs
+    if search.scheduler == "none":
+        return FIFOScheduler()
+    if search.scheduler == "pbt":
+        return _population(recipe, every)
+    if every > recipe.optim.epochs:
+        raise ConfigError(
+            f"search.scheduler asha looks at trials from epoch {every} on, but they have "
+            f"{recipe.optim.epochs} epochs; lower search.grace_epochs or measure.every_epochs"
+        )
+    asha = ASHAScheduler(
+        time_attr="epoch",
+        metric=OBJECTIVE,
+        mode="max",
+        max_t=recipe.optim.epochs,
+        grace_period=every,
+        reduction_factor=search.reduction_factor,
+        stop_last_trials=False,
+    )
+    for record in table:
+        if record.ended:
+            known: Any = SimpleNamespace(trial_id=record.name)
+            nobody: Any = None
+            asha.on_trial_add(nobody, known)
+            for step, objective in record.history:
+                result = {"epoch": step / steps_per_epoch, OBJECTIVE: objective}
+                asha.on_trial_result(nobody, known, result)
+    return asha
+
+
+MUTABLE = (
+    "method.sigma",
+    "method.mask_ratio",
+    "method.position_mask_ratio",
+    "method.tau",
+    "method.position_weight",
+    "optim.lr_per_256",
+    "optim.clip_norm",
+)
+"""Fields that may change while a run trains: weights, optimizer state and order stay what they are.
+"""
+
+
+def _population(recipe: Recipe, every: int) -> TrialScheduler:
+    space = parse_space(recipe)
+    for dimension in space:
+        if dimension.field not in MUTABLE:
+            raise ConfigError(
+                f"search.scheduler pbt changes values while trials train, which {dimension.field} "
+                f"does not allow; search only {', '.join(MUTABLE)}, or take search.scheduler asha"
+            )
+    if recipe.search.max_concurrent < recipe.search.trials:
+        raise ConfigError(
+            f"search.scheduler pbt trains its whole population at once, but search.max_concurrent "
+            f"is {recipe.search.max_concurrent} and search.trials {recipe.search.trials}; make "
+            "them equal"
+        )
+
+    def inside(config: dict[str, Any]) -> dict[str, Any]:
+        """Bring values that Tune has multiplied back into the space."""
+        point = {one.field: one.rounded(config["point"][one.field]) for one in space}
+        return {**config, "point": point}
+
+    mutations = {one.field: list(one.values) if one.listed else one.domain for one in space}
+    return PopulationBasedTraining(
+        time_attr="epoch",
+        metric=OBJECTIVE,
+        mode="max",
+        perturbation_interval=every,
+        hyperparam_mutations={"point": mutations},
+        custom_explore_fn=inside,
+        require_attrs=False,
+        log_config=False,
+    )

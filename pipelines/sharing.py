@@ -1,0 +1,196 @@
+"""One stream for many trials: a window that several want is read and decoded once.
+
+Each trial has its own stream (:mod:`pipelines.stream`), its own order and its own place in it, so
+all that holds of a run holds of a trial. Only the reading of a window is handed to an actor, which
+has a task decode it and gives the same blocks to every trial that asks. Trials at the same place
+wait for each other within a few windows (:mod:`pipelines.packs`); one elsewhere reads for itself.
+
+Imports no torch, for it is unpickled where data is read (:mod:`pipelines.windows`).
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import ray
+from ray.data.block import Block
+from ray.exceptions import RayActorError, RayTaskError
+
+from pipelines.order import Schedule, Window
+from pipelines.packs import Packs, Wait
+from pipelines.storage import Place
+from pipelines.windows import CropOptions, read_window
+
+ASK_AGAIN_S = 0.05
+"""Seconds between two looks whether there is room."""
+
+_log = logging.getLogger(__name__)
+
+
+class Stream(NamedTuple):
+    """What makes two streams the same: equal ones give equal blocks at equal turns."""
+
+    manifest: str
+    """Digest of the data set."""
+    data: str
+    """Its place."""
+    seed: int
+    window: int
+    """Rows of a window."""
+    global_batch: int
+    block: int
+    """Rows of a block."""
+    crop: CropOptions
+
+
+class Shared(NamedTuple):
+    """How much was shared so far."""
+
+    decoded: int
+    """Windows that were read and decoded."""
+    taken: int
+    """Windows that trials took: so many would have been decoded without sharing."""
+
+
+class _Pool:
+    """Runs in the actor. Its methods are coroutines, so one who waits holds nobody up."""
+
+    def __init__(self, capacity: int, patience_s: float) -> None:
+        self._packs: Packs[list[ray.ObjectRef]] = Packs(capacity, patience_s)
+
+    async def join(self, member: str, stream: Stream, turn: int) -> None:
+        self._packs.join(member, stream, turn)
+
+    async def leave(self, member: str) -> None:
+        self._packs.leave(member)
+
+    async def take(self, member: str, stream: Stream, window: Window, data: Place) -> Any:
+        first, end = window.first, window.first + window.size
+
+        def decode() -> list[ray.ObjectRef]:
+            return _decoded(stream, window, data)
+
+        # The references come back at once: whoever asked waits for the pictures, not this actor.
+        while (found := self._packs.want(member, stream, first, end, decode)) is Wait.WAIT:
+            await asyncio.sleep(ASK_AGAIN_S)
+        return found
+
+    async def forget(self, stream: Stream, first: int) -> None:
+        self._packs.forget(stream, first)
+
+    async def shared(self) -> Shared:
+        return Shared(self._packs.decoded, self._packs.taken)
+
+
+def _decoded(stream: Stream, window: Window, data: Place) -> list[ray.ObjectRef]:
+    """Have a window decoded, by a task whose blocks the calling actor owns.
+
+    A node that is lost takes blocks with it; Ray makes them anew, since their owner is here.
+    """
+    count = window.size // stream.block
+    task = ray.remote(num_cpus=1, num_returns=count, scheduling_strategy="SPREAD")(_decode)
+    blocks: Any = task.remote(stream, window, data)
+    return [blocks] if count == 1 else blocks
+
+
+def _decode(stream: Stream, window: Window, data: Place) -> Any:
+    blocks = read_window(
+        window,
+        0,
+        data=data,
+        crop=stream.crop,
+        global_batch=stream.global_batch,
+        block=stream.block,
+    )
+    return next(blocks) if window.size == stream.block else blocks
+
+
+@dataclass(frozen=True, slots=True)
+class SharedReader:
+    """Reads the windows of one trial's stream from what is decoded for all."""
+
+    pool: Any
+    """Handle of the actor."""
+    member: str
+    stream: Stream
+    data: Place
+
+    def __call__(self, window: Window, start: int) -> Iterator[Block]:
+        """Yield the blocks of a window from a turn on, as `read_window` does.
+
+        Raises:
+            DataError: As `read_window` raises it.
+            StorageError: Likewise.
+        """
+        try:
+            refs = ray.get(self.pool.take.remote(self.member, self.stream, window, self.data))
+        except RayActorError as error:
+            # Its node is gone. It starts again elsewhere; until then each trial reads for itself.
+            _log.warning("the shared stream does not answer, so this trial reads alone: %s", error)
+            refs = _decoded(self.stream, window, self.data)
+        try:
+            for ref in refs[start // self.stream.block :]:
+                yield ray.get(ref)
+        except RayTaskError as error:
+            self.pool.forget.remote(self.stream, window.first)
+            raise error.cause or error from error
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """A trial's membership; of another process, too, for it pickles."""
+
+    pool: Any
+    """Handle of the actor."""
+    member: str = ""
+    """Name of the trial."""
+
+    @classmethod
+    def start(cls, capacity: int, patience_s: float) -> Self:
+        """Start the actor; it ends with this process.
+
+        Args:
+            capacity: Decoded windows that it may hold, about.
+            patience_s: Seconds without a request after which nobody waits for a trial any more.
+        """
+        actor = ray.remote(_Pool).options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000
+        )
+        return cls(actor.remote(capacity, patience_s))
+
+    def of(self, member: str) -> "Sharing":
+        """Be the membership of a trial."""
+        return Sharing(self.pool, member)
+
+    def join(self, stream: Stream, turn: int) -> None:
+        """Have others wait for this trial, which will read from a turn on."""
+        ray.get(self.pool.join.remote(self.member, stream, turn))
+
+    def leave(self) -> None:
+        """Have nobody wait for this trial any more."""
+        self.pool.leave.remote(self.member)
+
+    def reader(self, stream: Stream, data: Place) -> SharedReader:
+        """Make what reads this trial's windows."""
+        return SharedReader(self.pool, self.member, stream, data)
+
+    @property
+    def shared(self) -> Shared:
+        """How much was shared so far."""
+        found: Any = ray.get(self.pool.shared.remote())
+        return Shared(*found)
+
+
+def stream_of(schedule: Schedule, data: Place, crop: CropOptions, block: int) -> Stream:
+    """Describe what a trial reads."""
+    return Stream(
+        manifest=schedule.manifest.digest,
+        data=data.uri,
+        seed=schedule.seed,
+        window=schedule.rows_per_window,
+        global_batch=schedule.global_batch,
+        block=block,
+        crop=crop,
+    )

@@ -1,0 +1,185 @@
+"""A trial while it runs: an ordinary `pretrain`, in a process of Ray Tune's."""
+
+import json
+import logging
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Condition, Event
+from typing import Any
+
+from ray import tune
+
+from droppos.errors import ConfigError
+from pipelines import checkpoints
+from pipelines.holdout import measure_checkpoint
+from pipelines.order import Schedule
+from pipelines.pretrain import Outcome, plan, pretrain
+from pipelines.recipe import Objective, Recipe
+from pipelines.sharing import Sharing
+from pipelines.storage import open_place
+from pipelines.supervisor import in_background
+from pipelines.trials import figures_in, make_trial
+
+REPORT_EVERY_S = 1.0
+"""Seconds between two reports of a trial's steps; measurements are reported at once."""
+LEAVE_S = 120.0
+"""Seconds a trial has to save a last checkpoint and end."""
+SAVED_S = 60.0
+"""Seconds to wait for the checkpoint of a measurement, before another trial starts from it."""
+
+POINTER = "checkpoint.json"
+"""What Tune keeps of a checkpoint: where ours is."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all trials of a search are told."""
+
+    recipe: Recipe
+    """The search, with each trial's part of CPUs and memory in its data section."""
+    schedule: Schedule
+    objective: Objective
+    parent_run: str
+    """MLflow run that trials are shown under."""
+    sharing: Sharing | None
+
+
+class Progress:
+    """What a run tells, gathered for Tune, which asks from another thread."""
+
+    def __init__(self, objective: Objective, steps_per_epoch: int) -> None:
+        self._objective = objective
+        self._steps_per_epoch = steps_per_epoch
+        self._measured: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._saved = Condition()
+        self._step = self._steps = self._saved_step = 0
+        self._figures: dict[str, float] = {}
+        self.checkpoint: str | None = None
+        """Folder of the newest checkpoint."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take one event of the run."""
+        match event["kind"]:
+            case "plan":
+                self._step, self._steps = event["step"], event["steps"]
+            case "metrics":
+                self._step = event["step"]
+                found = figures_in(event["values"])
+                self._figures |= found
+                if self._objective in found:
+                    epoch = event["step"] / self._steps_per_epoch
+                    objective = {"objective": found[self._objective], "epoch": epoch}
+                    self._measured.put(self._told | objective)
+            case "checkpoint":
+                with self._saved:
+                    self._saved_step = event["saved"].step
+                    self.checkpoint = event["saved"].uri
+                    self._saved.notify_all()
+
+    def next(self, timeout_s: float) -> dict[str, Any]:
+        """Wait for the next measurement; without one in time, tell how far the run is."""
+        try:
+            return self._measured.get(timeout=timeout_s)
+        except Empty:
+            return self._told
+
+    def measured(self) -> dict[str, Any] | None:
+        """Give a measurement that was not told yet, if there is one."""
+        return None if self._measured.empty() else self._measured.get()
+
+    def await_saved(self, timeout_s: float) -> None:
+        """Wait until what was measured last is in a checkpoint."""
+        step = self._step
+        with self._saved:
+            self._saved.wait_for(lambda: self._saved_step >= step, timeout_s)
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        return {"step": self._step, "steps": self._steps, "figures": dict(self._figures)}
+
+
+class TrialRun(tune.Trainable):
+    """What Tune runs. Its `step` is not one of the run, which goes on by itself meanwhile."""
+
+    def setup(self, config: dict[str, Any], common: Common | None = None) -> None:
+        """Prepare; the run begins with the first `step`, for Tune may still give a checkpoint."""
+        assert common is not None
+        trial = make_trial(common.recipe, common.schedule, config["number"], config["point"])
+        # Named by its first values, though they may have changed since.
+        run = replace(trial.recipe.run, name=config["name"])
+        self._recipe = replace(trial.recipe, run=run)
+        self._common = common
+        self._sharing = common.sharing.of(config["name"]) if common.sharing else None
+        self._progress = Progress(common.objective, plan(self._recipe).steps_per_epoch)
+        self._stop = Event()
+        self._running: Future[Outcome] | None = None
+        self._adopted = False
+
+    def step(self) -> dict[str, Any]:
+        """Tell of the next measurement, or after a second how far the run is."""
+        if self._running is None:
+            self._running = in_background(self._run)
+        if not self._running.done():
+            return self._progress.next(REPORT_EVERY_S)
+        if (measured := self._progress.measured()) is not None:
+            return measured
+        try:
+            return self._conclude(self._running.result())
+        except ConfigError as error:  # as it would be the next time
+            return {"error": str(error), "done": True}
+
+    def _run(self) -> Outcome:
+        try:
+            return pretrain(
+                self._recipe,
+                resume=True,
+                allow_changes=self._adopted,
+                on_event=self._progress.event,
+                parent_run=self._common.parent_run,
+                stop=self._stop.is_set,
+                sharing=self._sharing,
+            )
+        finally:
+            if self._sharing is not None:
+                self._sharing.leave()
+
+    def _conclude(self, outcome: Outcome) -> dict[str, Any]:
+        assert outcome.checkpoint is not None
+        figures = figures_in(outcome.metrics)
+        if self._common.objective not in figures:  # measured by an earlier process, since killed
+            figures |= figures_in(measure_checkpoint(self._recipe, outcome.checkpoint))
+        return {
+            "step": outcome.checkpoint.step,
+            "steps": outcome.steps,
+            "figures": figures,
+            "objective": figures[self._common.objective],
+            "checkpoint_uri": outcome.checkpoint.uri,
+            "tracking_run": outcome.tracking_run,
+            "done": True,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tell Tune where the newest checkpoint is; the weights stay where they are."""
+        self._progress.await_saved(SAVED_S)
+        newest = checkpoints.newest(open_place(self._recipe.home))
+        pointer = {"uri": newest.uri if newest else None}
+        (Path(checkpoint_dir) / POINTER).write_text(json.dumps(pointer))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Start from a checkpoint, of this trial or of a better one."""
+        uri = json.loads((Path(checkpoint) / POINTER).read_text())["uri"]
+        home = open_place(self._recipe.home)
+        self._adopted = True
+        if uri is not None and not uri.startswith(f"{home.uri}/"):
+            checkpoints.adopt(home, checkpoints.at(uri))
+
+    def cleanup(self) -> None:
+        """Have the run save a last checkpoint, and end."""
+        self._stop.set()
+        if self._running is not None:
+            wait([self._running], LEAVE_S)
