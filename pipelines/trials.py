@@ -14,10 +14,7 @@ from ray import tune
 
 from droppos.config import Grid
 from droppos.errors import ConfigError, DropposError
-from droppos.measure.position import PositionMeter, measure_positions, position_predictor
-from pipelines.backbone import from_checkpoint
-from pipelines.checkpoints import Saved
-from pipelines.holdout import load_pictures, protocol
+from pipelines.holdout import measure_checkpoint, protocol
 from pipelines.order import Schedule
 from pipelines.pretrain import pretrain
 from pipelines.recipe import Recipe, Search
@@ -138,7 +135,7 @@ def run_trial(trial: Trial, parent_run: str) -> dict[str, Any]:
         assert outcome.checkpoint is not None
         objective = outcome.metrics.get(OBJECTIVE)
         if objective is None:  # trained in an earlier process, which was killed since
-            objective = measure_objective(recipe, outcome.checkpoint)
+            objective = measure_checkpoint(recipe, outcome.checkpoint)[OBJECTIVE]
     except DropposError as error:
         return {"error": str(error)}
     done = TrialOutcome(
@@ -151,19 +148,6 @@ def run_trial(trial: Trial, parent_run: str) -> dict[str, Any]:
     )
     trial.record.write_bytes(json.dumps(asdict(done), indent=1).encode())
     return {"objective": objective, "step": outcome.steps, "steps": outcome.steps}
-
-
-def measure_objective(recipe: Recipe, saved: Saved) -> float:
-    """Measure a checkpoint's position skill as its run would have."""
-    assert recipe.data.holdout is not None
-    model = from_checkpoint(saved).droppos
-    assert model is not None
-    pictures = load_pictures(recipe.data.holdout, recipe.model.image_size, recipe.measure.pictures)
-    meter = PositionMeter(model.grid, protocol(recipe.measure).counts(model.grid))
-    predict = position_predictor(model)
-    return (
-        measure_positions(predict, pictures.pixels, meter, seed=recipe.measure.seed).report().skill
-    )
 
 
 class Reporter:
