@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from droppos.config import Counts, Method
+from droppos.config import Method
 from droppos.encoder import exact, take
 from droppos.masking import Draw
 from droppos.model import Prediction
@@ -30,7 +30,8 @@ class Metrics(NamedTuple):
     position_loss: Tensor
     """Weighted cross-entropy in nats; ln(N) is a uniform guess, the target's entropy is perfect."""
     position_excess: Tensor
-    """Nats above the entropy of the target: 0 is perfect at any sigma."""
+    """Nats above the least that any answer could score, for a distribution its entropy: 0 is
+    perfect at any sigma, a uniform guess is at ln(N) less that entropy."""
     position_accuracy: Tensor
     """Share of scored patches placed in their very cell. Compare with ``Counts.chance``. Under
     the reference's conformance it is weighted as the loss is."""
@@ -90,16 +91,26 @@ def _position_metrics(
     if method.ignore_confident:
         counted = ~_confident(log_probability.detach(), true, targets)
     weights = _weights(method, similarity, draw, counted, nats.dtype)
-    entropy = torch.special.entr(wanted).sum(dim=-1)
+    excess = nats - least_nats(targets.to(logits.dtype))[true]
 
     # The reference weighs it as its loss.
     share = hit.to(nats.dtype).mean() if method.conformance == "paper" else (hit * weights).sum()
     return metrics._replace(
         position_loss=(weights * nats).sum(),
-        position_excess=(weights * (nats - entropy)).sum().detach(),
+        position_excess=(weights * excess).sum().detach(),
         position_accuracy=share,
         ignored=1 - counted.to(nats.dtype).mean(),
     )
+
+
+def least_nats(targets: Float[Tensor, "N N"]) -> Float[Tensor, "N"]:
+    """Bound the cross-entropy of each row from below: no answer scores less.
+
+    An answer sums to 1. A row that does, as in ``paper``, is best answered by itself, which costs
+    its entropy. A row that sums to s, as the reference's do, is best answered by row / s, which
+    costs its entropy + s ln s; its entropy alone would make good answers look better than perfect.
+    """
+    return torch.special.entr(targets).sum(dim=1) - torch.special.entr(targets.sum(dim=1))
 
 
 def _confident(
@@ -153,8 +164,3 @@ def patchify(images: Float[Tensor, "B 3 rows columns"], patch_size: int) -> Floa
     rows, columns = height // patch_size, width // patch_size
     patches = images.view(batch, channels, rows, patch_size, columns, patch_size)
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
-
-
-def skill(accuracy: float, counts: Counts) -> float:
-    """Correct an accuracy for chance: 0 is the best guess without looking, 1 is perfect."""
-    return (accuracy - counts.chance) / (1 - counts.chance)

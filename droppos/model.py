@@ -155,6 +155,16 @@ class DropPos(nn.Module):
             pixels = self.pixel_decoder(tokens, draw)
         return Prediction(logits, pixels, similarity)
 
+    def encode_whole(self, images: Float[Tensor, "B 3 rows columns"]) -> Float[Tensor, "B T D"]:
+        """Encode all patches with all positions: what a backbone does with a picture.
+
+        A second way into the model, besides a call of it. FSDP2 is told of it (droppos.parallel):
+        it gathers sharded weights, so all ranks must come. DDP has nothing to add without a
+        gradient: call it on the model inside.
+        """
+        patches = self.encoder.patch_embed(images)
+        return encode(self.encoder, patches + positions(self.encoder)[:, 1:])
+
     def _visible_tokens(
         self, patches: Float[Tensor, "B N D"], draw: Draw
     ) -> Float[Tensor, "B V D"]:

@@ -13,7 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -106,6 +111,7 @@ def _shard(model: DropPos, blocks: list[nn.Module], compute: Compute, device: to
             block, mesh=mesh, mp_policy=policy, reshard_after_forward=compute.reshard_after_forward
         )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(model, DropPos.encode_whole.__name__)
 
 
 def _mesh(compute: Compute, device: torch.device) -> DeviceMesh:

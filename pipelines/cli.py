@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,17 +98,22 @@ def pretrain(
 
 def search(
     file: RecipeName = "",
+    space: tuple[str, ...] = (),
     resume: bool = False,
     recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
 ) -> None:
-    """Try a recipe with other settings (search.space), and write the best one as a recipe.
+    """Try a recipe with other settings, and write the best one as a recipe.
 
     Args:
         file: A YAML file, or the name of a recipe that is shipped.
-        resume: Go on with the search of run.storage/run.name; finished trials stay as they are.
+        space: What may vary, in place of search.space: FIELD=choice(...), grid(...),
+            uniform(low, high) or loguniform(low, high), such as 'method.sigma=uniform(0, 2)'.
+        resume: Go on with the search of run.storage/run.name; trials that ended stay as they are.
         recipe: Fields given here override the file's.
     """
     _refuse_late(file, "search")
+    if space:
+        recipe = replace(recipe, search=replace(recipe.search, space=space))
     from pipelines.report import show_search
     from pipelines.search import search as job
     from pipelines.search_screen import SearchScreen

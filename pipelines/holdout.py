@@ -1,31 +1,41 @@
-"""Pictures kept out of training, and the fixed protocol asked of them.
+"""Pictures kept out of training, and what is asked of them: during a run, and of a checkpoint.
 
 Axes in this file
-    P  held-out pictures, of which a rank has its share
+    P  held-out pictures, B of them in a batch
+    D  channels of a token
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 
-from droppos.config import Grid, Method
+from droppos.config import Compute, Method
 from droppos.errors import DataError
-from droppos.measure.position import PositionMeter, PositionReport, measure_positions
+from droppos.measure.features import patch_mean
+from droppos.measure.knn import can_leave_one_out, knn_leave_one_out
+from droppos.measure.position import PositionMeter, measure_positions
+from droppos.measure.rank import effective_rank
 from droppos.model import normalise
+from droppos.parallel import precision, unwrap
 from droppos.pictures import center_crop
+from pipelines.backbone import from_checkpoint
+from pipelines.checkpoints import Saved
 from pipelines.recipe import Measure, Recipe
 from pipelines.shards import Manifest, Picture, load_manifest, read_row_group
 from pipelines.storage import Place, open_place
 
 BATCH = 32
-"""Pictures of a forward pass: the model's own batch may be too large beside its gradients."""
-
+"""Pictures of a forward pass: the model's own batch may be too large beside its gradients. The same
+pictures go together whatever the number of ranks, so that it changes no figure."""
 
 GROUP_SHARE = 32
 """Pictures taken of a row group, about, where not all are wanted."""
@@ -101,52 +111,127 @@ def protocol(measure: Measure) -> Method:
 
 
 class Holdout:
-    """This rank's share of the held-out pictures."""
+    """Held-out pictures and what is asked of them; the same in a run and of its checkpoint."""
 
-    def __init__(self, measure: Measure, pictures: Pictures, device: torch.device) -> None:
-        self._measure = measure
+    def __init__(
+        self, measure: Measure, compute: Compute, pictures: Pictures, device: torch.device
+    ) -> None:
+        self._measure, self._compute, self._device = measure, compute, device
         self._pictures = pictures.pixels
-        self._device = device
+        labels = None if pictures.labels is None else torch.tensor(pictures.labels)
+        self._labels = labels if labels is not None and can_leave_one_out(labels) else None
 
     @classmethod
     def open(cls, recipe: Recipe, device: torch.device) -> "Holdout | None":
-        """Read the recipe's held-out pictures; None if it names none or there is no head."""
-        if recipe.data.holdout is None or not recipe.method.predicts_positions:
+        """Read the recipe's held-out pictures; None if it names none."""
+        if recipe.data.holdout is None:
             return None
         limit = recipe.measure.pictures
         pictures = load_pictures(recipe.data.holdout, recipe.model.image_size, limit)
-        return cls(recipe.measure, pictures, device)
+        return cls(recipe.measure, recipe.compute, pictures, device)
 
-    def measure(self, model: nn.Module, grid: Grid) -> PositionReport:
-        """Ask for positions under the protocol; collective, and equal on all ranks."""
-        counts = protocol(self._measure).counts(grid)
-        meter = PositionMeter(grid, counts, self._device)
-        idle = PositionMeter(grid, counts, self._device)
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Measure a model in the precision it trains in; with ranks collective, equal on all.
+
+        Args:
+            model: A DropPos, however it is spread, on the device.
+
+        Returns:
+            By name, all that begin with ``holdout/``: position figures if it has a position head,
+            effective rank, and k-NN figures if the pictures have labels that allow it.
+
+        Raises:
+            TrainingError: If the model diverged.
+        """
+        training = model.training
         model.eval()
+        try:
+            figures = self._position_figures(model) | self._feature_figures(model)
+        finally:
+            model.train(training)
+        # Every rank has summed up the same, but perhaps on another processor: one rank's word goes.
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self._device)
+        if _world() > 1:
+            dist.broadcast(values, src=0)
+        return dict(zip([f"holdout/{name}" for name in figures], values.tolist(), strict=True))
+
+    def _position_figures(self, model: nn.Module) -> dict[str, float]:
+        """Ask for positions under the protocol."""
+        whole = unwrap(model)
+        if not whole.method.predicts_positions:
+            return {}
+        counts = protocol(self._measure).counts(whole.grid)
+        meter = PositionMeter(whole.grid, counts, self._device)
+        idle = PositionMeter(whole.grid, counts, self._device)
 
         def predict(pictures: Tensor, draw: object) -> Tensor:
-            return model(normalise(pictures.to(self._device)), draw).logits
+            with self._arithmetic(model):
+                return model(normalise(pictures.to(self._device)), draw).logits
 
-        share, first = _share(len(self._pictures))
-        own = self._pictures[first : first + share]
-        rounds = -(-_share(len(self._pictures), rank=0)[0] // BATCH)
-        for i in range(rounds):
-            part = own[i * BATCH : (i + 1) * BATCH]
-            # A sharded forward pass is collective: a rank that has run out goes through it with
-            # a picture that is not counted, or the others would wait for ever.
-            target, part = (meter, part) if len(part) else (idle, self._pictures[:1])
-            measure_positions(
-                predict, part, target, seed=self._measure.seed, first=first + i * BATCH
-            )
-        model.train()
-        for total in meter.state:
-            dist.all_reduce(total)
-        return meter.report()
+        for first, part, counted in self._own_batches():
+            target = meter if counted else idle
+            measure_positions(predict, part, target, seed=self._measure.seed, first=first)
+        if _world() > 1:
+            for total in meter.state:
+                dist.all_reduce(total)
+        return meter.report().metrics()
+
+    def _feature_figures(self, model: nn.Module) -> dict[str, float]:
+        """Judge features of whole pictures, outside of autocast, which would round similarities."""
+        features = self._features(model).cpu()
+        figures = {"features/effective_rank": effective_rank(features)}
+        if self._labels is not None:
+            figures |= knn_leave_one_out(features, self._labels).metrics()
+        return figures
+
+    @torch.no_grad()
+    def _features(self, model: nn.Module) -> Float[Tensor, "P D"]:
+        """Run the whole pictures through the encoder, and gather all ranks' features."""
+        whole = unwrap(model)
+        parts = []
+        for _, part, _ in self._own_batches():
+            with self._arithmetic(model):
+                tokens = whole.encode_whole(normalise(part.to(self._device)))
+            parts.append(F.pad(patch_mean(tokens), (0, 0, 0, BATCH - len(part))))
+        own = torch.stack(parts)
+        dealt = [own]
+        if _world() > 1:
+            dealt = [torch.empty_like(own) for _ in range(_world())]
+            dist.all_gather(dealt, own)
+        # By turn, rank and place: that is the pictures' order, and padding comes after the last.
+        return torch.stack(dealt, dim=1).flatten(0, 2)[: len(self._pictures)]
+
+    def _arithmetic(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Open a forward pass; an fsdp2 run's model that is whole again does not cast by itself."""
+        whole = not isinstance(model, FSDPModule)
+        compute = replace(self._compute, strategy="single", shard_ranks=None)
+        return precision(compute if whole else self._compute, self._device)
+
+    def _own_batches(self) -> Iterator[tuple[int, UInt8[Tensor, "B rows columns 3"], bool]]:
+        """Deal the batches out to the ranks in turn, equally many to each.
+
+        A sharded forward pass is collective: a rank that has run out goes through it with a picture
+        that is not counted, or the others would wait for ever.
+
+        Yields:
+            Number of the first picture, the pictures, and whether they count.
+        """
+        rank = dist.get_rank() if _world() > 1 else 0
+        for turn in range(0, len(self._pictures), BATCH * _world()):
+            first = turn + rank * BATCH
+            part = self._pictures[first : first + BATCH]
+            yield (first, part, True) if len(part) else (0, self._pictures[:1], False)
 
 
-def _share(total: int, rank: int | None = None) -> tuple[int, int]:
-    """Count a rank's pictures, and find its first."""
-    rank, world = dist.get_rank() if rank is None else rank, dist.get_world_size()
-    most = -(-total // world)
-    first = min(rank * most, total)
-    return min(most, total - first), first
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def measure_checkpoint(recipe: Recipe, saved: Saved) -> dict[str, float]:
+    """Measure a checkpoint, in this process, as its run measures itself.
+
+    Returns:
+        As of `Holdout.measure`; nothing if the recipe names no held-out pictures.
+    """
+    holdout = Holdout.open(recipe, torch.device("cpu"))
+    return {} if holdout is None else holdout.measure(from_checkpoint(saved).whole)

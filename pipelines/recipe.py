@@ -102,7 +102,7 @@ class Run:
     """Keep for good each checkpoint whose step is a multiple of this; none keeps no others."""
     keep_best: str | None = None
     """Keep, besides, the checkpoint with the best value of this metric of the held-out pictures,
-    such as holdout/position/skill; none keeps no others."""
+    such as holdout/position/skill or holdout/features/knn_skill; none keeps no others."""
     keep_best_is: Literal["largest", "smallest"] = "largest"
     """Which value of run.keep_best is the best."""
     max_failures: int = 3
@@ -189,7 +189,8 @@ class Measure:
     position_mask_ratio: float = 0.75
     """Fraction of visible patches whose position is dropped while measuring, in (0, 1]."""
     pictures: int = 1024
-    """At most so many held-out pictures."""
+    """At most so many held-out pictures, from all over the data set. Effective rank compares only
+    where their number is the same, and k-NN wants some tens of each class."""
     seed: int = 0
     """Seed of the masks."""
 

@@ -92,20 +92,21 @@ def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:
 
 def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> None:
     """Tell how the trials compare, the best first, and what to do next."""
-    table = Table(title="Trials, by position skill on held-out pictures", title_justify="left")
-    fields = list(outcome.trials[0].point)
-    for column in ("trial", *(name.rpartition(".")[2] for name in fields), "skill", "state"):
+    by = f"Trials, by {outcome.objective} on held-out pictures"
+    table = Table(title=by, title_justify="left")
+    fields = list(outcome.trials[0].point) if outcome.trials else []
+    columns = [name.rpartition(".")[2] for name in fields]
+    for column in ("trial", *columns, outcome.objective, "state"):
         table.add_column(column, overflow="fold")
-    for number, trial in sorted(
-        enumerate(outcome.trials),
-        key=lambda entry: (entry[1].objective is None, -(entry[1].objective or 0)),
+    for trial in sorted(
+        outcome.trials, key=lambda trial: (trial.objective is None, -(trial.objective or 0))
     ):
         values = [
             f"{value:.4g}" if isinstance(value, float) else str(value)
             for value in trial.point.values()
         ]
         skill = "" if trial.objective is None else f"{trial.objective:.4f}"
-        table.add_row(f"{number:03d}", *values, skill, trial.state)
+        table.add_row(f"{trial.number:03d}", *values, skill, trial.state)
     console.print(table, highlight=False)
     for trial in outcome.trials:
         if trial.error is not None:

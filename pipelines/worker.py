@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from droppos.flops import matmul_peak, step_flops
-from droppos.parallel import precision, unwrap
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
 from pipelines import checkpoints
 from pipelines.agreement import Agreement
@@ -221,9 +220,7 @@ def log(job: Job, state: TrainState, report: StepReport, pace: Pace, bad: BadSte
 
 def measure(job: Job, state: TrainState, holdout: Holdout) -> dict[str, float]:
     """Measure on the held-out pictures, all ranks together, and tell the driver."""
-    with precision(state.compute, state.device):
-        report = holdout.measure(state.model, unwrap(state.model).grid)
-    values = {f"holdout/{name}": value for name, value in report.metrics().items()}
+    values = holdout.measure(state.model)
     if dist.get_rank() == 0:
         job.events.send({"kind": "metrics", "step": state.step, "values": values})
     return values

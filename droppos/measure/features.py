@@ -25,6 +25,14 @@ class Features(NamedTuple):
     """Mean of the patch tokens after the last norm."""
 
 
+def patch_mean(tokens: Float[Tensor, "B T D"], prefix_tokens: int = 1) -> Float[Tensor, "B D"]:
+    """Average the patch tokens, in float32: the summary by which DropPos is judged.
+
+    Its loss is of the patches. The class token is trained only through what patches take from it.
+    """
+    return tokens[:, prefix_tokens:].float().mean(dim=1)
+
+
 @torch.no_grad()
 def extract_features(
     encoder: VisionTransformer,
@@ -59,4 +67,4 @@ def _summaries(
     encoder: VisionTransformer, pictures: UInt8[Tensor, "B rows columns 3"]
 ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
     tokens = encoder.forward_features(normalise(pictures)).float()
-    return tokens[:, 0].cpu(), tokens[:, encoder.num_prefix_tokens :].mean(dim=1).cpu()
+    return tokens[:, 0].cpu(), patch_mean(tokens, encoder.num_prefix_tokens).cpu()

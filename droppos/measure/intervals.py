@@ -54,6 +54,18 @@ class Proportion:
         """Lower and upper bound of the 95 % interval, in [0, 1]."""
         return wilson(self.hits / self.design_effect, self.total / self.design_effect)
 
+    def skill(self, chance: float) -> float:
+        """Correct for chance: (value - chance) / (1 - chance).
+
+        Args:
+            chance: Value of the best guess that looks at no picture.
+
+        Returns:
+            0 for that guess, 1 for all hits, below 0 for worse than it. 0 as well where the guess
+            is always right, so that nothing can be told apart.
+        """
+        return 0.0 if chance == 1 else (self.value - chance) / (1 - chance)
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

@@ -3,10 +3,12 @@
 Axes in this file
     T  pictures with known labels
     Q  pictures asked
+    P  pictures that are both, each asked of the others
     D  channels of a feature
 """
 
-import torch
+from dataclasses import dataclass
+
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,17 +67,96 @@ def knn_accuracy(
     check_labels("known", known, known_labels)
     check_labels("asked", asked, asked_labels)
     k = min(k, len(known))
-    classes = int(known_labels.max()) + 1
     mean = known.mean(0)
     known, asked = F.normalize(known - mean, dim=1), F.normalize(asked - mean, dim=1)
 
     chunk = max(1, SIMILARITIES_AT_ONCE // len(known))
     hits = 0
     for part, truth in zip(asked.split(chunk), asked_labels.split(chunk), strict=True):
-        similarity, neighbour = (part @ known.T).topk(k, dim=1)
-        # Less than 1 in the exponent changes no vote's share and cannot overflow.
-        weight = ((similarity - 1) / temperature).exp()
-        votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, known_labels[neighbour].long(), weight)
-        hits += int((votes.argmax(1) == truth).sum())
+        votes = _vote(part @ known.T, known_labels, k, temperature)
+        hits += int((votes == truth).sum())
     return Proportion(hits, len(asked))
+
+
+@dataclass(frozen=True, slots=True)
+class KnnReport:
+    """How well pictures are labelled by each other."""
+
+    accuracy: Proportion
+    """Pictures given their own label."""
+    chance: float
+    """Share of the largest class: what the best guess that looks at no picture scores."""
+
+    @property
+    def skill(self) -> float:
+        """Accuracy corrected for chance: 0 looks at no picture, 1 is always right."""
+        return self.accuracy.skill(self.chance)
+
+    def metrics(self) -> dict[str, float]:
+        """Name the figures for a ledger."""
+        return {
+            "features/knn_accuracy": self.accuracy.value,
+            "features/knn_chance": self.chance,
+            "features/knn_skill": self.skill,
+        }
+
+
+def can_leave_one_out(labels: Int[Tensor, " P"]) -> bool:
+    """Tell whether a picture could be right, and could be wrong: two classes, one of them twice."""
+    sizes = labels.unique(return_counts=True)[1]
+    return len(sizes) > 1 and int(sizes.max()) > 1
+
+
+def knn_leave_one_out(
+    features: Float[Tensor, "P D"],
+    labels: Int[Tensor, " P"],
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> KnnReport:
+    """Label each picture by a vote of its nearest others; none votes for itself.
+
+    The vote is that of `knn_accuracy`. Features are centred on the mean of all pictures, the asked
+    one included: it holds no label, and so every pair of pictures has one similarity.
+
+    A class with one picture cannot be found, which counts as wrong: the figure needs several
+    pictures of a class. Features that say nothing score chance at most, in the mean; a little less
+    in classes of equal size, for a picture's own class has one voter fewer than the others.
+
+    Args:
+        features: Of the pictures, each a neighbour of the others.
+        labels: Their classes, from 0.
+        k: Neighbours that vote; all others when there are fewer.
+        temperature: Smaller trusts the nearest more.
+
+    Raises:
+        DataError: If labels are missing, or do not allow it (`can_leave_one_out`).
+    """
+    check_labels("measured", features, labels)
+    if not can_leave_one_out(labels):
+        raise DataError(
+            f"k-NN among {len(labels)} pictures needs two classes, one of them with two pictures, "
+            f"got {len(labels.unique())} classes; take more pictures, or measure effective rank"
+        )
+    k = min(k, len(features) - 1)
+    features = F.normalize(features - features.mean(0), dim=1)
+
+    chunk = max(1, SIMILARITIES_AT_ONCE // len(features))
+    hits = 0
+    for first in range(0, len(features), chunk):
+        similarity = features[first : first + chunk] @ features.T
+        similarity.diagonal(first).fill_(float("-inf"))
+        votes = _vote(similarity, labels, k, temperature)
+        hits += int((votes == labels[first : first + chunk]).sum())
+    chance = int(labels.unique(return_counts=True)[1].max()) / len(labels)
+    return KnnReport(Proportion(hits, len(labels)), chance)
+
+
+def _vote(
+    similarity: Float[Tensor, "Q T"], labels: Int[Tensor, " T"], k: int, temperature: float
+) -> Int[Tensor, " Q"]:
+    nearest, neighbour = similarity.topk(k, dim=1)
+    # Less than 1 in the exponent changes no vote's share and cannot overflow.
+    weight = ((nearest - 1) / temperature).exp()
+    votes = weight.new_zeros(len(similarity), int(labels.max()) + 1)
+    return votes.scatter_add_(1, labels[neighbour].long(), weight).argmax(1)

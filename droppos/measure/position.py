@@ -74,11 +74,8 @@ class PositionReport:
 
     @property
     def skill(self) -> float:
-        """(accuracy - chance) / (1 - chance): 0 looks at no picture, 1 is always right.
-
-        0 as well where one cell only is left over, so that nothing can be told apart.
-        """
-        return 0.0 if self.chance == 1 else (self.accuracy.value - self.chance) / (1 - self.chance)
+        """Accuracy corrected for chance: 0 looks at no picture, 1 is always right."""
+        return self.accuracy.skill(self.chance)
 
     def metrics(self) -> dict[str, float]:
         """Name the figures for a ledger."""

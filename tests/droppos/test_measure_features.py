@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 import droppos.measure.knn as knn
-from droppos.config import Model
+from droppos.config import Method, Model
 from droppos.encoder import build_encoder
 from droppos.errors import DataError
-from droppos.measure.features import extract_features
-from droppos.measure.knn import knn_accuracy
+from droppos.measure.features import extract_features, patch_mean
+from droppos.measure.knn import can_leave_one_out, knn_accuracy, knn_leave_one_out
 from droppos.measure.probe import linear_probe
-from droppos.model import normalise
+from droppos.model import DropPos, normalise
 
 
 def clusters(count: int, seed: int, spread: float = 0.2) -> tuple[Tensor, Tensor]:
@@ -73,6 +73,73 @@ def test_the_probe_does_not_look_at_the_test_pictures_to_choose() -> None:
     assert (wrong.l2, wrong.validation) == (right.l2, right.validation)
 
 
+def test_pictures_of_separate_clusters_find_each_other() -> None:
+    report = knn_leave_one_out(*clusters(81, 0))
+    assert report.accuracy.value == report.skill == 1
+    assert report.chance == 21 / 81  # four classes, one of them with one more
+
+
+def test_pictures_without_a_tell_are_found_by_chance() -> None:
+    features, labels = noise(1500, 0)
+    report = knn_leave_one_out(features, labels)
+    assert report.chance == labels.bincount().max().item() / 1500
+    assert report.accuracy.value == pytest.approx(0.25, abs=0.04)
+    assert report.skill == pytest.approx(0, abs=0.06)
+
+
+def test_equal_classes_of_features_that_say_nothing_score_no_more_than_chance() -> None:
+    labels = torch.arange(40) % 2
+    flat = torch.zeros(40, 3)
+    flat[:, 0] = torch.arange(40) % 4 // 2  # two places, both with equally many of each class
+    report = knn_leave_one_out(flat, labels, k=19)  # all others there: 10 of the other class, 9 own
+    assert (report.accuracy.value, report.chance, report.skill) == (0, 0.5, -1)
+
+
+def test_a_picture_does_not_vote_for_itself() -> None:
+    """Twins find each other; a picture that is the only one of its class finds nobody."""
+    features = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    twins = torch.cat([features, features])
+    once, both = torch.arange(30), torch.arange(30).repeat(2)
+    assert knn_leave_one_out(twins, both, k=1).accuracy.value == 1
+    assert knn_accuracy(features, once, features, once, k=1).value == 1  # it would, if it could
+    labels = torch.cat([once, torch.tensor([0])])  # all but the first and its twin are alone
+    found = knn_leave_one_out(torch.cat([features, features[:1]]), labels, k=1)
+    assert found.accuracy.hits == 2
+
+
+def test_a_class_of_one_picture_cannot_be_found() -> None:
+    features, labels = clusters(40, 0)
+    labels[7] = 4
+    report = knn_leave_one_out(features, labels)
+    assert report.accuracy.hits == 39
+
+
+def test_the_figures_do_not_depend_on_block_or_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels = noise(70, 0)
+    whole = knn_leave_one_out(features, labels)
+    order = torch.randperm(70)
+    assert knn_leave_one_out(features[order], labels[order]) == whole
+    for block in (1, 150, 69 * 70):
+        monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", block)
+        assert knn_leave_one_out(features, labels) == whole
+
+
+def test_more_neighbours_than_others_are_all_of_them() -> None:
+    assert knn_leave_one_out(*noise(9, 0), k=20) == knn_leave_one_out(*noise(9, 0), k=8)
+
+
+def test_one_constant_common_to_all_features_says_nothing() -> None:
+    features, labels = noise(60, 0)
+    assert knn_leave_one_out(features + 4, labels) == knn_leave_one_out(features, labels)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2], [3]])
+def test_labels_that_could_only_be_right_or_only_wrong_are_refused(labels: list[int]) -> None:
+    assert not can_leave_one_out(torch.tensor(labels))
+    with pytest.raises(DataError, match="two classes, one of them with two pictures"):
+        knn_leave_one_out(torch.randn(len(labels), 4), torch.tensor(labels))
+
+
 def test_labels_that_are_missing_are_refused() -> None:
     features, labels = clusters(8, 0)
     with pytest.raises(DataError, match="one label each, got 0"):
@@ -96,6 +163,17 @@ def test_features_do_not_depend_on_the_batch_and_leave_the_mode() -> None:
         tokens = encoder.eval().forward_features(normalise(pictures))
     torch.testing.assert_close(many.class_token, tokens[:, 0])
     torch.testing.assert_close(many.patch_mean, tokens[:, 1:].mean(1))
+
+
+def test_a_model_in_training_sees_a_whole_picture_as_its_backbone_does() -> None:
+    model = Model(image_size=(32, 48), patch_size=16, width=16, depth=2, heads=2, decoder_heads=2)
+    droppos = DropPos(model, Method()).eval()
+    pictures = torch.randint(256, (5, 32, 48, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = droppos.encode_whole(normalise(pictures))
+    features = extract_features(droppos.encoder, pictures)
+    torch.testing.assert_close(patch_mean(tokens), features.patch_mean)
+    torch.testing.assert_close(tokens[:, 0], features.class_token)
 
 
 def test_no_pictures_have_no_features() -> None:

@@ -41,3 +41,15 @@ def test_a_proportion_prints_with_its_interval() -> None:
 def test_impossible_counts_are_refused(counts: tuple[int, int]) -> None:
     with pytest.raises(DataError, match="0 <= hits <= total"):
         Proportion(*counts)
+
+
+@given(st.integers(0, 20), st.integers(0, 19))
+def test_skill_is_0_at_chance_1_for_all_hits_and_negative_below(hits: int, chance: int) -> None:
+    skill = Proportion(hits, 20).skill(chance / 20)
+    assert Proportion(chance, 20).skill(chance / 20) == 0
+    assert Proportion(20, 20).skill(chance / 20) == 1
+    assert (skill > 0, skill < 0) == (hits > chance, hits < chance)
+
+
+def test_there_is_no_skill_in_what_cannot_be_missed() -> None:
+    assert Proportion(5, 5).skill(1.0) == 0

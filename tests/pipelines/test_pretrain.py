@@ -16,6 +16,7 @@ from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints
 from pipelines.evaluate import evaluate
 from pipelines.export import export_checkpoint
+from pipelines.holdout import measure_checkpoint
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.pretrain import Outcome, pretrain
@@ -88,6 +89,11 @@ def test_from_pictures_to_a_backbone_over_s3(recipe: Recipe, tmp_path: Path, buc
     assert (home / "checkpoints").children() == ["step-00000016", "step-00000024"]
     assert [step for step, _ in history(recipe, outcome, "train/loss")] == list(range(1, STEPS + 1))
     assert [step for step, _ in history(recipe, outcome, "holdout/position/accuracy")] == [12, 24]
+    assert [step for step, _ in history(recipe, outcome, "holdout/features/knn_skill")] == [12, 24]
+    saved = checkpoints.newest(home)
+    assert saved is not None
+    held_out = {name: v for name, v in outcome.metrics.items() if name.startswith("holdout/")}
+    assert measure_checkpoint(recipe, saved) == pytest.approx(held_out, rel=1e-5)
     assert {path.name for path in outcome.pictures} == {
         "reassembly.png", "confusion.png", "curves.png"
     }  # fmt: skip

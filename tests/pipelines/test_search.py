@@ -5,10 +5,12 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
+from ray.tune.search import Searcher
 from rich.console import Console
 
 from droppos.config import Compute, Method, Model, Optim
@@ -18,11 +20,13 @@ from pipelines.cluster import share_of
 from pipelines.ledger import tracking_uri
 from pipelines.prepare import prepare
 from pipelines.pretrain import plan
+from pipelines.proposals import Proposals, scheduler_of, source_of
 from pipelines.recipe import Data, Measure, Recipe, Run, Search
-from pipelines.search import begin, best_recipe, search, shared_tracking
+from pipelines.search import begin, best_recipe, check, search, shared_tracking
 from pipelines.search_screen import SearchScreen
+from pipelines.space import Point
 from pipelines.storage import open_place
-from pipelines.trials import list_trials
+from pipelines.trials import Record, TrialTable, make_trial
 
 pytestmark = [
     # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
@@ -60,7 +64,7 @@ def tiny(data: str, tmp_path: Path) -> Recipe:
         data=Data(path=data, holdout=data, decode_cpus=1),
         run=Run(name="ratios", storage=str(tmp_path / "runs"), log_every=1, checkpoint_every=2),
         measure=Measure(pictures=16),
-        search=Search(space=SPACE, trials=2, max_concurrent=2),
+        search=Search(space=SPACE, trials=2, max_concurrent=2, objective="position_skill"),
     )
 
 
@@ -73,19 +77,25 @@ def steps_logged(client: MlflowClient, run: str) -> list[tuple[int, int]]:
     return [(metric.step, metric.timestamp) for metric in history]
 
 
+def points_of(recipe: Recipe, table: TrialTable | None = None) -> list[Point]:
+    table = table or TrialTable(open_place(recipe.home))
+    source, left = source_of(recipe, table)
+    return [point for _ in range(left) if (point := source.next()) is not None]
+
+
 def test_the_list_of_trials_is_the_same_whenever_it_is_asked_for(tiny: Recipe) -> None:
-    schedule = plan(tiny)
-    two = list_trials(tiny, schedule)
-    four = list_trials(changed(tiny, "search", trials=4), schedule)
-    assert two == list_trials(tiny, schedule) == four[:2]
-    assert len({trial.recipe.run.name for trial in four}) == 4
+    two = points_of(tiny)
+    four = points_of(changed(tiny, "search", trials=4))
+    assert two == points_of(tiny) == four[:2]
+    assert len({str(point) for point in four}) == 4
 
 
 def test_a_trials_name_tells_its_values(tiny: Recipe) -> None:
     grid = ("method.sigma=grid(0, 1.5)", "method.attentive=choice(true, false)")
     tiny = changed(tiny, "search", space=grid, algorithm="grid")
-    trials = list_trials(tiny, plan(tiny))
-    assert [trial.recipe.run.name for trial in trials] == [
+    points = points_of(tiny)
+    trials = [make_trial(tiny, plan(tiny), number, point) for number, point in enumerate(points)]
+    assert [trial.name for trial in trials] == [
         "ratios-000-sigma=0-attentive=True",
         "ratios-001-sigma=0-attentive=False",
         "ratios-002-sigma=1.5-attentive=True",
@@ -94,11 +104,63 @@ def test_a_trials_name_tells_its_values(tiny: Recipe) -> None:
     assert all(trial.recipe.run.storage == tiny.home for trial in trials)
 
 
+def test_what_was_tried_is_not_tried_again_and_what_was_under_way_comes_first(
+    tiny: Recipe,
+) -> None:
+    for algorithm in ("random", "tpe"):
+        tiny = changed(tiny, "search", algorithm=algorithm, trials=6)
+        table = TrialTable(open_place(tiny.home))
+        first = points_of(tiny)
+        for number, point in enumerate(first[:3]):
+            record = Record(number, make_trial(tiny, plan(tiny), number, point).name, point)
+            record.state, record.objective = ("running", None) if number == 1 else ("finished", 0.5)
+            table.records[record.name] = record
+        source, left = source_of(tiny, table)
+        assert left == 3
+        proposals = Proposals(tiny, plan(tiny), table, source, left)
+        asked = [proposals.suggest(str(number)) for number in range(5)]
+        assert [each["number"] for each in asked[:4]] == [1, 3, 4, 5]
+        assert asked[4] == Searcher.FINISHED
+        assert not any(each["point"] in first[:3] for each in asked[1:4])
+
+
+def test_tpe_looks_where_it_was_good(tiny: Recipe) -> None:
+    search = {"space": ("method.sigma=uniform(0, 2)",), "algorithm": "tpe", "trials": 40}
+    source, left = source_of(changed(tiny, "search", **search), TrialTable(open_place(tiny.home)))
+    tried = []
+    for _ in range(left):
+        point = source.next()
+        assert point is not None
+        tried.append(float(point["method.sigma"]))  # type: ignore[arg-type]
+        source.told(point, -abs(tried[-1] - 1.5))
+    assert sum(abs(value - 1.5) < 0.25 for value in tried[20:]) > 10
+
+
+def test_tpe_ends_when_a_space_is_drawn_out(tiny: Recipe) -> None:
+    search = {"space": ("method.sigma=choice(0, 1)",), "algorithm": "tpe", "trials": 9}
+    points = points_of(changed(tiny, "search", **search))
+    assert sorted(point["method.sigma"] for point in points) == [0, 1]  # type: ignore[type-var]
+
+
+def test_asha_knows_of_trials_that_ended_before(tiny: Recipe) -> None:
+    tiny = changed(changed(tiny, "optim", epochs=9), "search", scheduler="asha", grace_epochs=1)
+    table = TrialTable(open_place(tiny.home))
+    for number in range(4):
+        table.records[str(number)] = Record(number, str(number), {}, "finished", history=[(4, 0.5)])
+    trial: Any = SimpleNamespace(trial_id="new")
+    nobody: Any = None
+    for ended, decision in ((TrialTable(open_place(tiny.home)), "CONTINUE"), (table, "STOP")):
+        asha = scheduler_of(tiny, ended, steps_per_epoch=4)
+        asha.on_trial_add(nobody, trial)
+        poor = {"epoch": 1.0, "objective": 0.1}
+        assert asha.on_trial_result(nobody, trial, poor) == decision
+
+
 def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:
-    trial = list_trials(tiny, plan(tiny))[0]
-    best = best_recipe(tiny, trial)
+    point = points_of(tiny)[0]
+    best = best_recipe(tiny, plan(tiny), Record(0, "any", point))
     assert (best.run.name, best.run.storage) == ("ratios-best", tiny.run.storage)
-    assert best.method == trial.recipe.method
+    assert best.method.sigma == point["method.sigma"]
     assert best.search == Search()
 
 
@@ -107,8 +169,15 @@ def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:
     [
         ("data", {"path": None}, r"data\.path is not set"),
         ("run", {"min_workers": 1}, "trials of a search have a fixed size"),
-        ("data", {"holdout": None}, r"data\.holdout is not set; a search compares"),
-        ("method", {"objective": "pixels"}, "has no positions; a search compares"),
+        ("data", {"holdout": None}, r"data\.holdout is not set: a search compares"),
+        ("method", {"objective": "pixels"}, r"pixels has no positions, and search\.objective"),
+        ("search", {"scheduler": "asha"}, "from epoch 10 on, but they have 1 epochs"),
+        ("search", {"scheduler": "pbt", "trials": 3}, "whole population at once"),
+        (
+            "search",
+            {"scheduler": "pbt", "space": ("optim.epochs=choice(1, 2)",)},
+            r"optim\.epochs does not allow",
+        ),
         ("measure", {"mask_ratio": 0.99}, "leaves no visible patch"),
         (
             "search",
@@ -133,7 +202,8 @@ def test_another_patch_grid_is_another_figure(tiny: Recipe) -> None:
     sizes = ("model.size=choice(base, huge)",)
     tiny = changed(changed(tiny, "model", size="base"), "search", space=sizes, trials=9)
     with pytest.raises(ConfigError, match=r"model\.size huge has a patch grid of \(16, 16\)"):
-        list_trials(tiny, plan(tiny))
+        check(tiny, plan(tiny), "position_skill")
+    check(tiny, plan(tiny), "knn")
 
 
 def test_cpus_are_shared_out_among_trials_or_the_number_to_change_is_named(tiny: Recipe) -> None:
@@ -147,12 +217,12 @@ def test_cpus_are_shared_out_among_trials_or_the_number_to_change_is_named(tiny:
 
 def test_a_search_is_gone_on_with_only_as_it_was_begun(tiny: Recipe) -> None:
     schedule, home = plan(tiny), open_place(tiny.home)
-    begin(home, tiny, schedule, resume=True)
-    begin(home, changed(tiny, "search", trials=9, max_concurrent=1), schedule, resume=True)
+    begin(home, tiny, schedule, "knn", resume=True)
+    begin(home, changed(tiny, "search", trials=9, max_concurrent=1), schedule, "knn", resume=True)
     with pytest.raises(ConfigError, match=r"optim\.epochs: 1 there, 2 now"):
-        begin(home, changed(tiny, "optim", epochs=2), schedule, resume=True)
+        begin(home, changed(tiny, "optim", epochs=2), schedule, "knn", resume=True)
     with pytest.raises(ConfigError, match="already has a search; add --resume"):
-        begin(home, tiny, schedule, resume=False)
+        begin(home, tiny, schedule, "knn", resume=False)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +292,7 @@ def test_trials_are_runs_and_finished_ones_are_not_run_again(tiny: Recipe) -> No
     start = monotonic()
     again = search(tiny, resume=True)
     assert monotonic() - start < 10
-    assert again == outcome
+    assert (again.trials, again.best) == (outcome.trials, outcome.best)
     after = [
         steps_logged(client, trial.tracking_run) for trial in again.trials if trial.tracking_run
     ]
