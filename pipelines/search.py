@@ -37,7 +37,7 @@ from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.shards import load_manifest
 from pipelines.sharing import Shared, Sharing
-from pipelines.space import corners, parse_space
+from pipelines.space import corners, grid_points, parse_space
 from pipelines.storage import Place, open_place
 from pipelines.supervisor import STOP_SIGNALS
 from pipelines.trial_run import Common, TrialRun
@@ -137,7 +137,10 @@ def check(recipe: Recipe, schedule: Schedule, objective: Objective) -> None:
     Raises:
         ConfigError: Naming the field.
     """
-    points = list(corners(parse_space(recipe)))
+    space = parse_space(recipe)
+    if recipe.search.algorithm == "grid":
+        grid_points(space)
+    points = list(corners(space))
     trials = [make_trial(recipe, schedule, 0, point).recipe for point in points]
     require_comparable([recipe, *trials], recipe.model.grid, objective)
     scheduler_of(recipe, TrialTable(open_place(recipe.home)), schedule.steps_per_epoch)
