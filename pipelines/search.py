@@ -24,7 +24,7 @@ from ray import tune
 from ray.tune import Callback, ResultGrid, Stopper, TuneConfig, Tuner
 
 from droppos.errors import ConfigError
-from pipelines.cluster import Share, buffer_mb_of, connect
+from pipelines.cluster import buffer_mb_of, connect
 from pipelines.facts import FIXED
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
@@ -33,6 +33,7 @@ from pipelines.pretrain import located, plan
 from pipelines.recipe import Recipe
 from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
+from pipelines.resources import Fit
 from pipelines.shards import load_manifest
 from pipelines.storage import Place, open_place
 from pipelines.supervisor import STOP_SIGNALS
@@ -164,7 +165,7 @@ def begin(home: Place, recipe: Recipe, schedule: Schedule, *, resume: bool) -> N
     record.write_bytes(json.dumps(ours, indent=1).encode())
 
 
-def _shared(recipe: Recipe, share: Share, buffer_mb: float | None) -> Recipe:
+def _shared(recipe: Recipe, share: Fit, buffer_mb: float | None) -> Recipe:
     """Give a trial its part of the CPUs that decode and of the memory that holds pictures."""
     data = replace(recipe.data, decode_cpus=share.decoding, buffer_mb=buffer_mb)
     return replace(recipe, data=data)
