@@ -225,7 +225,10 @@ def launcher_limits(gcs_port: str) -> Limits | None:
         )
         file = flags.get("autoscaling-config")
         if file and flags.get("gcs-address", "").endswith(f":{gcs_port}"):
-            return limits_of(yaml.safe_load(Path(file).expanduser().read_text()))
+            try:
+                return limits_of(yaml.safe_load(Path(file).expanduser().read_text()))
+            except (OSError, yaml.YAMLError) as error:
+                _log.warning("what the autoscaler may add cannot be read: %s", error)
     return None
 
 

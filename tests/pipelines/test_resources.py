@@ -12,7 +12,6 @@ from io import StringIO
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -356,3 +355,67 @@ def test_the_table_fits_80_columns_and_adds_up(shared: bool) -> None:
         parts = (int(row[column]) for row in (training, decoding, left))
         assert sum(parts) == int(whole[column])
     assert "all at once only when the autoscaler has added" in " ".join(text.split())
+
+
+def test_the_launchers_file_is_found_by_the_autoscaler_that_was_given_it(tmp_path: Path) -> None:
+    """As `ray up` starts it on the head, beside others; what matters are the process's flags."""
+    config = {
+        "head_node_type": "head",
+        "max_workers": 5,
+        "available_node_types": {
+            "head": {"resources": {"CPU": 0}},
+            "gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 2},
+            "decode": {"resources": {"CPU": 16}},
+        },
+    }
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    sleeps = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
+    monitors = [
+        subprocess.Popen(
+            [*sleeps, f"--gcs-address=10.0.0.1:{port}", f"--autoscaling-config={tmp_path / file}"],
+            stdout=subprocess.PIPE,
+        )
+        for port, file in (("1", "none.yaml"), ("65001", "ours.yaml"))
+    ]
+    try:
+        for monitor in monitors:
+            assert monitor.stdout is not None
+            monitor.stdout.readline()
+        found = machines.launcher_limits("65001")
+    finally:
+        for monitor in monitors:
+            monitor.kill()
+            monitor.communicate()
+    gpu = Machine("gpu", {"CPU": 8, "GPU": 1}, 2)
+    assert found == Limits((gpu, Machine("decode", {"CPU": 16}, 5)), machines=5)
+    assert machines.launcher_limits("65001") is None  # it has ended
+
+
+@pytest.mark.slow
+def test_without_the_solver_two_trials_on_two_cpus_wait_for_ever(
+    tmp_path: Path, photographs: Path
+) -> None:
+    prepare(str(photographs), str(tmp_path / "data"), group_rows=8)
+    script = str(Path(__file__).with_name("starved.py"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, str(tmp_path / "data")],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    steps = told["steps"]
+    # Each worker has its CPU, and nothing is read: no batch, no end, no error.
+    assert (told["starved"], told["ended"]) == ([0, 0], 0)
+    # It was the CPUs and nothing else: one trial ends, and the other gets all its batches.
+    assert told["freed"] == steps
+    # The solver refuses that very demand at once, and what it accepts instead runs through.
+    assert told["refused"].endswith("lower search.max_concurrent to 1")
+    assert told["refused_s"] < 5
+    assert told["accepted"] == steps
