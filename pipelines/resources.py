@@ -10,6 +10,7 @@ All bundles of a demand are equal, so packing them is exact: each machine takes 
 and each CPU beside them decodes.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -90,7 +91,7 @@ class Fit:
     """Of the cluster, at the largest it can grow to."""
     gpus: int
     added: Mapping[str, int] = field(default_factory=dict)
-    """Machines, by kind, that an autoscaler has to add before all of it runs; the fewest."""
+    """Machines, by kind, that an autoscaler has to add before all of it runs at once."""
     only_totals: bool = False
     """Whether of what it may add only totals were known."""
 
@@ -184,19 +185,14 @@ def _largest(cluster: Cluster, demand: Demand, at_once: int) -> _Room:
     """Choose the machines to add: as many CPUs as can be, once all workers have room."""
     possible = sum(kind.count for kind in cluster.growth)
     if cluster.most_added is None or possible <= cluster.most_added:
-        everything = replace(cluster, growth=(), standing=cluster.machines)
-        return replace(_standing(everything, demand), counts=_counts(cluster))
+        counts = tuple(kind.count for kind in cluster.growth)
+        return replace(_standing(cluster.machines, demand), counts=counts)
     wanted = at_once * demand.workers
     rooms = _rooms(cluster, demand, wanted, cluster.most_added)
     return max(rooms.values(), key=lambda room: (min(room.bundles, wanted), room.cpus))
 
 
-def _counts(cluster: Cluster) -> tuple[int, ...]:
-    return tuple(kind.count for kind in cluster.growth)
-
-
-def _standing(cluster: Cluster, demand: Demand) -> _Room:
-    machines = cluster.standing
+def _standing(machines: Sequence[Machine], demand: Demand) -> _Room:
     return _Room(
         cpus=sum(machine.count * machine.cpus for machine in machines),
         bundles=sum(machine.count * demand.bundles(machine) for machine in machines),
@@ -210,7 +206,7 @@ def _rooms(
 
     Room for more workers than are wanted counts as room for these.
     """
-    rooms = {(0, 0): _standing(cluster, demand)}
+    rooms = {(0, 0): _standing(cluster.standing, demand)}
     for kind in cluster.growth:
         each = demand.bundles(kind)
         longer: dict[tuple[int, int], _Room] = {}
@@ -224,27 +220,39 @@ def _rooms(
                 )
                 if key not in longer or longer[key].cpus < grown.cpus:
                     longer[key] = grown
-        rooms = longer
+        rooms = _useful(longer)
     return rooms
 
 
+def _useful(rooms: Mapping[tuple[int, int], _Room]) -> dict[tuple[int, int], _Room]:
+    """Drop what as many machines surpass in CPUs and workers both, or there would be too many."""
+    kept: dict[tuple[int, int], _Room] = {}
+    most: dict[int, int] = {}
+    for key in sorted(rooms, reverse=True):
+        if rooms[key].cpus > most.get(key[0], -1):
+            kept[key] = rooms[key]
+            most[key[0]] = rooms[key].cpus
+    return kept
+
+
 def _added(cluster: Cluster, demand: Demand, at_once: int) -> dict[str, int]:
-    """Choose the fewest machines that an autoscaler has to add; it fits with all it may add."""
-    now = _standing(cluster, demand)
-    if now.holds(demand, at_once):
-        return {}
-    wanted = at_once * demand.workers
-    # Each machine of a sensible choice brings room for a worker, or a CPU.
-    most = max(0, wanted - now.bundles) + max(0, demand.cpus(at_once) - now.cpus)
-    if cluster.most_added is not None:
-        most = min(most, cluster.most_added)
-    rooms = _rooms(cluster, demand, wanted, most)
-    enough = [
-        (machines, room) for (machines, _), room in rooms.items() if room.holds(demand, at_once)
-    ]
-    _, room = min(enough, key=lambda entry: (entry[0], entry[1].cpus))
-    kinds = zip(cluster.growth, room.counts, strict=True)
-    return {kind.name: count for kind, count in kinds if count}
+    """Choose machines that an autoscaler has to add: none of them could be left out.
+
+    It fits with all it may add. Those with GPUs are dearest, so as few as can be of them.
+    """
+    counts = list(_largest(cluster, demand, at_once).counts)
+
+    def fits(which: int, count: int) -> bool:
+        tried = [*counts[:which], count, *counts[which + 1 :]]
+        grown = [replace(kind, count=n) for kind, n in zip(cluster.growth, tried, strict=True)]
+        return _standing((*cluster.standing, *grown), demand).holds(demand, at_once)
+
+    kinds = cluster.growth
+    for which in sorted(range(len(kinds)), key=lambda i: (-kinds[i].gpus, -kinds[i].cpus)):
+        counts[which] = bisect_left(
+            range(counts[which]), True, key=lambda count, which=which: fits(which, count)
+        )
+    return {kind.name: count for kind, count in zip(kinds, counts, strict=True) if count}
 
 
 def _refusal(cluster: Cluster, demand: Demand, at_once: int) -> str:
@@ -331,6 +339,8 @@ def _has(cluster: Cluster, demand: Demand, at_once: int) -> str:
 def _listed(machines: Iterable[Machine]) -> str:
     shapes: dict[str, int] = {}
     for machine in machines:
+        if not (machine.cpus or machine.gpus):
+            continue
         shape = _count(machine.cpus, "CPU")
         shape += f" + {_count(machine.gpus, 'GPU')}" if machine.gpus else ""
         shapes[shape] = shapes.get(shape, 0) + machine.count

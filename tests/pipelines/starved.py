@@ -27,7 +27,7 @@ from pipelines.windows import CropOptions
 CPUS = 2
 TRIALS = 2
 BATCH = 8
-STARVED_S = 12
+STARVED_S = 10
 """Much longer than what is read takes to come once there is a CPU to read it with."""
 
 
