@@ -327,13 +327,18 @@ def _has(cluster: Cluster, demand: Demand, at_once: int) -> str:
     if cluster.growth:
         has += " at its largest"
     wanted = at_once * demand.workers
-    if room.bundles < wanted and room.cpus >= demand.cpus(at_once):
-        bundle = _count(demand.cpus_per_worker, "CPU") + (" and GPU" if demand.gpu else "")
+    enough = room.cpus >= demand.cpus(at_once) and gpus >= wanted * demand.gpu
+    if enough and room.bundles < wanted:  # so it is not for what they have in sum
+        bundle = _bundle(demand)
         has += (
             f", but a worker's {bundle} must be on one machine: "
             f"{_listed(machines)} have room for {room.bundles} of {wanted}"
         )
     return has
+
+
+def _bundle(demand: Demand) -> str:
+    return _count(demand.cpus_per_worker, "CPU") + (" + 1 GPU" if demand.gpu else "")
 
 
 def _listed(machines: Iterable[Machine]) -> str:
@@ -354,12 +359,11 @@ def _count(number: int, what: str) -> str:
 def table(fit: Fit) -> Table:
     """Show how the cluster is parted."""
     demand = fit.demand
-    worker = _count(demand.cpus_per_worker, "CPU") + (" + 1 GPU" if demand.gpu else "")
     shared = demand.shared_decoding and fit.at_once > 1
     rows: Sequence[tuple[str, str, str, int, int]] = (
         (
             "training",
-            f"{demand.workers} x {worker}",
+            f"{demand.workers} x {_bundle(demand)}",
             str(fit.at_once),
             fit.at_once * fit.training,
             fit.at_once * fit.training_gpus,

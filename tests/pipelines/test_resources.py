@@ -21,7 +21,7 @@ from rich.console import Console
 
 from droppos.config import Compute, Optim
 from droppos.errors import ConfigError
-from pipelines import machines, recipe_file
+from pipelines import cluster, machines, recipe_file
 from pipelines.machines import Cluster, Limits, Machine, cluster_of, limits_of
 from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run
@@ -197,13 +197,20 @@ def test_the_number_it_names_fits_and_one_more_does_not(
             stand(machine(8, gpus=2)),
             Demand(workers=4, gpu=True, sizes=(1, 2)),
             1,
-            r"needs 5 CPUs and 4 GPUs .*has 8 CPUs and 2 GPUs, .*lower run\.workers to 2$",
+            r"needs 5 CPUs and 4 GPUs .*has 8 CPUs and 2 GPUs; lower run\.workers to 2$",
+        ),
+        (
+            stand(machine(2, gpus=4), machine(8)),
+            Demand(workers=4, gpu=True, sizes=(1, 2)),
+            1,
+            r"has 10 CPUs and 4 GPUs, but a worker's 1 CPU \+ 1 GPU must be on one machine: "
+            r"1 x 2 CPUs \+ 4 GPUs, 1 x 8 CPUs have room for 2 of 4; lower run\.workers to 2$",
         ),
         (
             stand(machine(8, gpus=2)),
             Demand(gpu=True),
             3,
-            r"6 CPUs and 3 GPUs .*have room for 2 of 3; lower search\.max_concurrent to 2$",
+            r"6 CPUs and 3 GPUs .*has 8 CPUs and 2 GPUs; lower search\.max_concurrent to 2$",
         ),
         (stand(machine(8)), Demand(gpu=True), 1, r"add a machine with 1 GPU and 1 CPU$"),
         (stand(HEAD), Demand(), 1, r"the cluster has 0 CPUs; add a machine with 2 CPUs$"),
@@ -333,6 +340,25 @@ def test_without_an_autoscaler_what_stands_is_all(monkeypatch: pytest.MonkeyPatc
     fake_ray(monkeypatch, None, AT_HEAD, {"CPU": 4.0}, {"CPU": 4.0})
     cluster = machines.read_cluster()
     assert (most_cpus(cluster), cluster.growth) == (8, ())
+
+
+def test_runs_and_searches_are_solved_on_the_cluster_they_join(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_ray(monkeypatch, None, AT_HEAD, {"CPU": 5.0, "GPU": 2.0})
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 5.0, "GPU": 2.0})
+    cpu, gpu = (Recipe(compute=Compute(device=device)) for device in ("cpu", "cuda"))
+    run = cluster.connect(cpu)
+    assert (run.training, run.decoding, run.training_gpus) == (1, 4, 0)
+    with pytest.raises(ConfigError, match=r"lower search\.max_concurrent to 2$"):
+        cluster.connect(cpu, 4)
+    shared = cluster.connect(cpu, 4, shared_decoding=True)
+    assert (shared.training, shared.decoding) == (1, 1)
+    with pytest.raises(ConfigError, match=r"lower search\.max_concurrent to 2$"):
+        cluster.connect(gpu, 4, shared_decoding=True)
+    # Each worker of compute.device auto has a GPU where the cluster has any.
+    assert cluster.connect(Recipe(), 2).training_gpus == 1
 
 
 def printed(fit: Fit) -> str:
