@@ -5,12 +5,12 @@ import os
 from dataclasses import dataclass
 
 import ray
-import ray._private.state
 from psutil import virtual_memory
 
-from droppos.errors import ConfigError
+from pipelines.machines import read_cluster
 from pipelines.memory import SHARE, Footprint, decode_tasks
 from pipelines.recipe import Recipe
+from pipelines.resources import Demand, Fit, most_cpus, solve
 
 OBJECT_STORE_BYTES = 512 * 1024**2
 """Of a private cluster, at least; large windows and batches get more."""
@@ -25,54 +25,17 @@ class Share:
     training: int
     decoding: int
 
-    @property
-    def total(self) -> int:
-        """CPUs the run needs at once."""
-        return self.training + self.decoding
-
-
-def share_of(recipe: Recipe, cpus: int, at_once: int = 1) -> Share:
-    """Part so many CPUs between the training workers and the decode tasks.
-
-    Args:
-        recipe: The run.
-        cpus: CPUs of the whole cluster.
-        at_once: Such runs at the same time, as a search has them; the share is that of one.
-
-    Raises:
-        ConfigError: If training would leave no CPU to decode with: it would wait for ever.
-    """
-    share = _parted(recipe, cpus, at_once)
-    training = share.training
-    if share.total * at_once > cpus >= share.total:
-        raise ConfigError(
-            f"search.max_concurrent {at_once} trials need {share.total} CPUs each ({training} to "
-            f"train, {share.decoding} to decode), the cluster has {cpus}; lower "
-            f"search.max_concurrent to {cpus // share.total}"
-        )
-    if share.total > cpus:
-        raise ConfigError(
-            f"the run needs {share.total} CPUs (run.workers {recipe.run.workers} x "
-            f"run.cpus_per_worker {recipe.run.cpus_per_worker} to train, {share.decoding} to "
-            f"decode), the cluster has {cpus}; lower run.workers, or add {share.total - cpus} CPUs"
-        )
-    return share
-
-
-def _parted(recipe: Recipe, cpus: int, at_once: int = 1) -> Share:
-    training = recipe.run.workers * recipe.run.cpus_per_worker
-    return Share(training, max(recipe.data.decode_cpus or cpus // at_once - training, 1))
-
 
 def group_share(recipe: Recipe) -> Share:
     """Part the CPUs for one group of workers, on a cluster that may just have lost some.
 
     What is lost is waited for, so this refuses nothing.
     """
-    return _parted(recipe, _most_cpus())
+    training = recipe.run.workers * recipe.run.cpus_per_worker
+    return Share(training, recipe.data.decode_cpus or max(_most_cpus() - training, 1))
 
 
-def connect(recipe: Recipe, at_once: int = 1) -> Share:
+def connect(recipe: Recipe, at_once: int = 1, *, shared_decoding: bool = False) -> Fit:
     """Join the cluster named by RAY_ADDRESS, or start a private one on this machine.
 
     A private cluster has as many logical CPUs as the run needs, even on a smaller machine: the
@@ -80,7 +43,8 @@ def connect(recipe: Recipe, at_once: int = 1) -> Share:
 
     Args:
         recipe: The run.
-        at_once: Such runs at the same time, as a search has them; the share is that of one.
+        at_once: Such runs at the same time, as a search has them.
+        shared_decoding: Whether the CPUs that decode do so for all of them together.
 
     Raises:
         ConfigError: If the run does not fit the cluster, at the largest it can grow to.
@@ -89,15 +53,19 @@ def connect(recipe: Recipe, at_once: int = 1) -> Share:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:
-            _start_private(recipe, at_once)
-    return share_of(recipe.at(min(recipe.sizes)), _most_cpus(), at_once)
+            _start_private(recipe, at_once, shared_decoding)
+    demand = Demand.of(recipe, gpu=gpu_workers(recipe), shared_decoding=shared_decoding)
+    return solve(read_cluster(), demand, at_once)
 
 
-def _start_private(recipe: Recipe, at_once: int) -> None:
-    training = recipe.run.workers * recipe.run.cpus_per_worker
-    cores = os.cpu_count() or 1
-    decoding = recipe.data.decode_cpus or max(1, cores // at_once - training)
-    start_private(at_once * (training + decoding), at_once * Footprint.of(recipe).total(decoding))
+def _start_private(recipe: Recipe, at_once: int, shared_decoding: bool) -> None:
+    training = at_once * recipe.run.workers * recipe.run.cpus_per_worker
+    streams = 1 if shared_decoding else at_once
+    spare = ((os.cpu_count() or 1) - training) // streams
+    decoding = recipe.data.decode_cpus or max(1, spare)
+    footprint = Footprint.of(recipe)
+    held = streams * decoding * footprint.window + at_once * footprint.ahead
+    start_private(training + streams * decoding, held)
 
 
 def start_private(cpus: int, held: int) -> None:
@@ -142,10 +110,7 @@ def decode_tasks_of(recipe: Recipe, share: Share) -> int:
 
 def _most_cpus() -> int:
     """Count the cluster's CPUs, at its largest where an autoscaler stands behind it."""
-    # Ray's own libraries ask here, too; there is no public way to learn an autoscaler's limits.
-    limits = ray._private.state.state.get_max_resources_from_cluster_config()
-    now = ray.cluster_resources().get("CPU", 0)
-    return int(max(now, (limits or {}).get("CPU", 0)))
+    return most_cpus(read_cluster())
 
 
 def gpu_workers(recipe: Recipe) -> bool:

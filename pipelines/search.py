@@ -24,7 +24,7 @@ from ray import tune
 from ray.tune import Callback, FailureConfig, Stopper, TuneConfig, Tuner
 
 from droppos.errors import ConfigError, DataError
-from pipelines.cluster import Share, buffer_mb_of, connect
+from pipelines.cluster import buffer_mb_of, connect
 from pipelines.facts import FIXED
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
@@ -35,6 +35,7 @@ from pipelines.proposals import Proposals, Source, scheduler_of, source_of
 from pipelines.recipe import Objective, Recipe
 from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
+from pipelines.resources import Fit
 from pipelines.shards import load_manifest
 from pipelines.sharing import Shared, Sharing
 from pipelines.space import corners, grid_points, parse_space
@@ -251,8 +252,9 @@ class Driver(Callback):
         left = len(self.table.unfinished) + new
         at_once = min(self.at_once, left)
         sharing = self.recipe.search.share_stream and at_once > 1
-        share = connect(self.recipe, at_once)
-        recipe, capacity = _parted(self.recipe, share, at_once, sharing)
+        fit = connect(self.recipe, at_once, shared_decoding=sharing)
+        self._say({"kind": "fit", "fit": fit})
+        recipe, capacity = _parted(self.recipe, fit, at_once, sharing)
         if sharing:
             self._sharing = Sharing.start(capacity, self.recipe.run.hang_timeout_s)
         common = Common(recipe, self.schedule, self.objective, ledger.run_id, self._sharing)
@@ -366,7 +368,7 @@ class Driver(Callback):
         self._say(told | {name: value for name, value in known.items() if value is not None})
 
 
-def _parted(recipe: Recipe, share: Share, at_once: int, sharing: bool) -> tuple[Recipe, int]:
+def _parted(recipe: Recipe, fit: Fit, at_once: int, sharing: bool) -> tuple[Recipe, int]:
     """Give each trial its part of the CPUs that decode and of the memory that holds pictures.
 
     Returns:
@@ -374,7 +376,7 @@ def _parted(recipe: Recipe, share: Share, at_once: int, sharing: bool) -> tuple[
     """
     parts = at_once + sharing
     buffer_mb = buffer_mb_of(recipe, parts)
-    data = replace(recipe.data, decode_cpus=share.decoding, buffer_mb=buffer_mb)
+    data = replace(recipe.data, decode_cpus=fit.decoding, buffer_mb=buffer_mb)
     room = float("inf") if buffer_mb is None else buffer_mb * 1e6
     windows = min(room / Footprint.of(recipe).window, 1000)
     return replace(recipe, data=data), max(2, int(windows))

@@ -16,7 +16,6 @@ from rich.console import Console
 from droppos.config import Compute, Method, Model, Optim
 from droppos.errors import ConfigError
 from pipelines import checkpoints, recipe_file
-from pipelines.cluster import share_of
 from pipelines.ledger import tracking_uri
 from pipelines.prepare import prepare
 from pipelines.pretrain import plan
@@ -204,15 +203,6 @@ def test_another_patch_grid_is_another_figure(tiny: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"model\.size huge has a patch grid of \(16, 16\)"):
         check(tiny, plan(tiny), "position_skill")
     check(tiny, plan(tiny), "knn")
-
-
-def test_cpus_are_shared_out_among_trials_or_the_number_to_change_is_named(tiny: Recipe) -> None:
-    assert share_of(tiny, 4, at_once=2).total == 2
-    assert share_of(changed(tiny, "data", decode_cpus=None), 9, at_once=2).decoding == 3
-    with pytest.raises(ConfigError, match=r"lower search\.max_concurrent to 2$"):
-        share_of(tiny, 5, at_once=3)
-    with pytest.raises(ConfigError, match=r"add 1 CPUs"):
-        share_of(tiny, 1, at_once=3)
 
 
 def test_a_search_is_gone_on_with_only_as_it_was_begun(tiny: Recipe) -> None:
