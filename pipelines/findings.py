@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipelines.ranking import repeat_deviation
+from pipelines.ranking import repeat_deviation, without_seed
 from pipelines.space import Point, Space
 
 
@@ -41,9 +41,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """How far the best trial is ahead of the second, and what to hold against that."""
+    """How far the best trial is ahead of other settings, and what to hold against that."""
 
     second: Row
+    """The best of another setting, where run.seed is no setting."""
     by: float
     spread: float
     """Standard deviation over all finished trials: what the settings, and chance, change."""
@@ -93,16 +94,15 @@ class Findings:
 
     @property
     def lead(self) -> Lead | None:
-        """The best trial's lead, where two or more finished."""
-        if len(self.finished) < 2:
-            return None
-        values = [self.objective_of(row) or 0.0 for row in self.finished]
-        return Lead(
-            second=self.finished[1],
-            by=values[0] - values[1],
-            spread=float(np.std(values, ddof=1)),
-            repeats=repeat_deviation([row.point for row in self.finished], values),
-        )
+        """The best trial's lead, where two or more settings finished."""
+        done = self.finished
+        values = [self.objective_of(row) or 0.0 for row in done]
+        for row, value in zip(done, values, strict=True):
+            if without_seed(row.point) != without_seed(done[0].point):
+                spread = float(np.std(values, ddof=1))
+                repeats = repeat_deviation([row.point for row in done], values)
+                return Lead(row, values[0] - value, spread, repeats)
+        return None
 
     def _ordered(self, rows: Sequence[Row]) -> list[Row]:
         def key(row: Row) -> tuple[bool, float]:

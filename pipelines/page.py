@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 STYLE = """
 :root { color-scheme: light; --ink: #1d1f24; --soft: #5d626b; --rule: #e3e5e8; --best: #b84f00; }
 * { box-sizing: border-box; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+html { font-size: 16px; }
 body { margin: 0 auto; padding: 3rem 2rem 5rem; max-width: 1140px; background: #fff;
-  color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+  color: var(--ink); font: 1rem/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .2rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 3.2rem 0 .4rem; }
 p { max-width: 74ch; margin: .4rem 0 .8rem; overflow-wrap: anywhere; }
 .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
 .verdict { font-size: 1.16rem; border-left: 4px solid var(--best); padding: .1rem 0 .1rem 1.1rem;
   margin: 1.6rem 0; }
-.verdict p { max-width: 68ch; }
+.verdict p { max-width: 68ch; } .verdict p:first-child { font-weight: 650; }
 .missing { color: var(--soft); font-style: italic; }
 figure { margin: .8rem 0 0; }
 figure img { max-width: 100%; height: auto; display: block; }
@@ -33,7 +34,8 @@ th, td { padding: .32rem .7rem; text-align: right; border-bottom: 1px solid var(
 thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--soft); line-height: 1.25; }
 th { font-weight: 600; }
 tbody th { font-weight: 400; }
-.text { text-align: left; overflow-wrap: anywhere; min-width: 9em; max-width: 22em; }
+.text { text-align: left; overflow-wrap: break-word; min-width: 7em; max-width: 24em; }
+td.text { min-width: 11em; }
 tr.best th, tr.best td { font-weight: 700; background: #fdf1e7; }
 tr.best th { box-shadow: inset 4px 0 var(--best); }
 tr.pale th, tr.pale td { color: var(--soft); }
@@ -42,10 +44,10 @@ pre { background: #f6f7f8; padding: 1rem 1.2rem; font-size: .84rem; line-height:
 ul { padding-left: 1.2rem; max-width: 74ch; }
 @media print {
   @page { size: A4; margin: 14mm; }
-  body { padding: 0; max-width: none; font-size: 11px; }
+  html { font-size: 11px; } body { padding: 0; max-width: none; }
   .wide { overflow: visible; }
-  table { font-size: 7.5px; } th, td { padding: .2rem .35rem; }
-  .text { min-width: 0; }
+  table { font-size: .72rem; } th, td { padding: .2rem .35rem; }
+  .text { min-width: 0; } h2 { margin-top: 2rem; }
   figure, tr, .verdict { break-inside: avoid; } h2 { break-after: avoid; }
 }
 """

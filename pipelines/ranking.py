@@ -167,12 +167,16 @@ def could_be_chance(correlation: float, trials: int) -> bool:
 
 def repeat_deviation(points: Sequence[Point], values: Sequence[float]) -> float | None:
     """Pool the standard deviation over trials whose settings are equal but for the seed."""
-    groups: dict[tuple, list[float]] = {}
+    groups: dict[tuple[tuple[str, Value], ...], list[float]] = {}
     for point, value in zip(points, values, strict=True):
-        setting = tuple(sorted((k, repr(v)) for k, v in point.items() if k != "run.seed"))
-        groups.setdefault(setting, []).append(value)
+        groups.setdefault(without_seed(point), []).append(value)
     repeated = [group for group in groups.values() if len(group) > 1]
     if not repeated:
         return None
     squares = sum(float(np.var(group) * len(group)) for group in repeated)
     return float(np.sqrt(squares / sum(len(group) - 1 for group in repeated)))
+
+
+def without_seed(point: Point) -> tuple[tuple[str, Value], ...]:
+    """List a trial's settings, but not what only chance goes by."""
+    return tuple(sorted((name, value) for name, value in point.items() if name != "run.seed"))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from droppos.draw.search import words
+from droppos.draw.trials import words
 from pipelines.findings import Findings, Lead, Row
 
 LARGE, SMALL = 1.0, 0.5
@@ -38,11 +38,22 @@ def setting(row: Row) -> str:
     )
 
 
+def short_names(findings: Findings) -> dict[str, str]:
+    """Leave out of each name the values, which stand beside it: ratios-002, if one is so."""
+    cut = {
+        row.name: row.name.partition("=")[0].rpartition("-")[0] if "=" in row.name else row.name
+        for row in findings.rows
+    }
+    distinct = len(set(cut.values())) == len(cut) and all(cut.values())
+    return cut if distinct else {name: name for name in cut}
+
+
 def _best(findings: Findings, best: Row) -> str:
     value = findings.objective_of(best)
     label = figure_label(findings.objective)
     reached = f"{label} {value:.4f}" if value is not None else f"no {label} measured"
-    return f"Best is {setting(best) or best.name}: {reached} (trial {best.name})."
+    name = short_names(findings)[best.name]
+    return f"Best is {setting(best) or best.name}: {reached} (trial {name})."
 
 
 def _belief(findings: Findings) -> str:
@@ -51,13 +62,13 @@ def _belief(findings: Findings) -> str:
     if not done:
         return "No trial finished with a measured objective, so there is no best setting yet."
     if lead is None:
-        return "Only one trial finished, so there is nothing to compare it with."
+        return "Only one setting has finished, so there is nothing to compare it with."
     if lead.spread < 1e-12:
         return f"All {len(done)} finished trials have the same objective, so none is better."
     ratio = lead.by / lead.spread
     size = "large" if ratio >= LARGE else "small" if ratio < SMALL else "moderate"
-    behind = f"It leads the second, {setting(lead.second) or lead.second.name}, by {lead.by:.4f}"
-    against = f"{ratio:.1f} standard deviations of all finished trials ({lead.spread:.4f})"
+    behind = f"It leads the next setting, {setting(lead.second)}, by {lead.by:.4f}"
+    against = f"{ratio:.2g} of the standard deviation of finished trials ({lead.spread:.4f})"
     return f"{behind}, which is {size}: {against}. {_chance(findings, lead)}"
 
 
@@ -65,7 +76,7 @@ def _chance(findings: Findings, lead: Lead) -> str:
     best = findings.winner
     top = None if best is None else findings.objective_of(best)
     if lead.repeats is not None:
-        clear = lead.by > 2 * lead.repeats
+        clear = lead.by > 3 * lead.repeats
         among = "stands clear of" if clear else "is within"
         return (
             f"Equal settings run again differ by {lead.repeats:.4f} (standard deviation), so the "

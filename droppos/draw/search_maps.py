@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import StrMethodFormatter
 
 from droppos.draw.curves import COLOURS, INK, RULE, SOFT
-from droppos.draw.search import (
+from droppos.draw.trials import (
     BEST,
     PALE,
     SHADES,
@@ -52,7 +52,7 @@ def draw_map(across: Axis, down: Axis, trials: Sequence[Trial]) -> Figure:
     axes.set_xticks(*_marks(across))
     axes.set_yticks(*_marks(down))
     axes.set_xlabel(across.label, color=INK, fontsize=12, fontweight="bold")
-    axes.set_ylabel(down.label, color=INK, fontsize=12, fontweight="bold")
+    axes.set_ylabel(folded(down.label, 14 + 4 * rows), color=INK, fontsize=12, fontweight="bold")
     return figure
 
 
@@ -123,7 +123,7 @@ def draw_importance(shares: Mapping[str, float], *, trusted: bool) -> Figure:
             fontsize=11,
         )
     axes.set_yticks(range(len(ordered)), [folded(label, 34) for label, _ in ordered])
-    axes.set(xlim=(0, 1.1), ylim=(len(ordered) - 0.5, -0.5), xticks=[])
+    axes.set(xlim=(0, 1.15 * ordered[0][1] or 1), ylim=(len(ordered) - 0.5, -0.5), xticks=[])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color(RULE)
     axes.tick_params(colors=INK, length=0, labelsize=11)
@@ -175,12 +175,12 @@ def _draw_cell(axes: Axes, at: tuple[int, int], inside: Sequence[Trial], shade: 
         )
     )
     brightness = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
-    ink = INK if brightness > 0.55 else "white"
+    ink = INK if brightness > 0.45 else "white"
     middle = column + 0.5
     axes.text(
         middle,
         row + 0.58,
-        f"{median:.3g}",
+        f"{median:.3f}" if abs(median) < 10 else f"{median:.4g}",
         color=ink,
         fontsize=13,
         fontweight="bold",
