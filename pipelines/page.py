@@ -29,13 +29,13 @@ figcaption, caption { max-width: 80ch; margin-top: .5rem; text-align: left; }
 caption { caption-side: bottom; padding-top: .5rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .7rem; text-align: right; border-bottom: 1px solid var(--rule);
+th, td { padding: .32rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--soft); line-height: 1.25; }
 th { font-weight: 600; }
 tbody th { font-weight: 400; }
-.text { text-align: left; overflow-wrap: break-word; min-width: 7em; max-width: 24em; }
-td.text { min-width: 11em; }
+.text { text-align: left; overflow-wrap: break-word; max-width: 26em; }
+td.text:last-child { min-width: 14em; }
 tr.best th, tr.best td { font-weight: 700; background: #fdf1e7; }
 tr.best th { box-shadow: inset 4px 0 var(--best); }
 tr.pale th, tr.pale td { color: var(--soft); }
@@ -47,7 +47,7 @@ ul { padding-left: 1.2rem; max-width: 74ch; }
   html { font-size: 11px; } body { padding: 0; max-width: none; }
   .wide { overflow: visible; }
   table { font-size: .72rem; } th, td { padding: .2rem .35rem; }
-  .text { min-width: 0; } h2 { margin-top: 2rem; }
+  h2 { margin-top: 2rem; }
   figure, tr, .verdict { break-inside: avoid; } h2 { break-after: avoid; }
 }
 """

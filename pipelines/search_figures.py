@@ -101,13 +101,13 @@ def _ratios(findings: Findings) -> Part:
         return Part(title, "No trial has finished.")
     pair = [by_name[MASK], by_name[DROP]]
     axes = [_axis(dimension, findings.rows) for dimension in pair]
-    axes[1] = replace(axes[1], label=f"drop ratio: {axes[1].label}")
+    axes[1] = replace(axes[1], label=f"{axes[1].label}\n(drop ratio)")
     ranges = "" if all(axis.listed for axis in axes) else f" Ranges are cut into {PARTS} parts."
     label = figure_label(findings.objective)
     return Part(
         title,
         draw_map(axes[0], axes[1], _drawn(findings, pair)),
-        alt=f"Heat map of the median {label} by {axes[0].label} and {axes[1].label}.",
+        alt=f"Heat map of the median {label} by mask ratio and drop ratio.",
         caption=(
             f"Median {label} of the finished trials in each cell, and how many they are; framed: "
             f"where the best trial is.{ranges} Other fields vary within a cell."

@@ -16,12 +16,14 @@ def trials_table(findings: Findings) -> str:
     names = [dimension.field for dimension in findings.dimensions]
     others = dict.fromkeys(name for row in findings.rows for name in row.figures)
     figures = [findings.objective, *(name for name in others if name != findings.objective)]
+    failed = any(row.error for row in findings.rows)
     head = [
         Cell("trial", wide=True),
+        Cell("state", wide=True),
         *(Cell(name.rpartition(".")[2].replace("_", "_\u200b"), title=name) for name in names),
         *(Cell(figure_label(name), title=name) for name in figures),
         *(Cell(text) for text in ("steps", "time")),
-        Cell("state", wide=True),
+        *([Cell("error", wide=True)] if failed else []),
     ]
     values = [value for row in findings.rows if (value := findings.objective_of(row)) is not None]
     best = findings.winner
@@ -31,6 +33,7 @@ def trials_table(findings: Findings) -> str:
             "best" if row is best else "" if row.state == "finished" else "pale",
             [
                 Cell(names_shown[row.name], title=_identity(row), wide=True),
+                Cell(STATES[row.state], wide=True),
                 *(Cell(words(row.point[name]) if name in row.point else "") for name in names),
                 *(
                     Cell(_figure(row, name), _bar(row, name, values) if not at else "")
@@ -38,7 +41,7 @@ def trials_table(findings: Findings) -> str:
                 ),
                 Cell(f"{row.step:,}/{row.steps:,}"),
                 Cell(_time(row.seconds)),
-                Cell(STATES[row.state] + (f": {row.error}" if row.error else ""), wide=True),
+                *([Cell(row.error or "", wide=True)] if failed else []),
             ],
         )
         for row in findings.ranked

@@ -4,13 +4,15 @@ These functions return the figure, for a page holds it as SVG and a folder as PN
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import ceil
-from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path as MplPath
 
 from droppos.draw.curves import INK, SOFT
 from droppos.draw.trials import (
@@ -52,7 +54,7 @@ def draw_parallel(fields: Sequence[Axis], trials: Sequence[Trial], objective: st
         line = [*heights[trial.name]]
         if trial.objective is not None:
             line.append(outcome.place(trial.objective))
-        axes.plot(*_smooth(line), **stroke(trial, shade, len(trials)), solid_capstyle="round")
+        axes.add_patch(PathPatch(_smooth(line), fill=False, **stroke(trial, shade, len(trials))))
     for column, axis in enumerate([*fields, outcome]):
         _upright(axes, column, axis, last=column == len(fields))
     _strip(axes, len(fields), outcome, shade)
@@ -104,15 +106,15 @@ def _alike(axis: Axis, column: int, trials: Sequence[Trial]) -> list[list[Trial]
     return [[trial for trial in trials if trial.point[column] == value] for value in axis.values]
 
 
-def _smooth(heights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _smooth(heights: Sequence[float]) -> MplPath:
     """Lead a line level through each upright, so that the eye can follow it across others."""
+    corners, codes = [(0.0, heights[0])], [MplPath.MOVETO]
+    for left, (begin, end) in enumerate(pairwise(heights)):
+        corners += [(left + 1 / 3, begin), (left + 2 / 3, end), (left + 1.0, end)]
+        codes += [MplPath.CURVE4] * 3
     if len(heights) == 1:
-        return np.array([0.0, 0.06]), np.array([heights[0]] * 2)
-    along = np.linspace(0, len(heights) - 1, 24 * (len(heights) - 1) + 1)
-    left = np.minimum(along.astype(int), len(heights) - 2)
-    part = along - left
-    ends = np.asarray(heights)
-    return along, ends[left] + (ends[left + 1] - ends[left]) * part**2 * (3 - 2 * part)
+        corners, codes = [*corners, (0.06, heights[0])], [*codes, MplPath.LINETO]
+    return MplPath(corners, codes)
 
 
 def _upright(axes: Axes, column: int, axis: Axis, *, last: bool) -> None:
@@ -158,21 +160,20 @@ def _strip(axes: Axes, column: int, outcome: Axis, shade: Normalize) -> None:
 
 def _panel(axes: Axes, axis: Axis, column: int, shown: Sequence[Trial], shade: Normalize) -> None:
     dots = 26 if len(shown) >= CROWD else 46
-    for number, trial in enumerate(back_to_front(shown)):
-        place = axis.place(trial.point[column])
-        if axis.listed:  # strewn, the same way each time
-            place += (number * 0.618 % 1 - 0.5) * 0.4 / len(axis.values)
-        colour = BEST if trial.best else SHADES(float(shade(cast(float, trial.objective))))
-        axes.scatter(
-            place,
-            cast(float, trial.objective),
-            s=2.2 * dots if trial.best else dots,
-            facecolor=colour if trial.done else "none",
-            edgecolor="white" if trial.done else PALE,
-            linewidth=0.7 if trial.done else 1.2,
-            clip_on=False,
-            zorder=3 if trial.done else 2,
-        )
+    ordered = back_to_front(shown)
+    places = np.array([axis.place(trial.point[column]) for trial in ordered])
+    if axis.listed:  # strewn, the same way each time
+        places += (np.arange(len(ordered)) * 0.618 % 1 - 0.5) * 0.4 / len(axis.values)
+    values = np.array([trial.objective for trial in ordered], float)
+    done = np.array([trial.done for trial in ordered])
+    best = np.array([trial.best for trial in ordered])
+    early, others = ~(done | best), done & ~best
+    axes.scatter(places[early], values[early], dots, "none", edgecolor=PALE, linewidth=1.2)
+    colours = SHADES(shade(values[others]))
+    axes.scatter(
+        places[others], values[others], dots, colours, edgecolor="white", linewidth=0.7, zorder=3
+    )
+    axes.scatter(places[best], values[best], 2.2 * dots, BEST, edgecolor="white", zorder=3)
     for left, right, median in _medians(axis, column, [trial for trial in shown if trial.done]):
         axes.plot([left, right], [median, median], color=INK, linewidth=1.8, zorder=4)
     style(axes)

@@ -52,7 +52,7 @@ def draw_map(across: Axis, down: Axis, trials: Sequence[Trial]) -> Figure:
     axes.set_xticks(*_marks(across))
     axes.set_yticks(*_marks(down))
     axes.set_xlabel(across.label, color=INK, fontsize=12, fontweight="bold")
-    axes.set_ylabel(folded(down.label, 14 + 4 * rows), color=INK, fontsize=12, fontweight="bold")
+    axes.set_ylabel(down.label, color=INK, fontsize=12, fontweight="bold")
     return figure
 
 

@@ -1,0 +1,279 @@
+"""The report of a search: nothing is lost, nothing is fetched, and chance is not sold as a win."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from math import log, nan
+
+import numpy as np
+import pytest
+
+from pipelines.findings import Findings, Row
+from pipelines.ranking import correlations, importances, rank_correlation, repeat_deviation
+from pipelines.search_figures import search_figures
+from pipelines.search_report import search_report
+from pipelines.space import Dimension, Point
+from pipelines.verdict import verdict
+
+MASK = Dimension("method.mask_ratio", "choice", (0.75, 0.5))
+DROP = Dimension("method.position_mask_ratio", "uniform", (0.25, 0.95))
+RATE = Dimension("optim.lr_per_256", "loguniform", (1e-5, 1e-3))
+CLIP = Dimension("optim.clip", "choice", (None, 1.0, 5.0))
+ATTENTIVE = Dimension("method.attentive", "choice", (True, False))
+SPACE = (MASK, DROP, RATE, CLIP, ATTENTIVE)
+
+
+def row(number: int, skill: float | None, point: Point, **changes) -> Row:
+    measured = Row(
+        name=f"ratios-{number:03d}-mask_ratio={point.get('method.mask_ratio')}",
+        point=point,
+        state="finished",
+        figures={} if skill is None else {"position_skill": skill},
+        history=[] if skill is None else [(50, skill / 2), (100, skill)],
+        step=100,
+        steps=100,
+        seconds=3725.0,
+        error=None,
+        tracking_run=None,
+    )
+    return replace(measured, **changes)
+
+
+def findings(rows: Sequence[Row], space: tuple[Dimension, ...] = SPACE, **changes) -> Findings:
+    found = Findings(
+        name="ratios",
+        objective="position_skill",
+        dimensions=space,
+        rows=rows,
+        best=None,
+        best_yaml=None,
+        protocol="All trials answered for the same pictures.",
+        notes=[],
+        sharing=None,
+    )
+    return replace(found, **changes)
+
+
+def drawn_rows(number: int) -> list[Row]:
+    """Trials whose skill depends on the mask ratio alone."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(number):
+        point: Point = {
+            MASK.field: [0.75, 0.5][i % 2],
+            DROP.field: float(random.uniform(0.25, 0.95)),
+            RATE.field: float(np.exp(random.uniform(log(1e-5), log(1e-3)))),
+            CLIP.field: [None, 1.0, 5.0][i % 3],
+            ATTENTIVE.field: i % 4 < 2,
+        }
+        rows.append(row(i, 0.5 - 0.2 * (i % 2) + 1e-4 * float(random.normal()), point))
+    return rows
+
+
+class Page(HTMLParser):
+    """Reads a page: its text, its images, what it would fetch, and whether tags are closed."""
+
+    VOID = frozenset({"meta", "img", "br"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.cells: list[list[str]] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag == "tr":
+            self.cells.append([])
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in {"td", "th"}:
+            self.cells[-1].append(data)
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text)
+
+
+def test_a_page_fetches_nothing_and_runs_nothing() -> None:
+    html = search_report(findings(drawn_rows(6)))
+    page = Page(html)
+    assert not page.tags & {"script", "link", "iframe", "object", "base"}
+    assert "url(" not in html and "@import" not in html and "://" not in html
+    sources = [value for name, value in page.attributes if name in {"src", "href", "srcset"}]
+    assert sources
+    assert all(source and source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+
+
+def test_each_picture_is_told_in_words() -> None:
+    images = Page(search_report(findings(drawn_rows(12)))).images
+    assert len(images) == 5
+    assert all(image["alt"] for image in images)
+    assert "method.mask_ratio 9" in str(images[3]["alt"])  # its share: more than 90 %
+
+
+def test_words_of_users_are_shown_as_they_are() -> None:
+    evil = "<script>alert('&')</script>"
+    first, second = drawn_rows(2)
+    rows = [
+        replace(first, name=f"a{evil}", figures={"position_skill": 0.5, f"f{evil}": 1.0}),
+        replace(second, name=f"b{evil}", state="failed", error=f"e{evil}", tracking_run=evil),
+    ]
+    found = findings(
+        rows,
+        name=evil,
+        best_yaml=f"a: {evil}",
+        protocol=f"p{evil}",
+        notes=[f"n{evil}"],
+        sharing={f"s{evil}": 1.0},
+    )
+    page = Page(search_report(found))
+    assert "script" not in page.tags
+    for text in ("a", "b", "e", "f", "p", "n", "s", "a: "):
+        assert text + evil in page.words
+
+
+@pytest.mark.parametrize("best", [None, "ratios-002-mask_ratio=0.75"])
+def test_each_trial_has_one_line_and_the_best_is_first(best: str | None) -> None:
+    rows = drawn_rows(5)
+    rows[4] = replace(rows[4], state="failed", figures={}, history=[], error="diverged", step=7)
+    rows[2] = replace(rows[2], figures={"position_skill": 0.9})
+    page = Page(search_report(findings(rows, best=best)))
+    lines = [line for line in page.cells if line and line[0].startswith("ratios-")]
+    assert [line[0] for line in lines][:1] == ["ratios-002"]
+    assert sorted(line[0] for line in lines) == [f"ratios-{i:03d}" for i in range(5)]
+    assert lines[-1][0] == "ratios-004" and lines[-1][-1] == "diverged"
+    assert "7/100" in lines[-1] and "1:02:05" in lines[0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_few_trials_are_reported_and_what_is_missing_is_explained(number: int) -> None:
+    words = Page(search_report(findings(drawn_rows(number)))).words
+    if number < 3:
+        assert "It takes 3 finished trials" in words
+    if number == 0:
+        assert "No trial was run." in words and "no best setting" in words
+    if number == 1:
+        assert "nothing to compare it with" in words
+
+
+def test_trials_of_every_kind_are_drawn() -> None:
+    rows = drawn_rows(8)
+    rows[1] = replace(rows[1], state="early", step=50)
+    rows[3] = replace(rows[3], state="failed", figures={}, history=[], error="x" * 300)
+    rows[5] = replace(rows[5], state="stopped", figures={"position_skill": nan}, seconds=None)
+    rows[7] = replace(rows[7], name="ratios-007-" + "y" * 200)
+    found = findings(rows)
+    assert list(search_figures(found)) == ["parallel", "fields", "ratios", "importance", "courses"]
+    assert "5 finished, 1 ended early, 1 failed, 1 stopped" in " ".join(verdict(found))
+
+
+def test_no_trial_that_finished_is_no_failure() -> None:
+    rows = [replace(one, state="early") for one in drawn_rows(4)]
+    words = Page(search_report(findings(rows))).words
+    assert "No trial finished" in words and "No trial has finished." in words
+
+
+def test_one_field_is_said_to_be_one() -> None:
+    rows = [row(i, i / 10, {RATE.field: 10.0 ** (i - 5)}) for i in range(3)]
+    words = Page(search_report(findings(rows, (RATE,)))).words
+    assert "Only one field was searched" in words
+    assert "method.mask_ratio and method.position_mask_ratio were not searched." in words
+
+
+def test_equal_objectives_have_no_winner() -> None:
+    rows = [replace(one, figures={"position_skill": 0.3}) for one in drawn_rows(4)]
+    words = Page(search_report(findings(rows))).words
+    assert "none is better" in words and "no field explains a difference" in words
+
+
+def test_a_lead_is_held_against_what_chance_does() -> None:
+    def said(*skills: tuple[float, float, int]) -> str:
+        rows = [
+            row(i, skill, {MASK.field: mask, "run.seed": seed})
+            for i, (skill, mask, seed) in enumerate(skills)
+        ]
+        return " ".join(verdict(findings(rows, (MASK,))))
+
+    assert "is within what chance does" in said((0.5, 0.75, 0), (0.4, 0.75, 1), (0.45, 0.5, 0))
+    assert "stands clear" in said((0.5, 0.75, 0), (0.499, 0.75, 1), (0.4, 0.5, 0))
+    assert "which is large" in said((0.9, 0.75, 0), (0.5, 0.5, 0), (0.5, 0.25, 0))
+    assert "which is small" in said((0.5, 0.75, 0), (0.499, 0.5, 0), (0.1, 0.25, 0))
+    assert "Only one setting has finished" in said((0.5, 0.75, 0), (0.4, 0.75, 1))
+
+
+def test_repeats_are_those_that_differ_in_the_seed_alone() -> None:
+    points: list[Point] = [{"method.sigma": 1.0, "run.seed": i} for i in range(3)]
+    deviation = repeat_deviation([*points, {"method.sigma": 2.0}], [1.0, 2.0, 3.0, 9.0])
+    assert deviation == pytest.approx(1.0)
+    assert repeat_deviation(points[:1], [1.0]) is None
+
+
+def test_the_field_that_matters_is_found(capfd: pytest.CaptureFixture[str]) -> None:
+    rows = drawn_rows(24)
+    points = [one.point for one in rows]
+    shares = importances(SPACE, points, [one.figures["position_skill"] for one in rows])
+    assert isinstance(shares, dict)
+    assert max(shares, key=lambda name: shares[name]) == MASK.field
+    assert shares[MASK.field] > 0.9
+    assert sum(shares.values()) == pytest.approx(1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_importance_of_few_trials_is_not_to_be_trusted() -> None:
+    assert "not to be trusted" in search_report(findings(drawn_rows(9)))
+    assert "not to be trusted" not in search_report(findings(drawn_rows(10)))
+
+
+def test_monotone_figures_rank_alike_and_ties_share_a_rank() -> None:
+    values = [0.1, 0.2, 0.3, 0.9]
+    assert rank_correlation(values, [value**3 for value in values]) == pytest.approx(1)
+    assert rank_correlation(values, [-value for value in values]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
+    assert rank_correlation(values, [1, 1, 1, 1]) is None
+
+
+def test_a_loss_ranks_as_what_it_costs() -> None:
+    figures = [{"train_excess_nats": 3.0 - i, "knn": 0.1 * i} for i in range(3)]
+    assert correlations(figures) == {("train_excess_nats", "knn"): (pytest.approx(1), 3)}
+    assert correlations(figures[:2]) == {}
+
+
+def test_agreement_counts_only_trials_that_have_both() -> None:
+    rows = [
+        replace(
+            one,
+            figures={**one.figures, **({"knn": 0.1 * i} if i < 4 else {})},
+            state="early" if i == 3 else "finished",
+        )
+        for i, one in enumerate(drawn_rows(6))
+    ]
+    assert "n 3" in Page(search_report(findings(rows))).words
+
+
+def test_the_same_findings_give_the_same_page() -> None:
+    found = findings(drawn_rows(4))
+    assert search_report(found) == search_report(found)
+
+
+def test_hundreds_of_trials_fit() -> None:
+    html = search_report(findings(drawn_rows(200)))
+    assert len(html) < 3e6
+    assert len([line for line in Page(html).cells if line and "ratios-" in line[0]]) == 200
