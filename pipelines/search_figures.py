@@ -40,15 +40,16 @@ def search_figures(findings: Findings) -> dict[str, Figure]:
 def search_parts(findings: Findings) -> dict[str, Part]:
     """Draw the report's figures by name, in its order."""
     return {
-        "parallel": _parallel(findings),
-        "fields": _fields(findings),
-        "ratios": _ratios(findings),
-        "importance": _importance(findings),
-        "courses": _courses(findings),
+        "parallel": parallel_part(findings),
+        "fields": fields_part(findings),
+        "ratios": ratios_part(findings),
+        "importance": importance_part(findings),
+        "courses": courses_part(findings),
     }
 
 
-def _parallel(findings: Findings) -> Part:
+def parallel_part(findings: Findings) -> Part:
+    """Draw all trials at once, over all fields."""
     title = "All trials at a glance"
     if reason := _unmeasured(findings):
         return Part(title, reason)
@@ -72,7 +73,8 @@ def _parallel(findings: Findings) -> Part:
     )
 
 
-def _fields(findings: Findings) -> Part:
+def fields_part(findings: Findings) -> Part:
+    """Draw each field against the objective."""
     title = "Each field by itself"
     if reason := _unmeasured(findings):
         return Part(title, reason)
@@ -90,7 +92,8 @@ def _fields(findings: Findings) -> Part:
     )
 
 
-def _ratios(findings: Findings) -> Part:
+def ratios_part(findings: Findings) -> Part:
+    """Draw one ratio by the other, where both were searched."""
     title = "Drop ratio by mask ratio"
     by_name = {dimension.field: dimension for dimension in findings.dimensions}
     absent = [name for name in (MASK, DROP) if name not in by_name]
@@ -115,7 +118,8 @@ def _ratios(findings: Findings) -> Part:
     )
 
 
-def _importance(findings: Findings) -> Part:
+def importance_part(findings: Findings) -> Part:
+    """Draw which field explains the differences."""
     title = "Which field matters"
     names = [dimension.field for dimension in findings.dimensions]
     done = [row for row in findings.finished if all(name in row.point for name in names)]
@@ -137,7 +141,8 @@ def _importance(findings: Findings) -> Part:
     )
 
 
-def _courses(findings: Findings) -> Part:
+def courses_part(findings: Findings) -> Part:
+    """Draw how trials went."""
     title = "How trials went"
     trials = _drawn(findings, ())
     if not any(len(trial.history) > 1 for trial in trials):

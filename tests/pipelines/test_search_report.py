@@ -7,13 +7,21 @@ from math import log, nan
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from pipelines.findings import Findings, Row
+from pipelines.page import svg
 from pipelines.ranking import correlations, importances, rank_correlation, repeat_deviation
-from pipelines.search_figures import search_figures
+from pipelines.search_figures import (
+    importance_part,
+    parallel_part,
+    ratios_part,
+    search_figures,
+)
 from pipelines.search_report import search_report
+from pipelines.search_tables import agreement_table, trials_table
 from pipelines.space import Dimension, Point
-from pipelines.verdict import verdict
+from pipelines.verdict import short_names, verdict
 
 MASK = Dimension("method.mask_ratio", "choice", (0.75, 0.5))
 DROP = Dimension("method.position_mask_ratio", "uniform", (0.25, 0.95))
@@ -111,97 +119,111 @@ class Page(HTMLParser):
         return " ".join(self.text)
 
 
-def test_a_page_fetches_nothing_and_runs_nothing() -> None:
-    html = search_report(findings(drawn_rows(6)))
-    page = Page(html)
+EVIL = "<script>alert('&')</script>"
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    """A page of trials of every kind, whose words would break it if they could."""
+    rows = drawn_rows(12)
+    rows[1] = replace(rows[1], state="early", step=50, history=rows[1].history[:1])
+    rows[3] = replace(rows[3], state="failed", figures={}, history=[], error=f"e{EVIL}", step=7)
+    rows[5] = replace(rows[5], state="stopped", figures={"position_skill": nan}, seconds=None)
+    rows[7] = replace(rows[7], name=f"t{EVIL}" + "y" * 200, tracking_run=EVIL)
+    rows[8] = replace(rows[8], figures={"position_skill": 0.9, f"f{EVIL}": 1.0})
+    return search_report(
+        findings(
+            rows,
+            name=EVIL,
+            best=rows[8].name,
+            best_yaml=f"a: {EVIL}",
+            protocol=f"p{EVIL}",
+            notes=[f"n{EVIL}"],
+            sharing={f"s{EVIL}": 1.0},
+        )
+    )
+
+
+def test_a_page_fetches_nothing_and_runs_nothing(whole: str) -> None:
+    page = Page(whole)
     assert not page.tags & {"script", "link", "iframe", "object", "base"}
-    assert "url(" not in html and "@import" not in html and "://" not in html
+    assert "url(" not in whole and "@import" not in whole and "://" not in whole
     sources = [value for name, value in page.attributes if name in {"src", "href", "srcset"}]
     assert sources
     assert all(source and source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
-def test_each_picture_is_told_in_words() -> None:
-    images = Page(search_report(findings(drawn_rows(12)))).images
+def test_each_picture_is_told_in_words(whole: str) -> None:
+    images = Page(whole).images
     assert len(images) == 5
     assert all(image["alt"] for image in images)
-    assert "method.mask_ratio 9" in str(images[3]["alt"])  # its share: more than 90 %
 
 
-def test_words_of_users_are_shown_as_they_are() -> None:
-    evil = "<script>alert('&')</script>"
-    first, second = drawn_rows(2)
-    rows = [
-        replace(first, name=f"a{evil}", figures={"position_skill": 0.5, f"f{evil}": 1.0}),
-        replace(second, name=f"b{evil}", state="failed", error=f"e{evil}", tracking_run=evil),
-    ]
-    found = findings(
-        rows,
-        name=evil,
-        best_yaml=f"a: {evil}",
-        protocol=f"p{evil}",
-        notes=[f"n{evil}"],
-        sharing={f"s{evil}": 1.0},
-    )
-    page = Page(search_report(found))
-    assert "script" not in page.tags
-    for text in ("a", "b", "e", "f", "p", "n", "s", "a: "):
-        assert text + evil in page.words
+def test_words_of_users_are_shown_as_they_are(whole: str) -> None:
+    page = Page(whole)
+    for text in ("t", "e", "f", "a: ", "p", "n", "s"):
+        assert text + EVIL in page.words
 
 
-@pytest.mark.parametrize("best", [None, "ratios-002-mask_ratio=0.75"])
-def test_each_trial_has_one_line_and_the_best_is_first(best: str | None) -> None:
-    rows = drawn_rows(5)
-    rows[4] = replace(rows[4], state="failed", figures={}, history=[], error="diverged", step=7)
-    rows[2] = replace(rows[2], figures={"position_skill": 0.9})
-    page = Page(search_report(findings(rows, best=best)))
-    lines = [line for line in page.cells if line and line[0].startswith("ratios-")]
-    assert [line[0] for line in lines][:1] == ["ratios-002"]
-    assert sorted(line[0] for line in lines) == [f"ratios-{i:03d}" for i in range(5)]
-    assert lines[-1][0] == "ratios-004" and lines[-1][-1] == "diverged"
-    assert "7/100" in lines[-1] and "1:02:05" in lines[0]
+def test_each_trial_has_one_line_and_the_best_is_first(whole: str) -> None:
+    page = Page(whole)
+    lines = [line for line in page.cells if line and line[0].startswith(("ratios-", "t<"))]
+    assert len(lines) == len({line[0] for line in lines}) == 12
+    assert lines[0][0].startswith("ratios-008") and "1:02:05" in lines[0]
+    assert {line[1] for line in lines[-2:]} == {"failed", "stopped"}
+    assert [line[-1] for line in lines if "7/100" in line] == [f"e{EVIL}"]
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_few_trials_are_reported_and_what_is_missing_is_explained(number: int) -> None:
-    words = Page(search_report(findings(drawn_rows(number)))).words
-    if number < 3:
-        assert "It takes 3 finished trials" in words
-    if number == 0:
-        assert "No trial was run." in words and "no best setting" in words
-    if number == 1:
-        assert "nothing to compare it with" in words
+def test_names_leave_out_the_values_that_stand_beside_them() -> None:
+    rows = drawn_rows(2)
+    assert list(short_names(findings(rows)).values()) == ["ratios-000", "ratios-001"]
+    alike = [replace(one, name=f"ratios-a={i}") for i, one in enumerate(rows)]
+    assert list(short_names(findings(alike)).values()) == ["ratios-a=0", "ratios-a=1"]
 
 
-def test_trials_of_every_kind_are_drawn() -> None:
-    rows = drawn_rows(8)
-    rows[1] = replace(rows[1], state="early", step=50)
-    rows[3] = replace(rows[3], state="failed", figures={}, history=[], error="x" * 300)
-    rows[5] = replace(rows[5], state="stopped", figures={"position_skill": nan}, seconds=None)
-    rows[7] = replace(rows[7], name="ratios-007-" + "y" * 200)
-    found = findings(rows)
-    assert list(search_figures(found)) == ["parallel", "fields", "ratios", "importance", "courses"]
-    assert "5 finished, 1 ended early, 1 failed, 1 stopped" in " ".join(verdict(found))
+def test_no_trial_is_no_failure() -> None:
+    page = Page(search_report(findings([])))
+    assert not page.images
+    assert "No trial was run." in page.words and "no best setting" in page.words
 
 
-def test_no_trial_that_finished_is_no_failure() -> None:
-    rows = [replace(one, state="early") for one in drawn_rows(4)]
-    words = Page(search_report(findings(rows))).words
-    assert "No trial finished" in words and "No trial has finished." in words
+def test_one_trial_is_drawn_and_what_is_missing_is_explained() -> None:
+    found = findings(drawn_rows(1))
+    assert list(search_figures(found)) == ["parallel", "fields", "ratios", "courses"]
+    assert importance_part(found).drawn == "It takes 3 finished trials, and there is 1."
+    assert "nothing to compare it with" in " ".join(verdict(found))
+    assert "It takes two figures" in agreement_table(found)
+
+
+def test_trials_are_counted_by_how_they_ended() -> None:
+    rows = drawn_rows(6)
+    rows[1:3] = [replace(one, state="early") for one in rows[1:3]]
+    rows[3] = replace(rows[3], state="failed")
+    assert "6 trials: 3 finished, 2 ended early, 1 failed." in verdict(findings(rows))
+
+
+def test_trials_that_ended_early_are_drawn_but_make_no_winner() -> None:
+    found = findings([replace(one, state="early") for one in drawn_rows(4)])
+    assert list(search_figures(found)) == ["parallel", "fields", "courses"]
+    assert ratios_part(found).drawn == "No trial has finished."
+    assert "No trial finished" in verdict(found)[0]
 
 
 def test_one_field_is_said_to_be_one() -> None:
     rows = [row(i, i / 10, {RATE.field: 10.0 ** (i - 5)}) for i in range(3)]
-    words = Page(search_report(findings(rows, (RATE,)))).words
-    assert "Only one field was searched" in words
-    assert "method.mask_ratio and method.position_mask_ratio were not searched." in words
+    found = findings(rows, (RATE,))
+    assert "Only one field was searched" in str(importance_part(found).drawn)
+    both = "method.mask_ratio and method.position_mask_ratio were not searched."
+    assert ratios_part(found).drawn == both
 
 
 def test_equal_objectives_have_no_winner() -> None:
     rows = [replace(one, figures={"position_skill": 0.3}) for one in drawn_rows(4)]
-    words = Page(search_report(findings(rows))).words
-    assert "none is better" in words and "no field explains a difference" in words
+    found = findings(rows)
+    assert list(search_figures(found)) == ["parallel", "fields", "ratios", "courses"]
+    assert "none is better" in " ".join(verdict(found))
+    assert "no field explains a difference" in str(importance_part(found).drawn)
 
 
 def test_a_lead_is_held_against_what_chance_does() -> None:
@@ -238,8 +260,9 @@ def test_the_field_that_matters_is_found(capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_an_importance_of_few_trials_is_not_to_be_trusted() -> None:
-    assert "not to be trusted" in search_report(findings(drawn_rows(9)))
-    assert "not to be trusted" not in search_report(findings(drawn_rows(10)))
+    few, enough = (importance_part(findings(drawn_rows(number))).caption for number in (9, 10))
+    assert "stands on 9 finished trials" in few and "not to be trusted" in few
+    assert "stands on 10 finished trials" in enough and "not to be trusted" not in enough
 
 
 def test_monotone_figures_rank_alike_and_ties_share_a_rank() -> None:
@@ -265,15 +288,19 @@ def test_agreement_counts_only_trials_that_have_both() -> None:
         )
         for i, one in enumerate(drawn_rows(6))
     ]
-    assert "n 3" in Page(search_report(findings(rows))).words
+    assert "n 3" in agreement_table(findings(rows))
 
 
-def test_the_same_findings_give_the_same_page() -> None:
-    found = findings(drawn_rows(4))
-    assert search_report(found) == search_report(found)
+def test_the_same_findings_give_the_same_picture() -> None:
+    first, second = (
+        svg(search_figures(found)["courses"]) for found in [findings(drawn_rows(2), (MASK,))] * 2
+    )
+    assert first == second
 
 
 def test_hundreds_of_trials_fit() -> None:
-    html = search_report(findings(drawn_rows(200)))
-    assert len(html) < 3e6
-    assert len([line for line in Page(html).cells if line and "ratios-" in line[0]]) == 200
+    found = findings(drawn_rows(200))
+    lines = [line for line in Page(trials_table(found)).cells if "ratios-" in line[0]]
+    assert len(lines) == 200
+    drawn = parallel_part(found).drawn
+    assert isinstance(drawn, Figure) and len(svg(drawn)) < 5e5
