@@ -31,17 +31,17 @@ caption { caption-side: bottom; padding-top: .5rem; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
   vertical-align: top; }
+td.text { white-space: nowrap; }
 thead th { vertical-align: bottom; border-bottom: 1.5px solid var(--soft); line-height: 1.25; }
 th { font-weight: 600; }
 tbody th { font-weight: 400; }
 .text { text-align: left; overflow-wrap: break-word; max-width: 26em; }
-td.text:last-child { min-width: 14em; }
 tr.best th, tr.best td { font-weight: 700; background: #fdf1e7; }
 tr.best th { box-shadow: inset 4px 0 var(--best); }
 tr.pale th, tr.pale td { color: var(--soft); }
 pre { background: #f6f7f8; padding: 1rem 1.2rem; font-size: .84rem; line-height: 1.45;
   white-space: pre-wrap; overflow-wrap: anywhere; }
-ul { padding-left: 1.2rem; max-width: 74ch; }
+ul { padding-left: 1.2rem; max-width: 80ch; font-size: .95rem; overflow-wrap: anywhere; }
 @media print {
   @page { size: A4; margin: 14mm; }
   html { font-size: 11px; } body { padding: 0; max-width: none; }
@@ -87,6 +87,11 @@ def missing(reason: str) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """Write a paragraph of plain text."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def bullets(texts: Sequence[str]) -> str:
+    """List plain texts."""
+    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
 
 
 def picture(figure: Figure, alt: str, caption: str) -> str:

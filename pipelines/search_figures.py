@@ -6,7 +6,7 @@ from typing import cast
 
 from matplotlib.figure import Figure
 
-from droppos.draw.search import draw_fields, draw_parallel
+from droppos.draw.search import ENOUGH, draw_fields, draw_parallel
 from droppos.draw.search_maps import PARTS, draw_courses, draw_importance, draw_map
 from droppos.draw.trials import Axis, Trial
 from pipelines.findings import Findings, Row
@@ -86,8 +86,8 @@ def fields_part(findings: Findings) -> Part:
         alt=f"{label} against each of {', '.join(axis.label for axis in axes)}.",
         caption=(
             "A dot is a trial; orange: the best, hollow: did not run to its end. Bars are medians "
-            "of the finished trials at a listed value, or in a quarter of them along a range. The "
-            "other fields vary from dot to dot."
+            f"of the finished trials at a listed value; along a range, of each quarter of them, if "
+            f"they are {ENOUGH} or more. The other fields vary from dot to dot."
         ),
     )
 

@@ -5,7 +5,7 @@ from html import escape
 from matplotlib.figure import Figure
 
 from pipelines.findings import Findings
-from pipelines.page import missing, page, paragraph, picture, section
+from pipelines.page import bullets, missing, page, paragraph, picture, section
 from pipelines.search_figures import Part, search_parts
 from pipelines.search_tables import agreement_table, sharing_table, trials_table
 from pipelines.verdict import short_names, verdict
@@ -22,7 +22,7 @@ def search_report(findings: Findings) -> str:
             '<div class="verdict">',
             *(paragraph(sentence) for sentence in verdict(findings)),
             "</div>",
-            _notes(findings),
+            *([bullets(findings.notes)] if findings.notes else []),
             "</header>",
             "<main>",
             *(_pictured(part) for part in search_parts(findings).values()),
@@ -39,12 +39,6 @@ def _pictured(part: Part) -> str:
     if isinstance(part.drawn, Figure):
         return section(part.title, picture(part.drawn, part.alt, part.caption))
     return section(part.title, missing(part.drawn))
-
-
-def _notes(findings: Findings) -> str:
-    if not findings.notes:
-        return ""
-    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in findings.notes) + "</ul>"
 
 
 def _best(findings: Findings) -> str:

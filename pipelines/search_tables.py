@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from droppos.draw.trials import words
 from pipelines.findings import Findings, Row
-from pipelines.page import Cell, missing, section, table
+from pipelines.page import Cell, bullets, missing, paragraph, section, table
 from pipelines.ranking import FEWEST_RANKED, correlations, could_be_chance, smaller_is_better
 from pipelines.verdict import STATES, figure_label, short_names
 
@@ -16,14 +16,12 @@ def trials_table(findings: Findings) -> str:
     names = [dimension.field for dimension in findings.dimensions]
     others = dict.fromkeys(name for row in findings.rows for name in row.figures)
     figures = [findings.objective, *(name for name in others if name != findings.objective)]
-    failed = any(row.error for row in findings.rows)
     head = [
         Cell("trial", wide=True),
         Cell("state", wide=True),
         *(Cell(name.rpartition(".")[2].replace("_", "_\u200b"), title=name) for name in names),
         *(Cell(figure_label(name), title=name) for name in figures),
         *(Cell(text) for text in ("steps", "time")),
-        *([Cell("error", wide=True)] if failed else []),
     ]
     values = [value for row in findings.rows if (value := findings.objective_of(row)) is not None]
     best = findings.winner
@@ -41,15 +39,17 @@ def trials_table(findings: Findings) -> str:
                 ),
                 Cell(f"{row.step:,}/{row.steps:,}"),
                 Cell(_time(row.seconds)),
-                *([Cell(row.error or "", wide=True)] if failed else []),
             ],
         )
         for row in findings.ranked
     ]
-    return section(
-        "All trials",
-        table(head, rows, "Best first. Hovering over a trial shows its full name and MLflow run."),
+    errors = [f"{names_shown[row.name]}: {row.error}" for row in findings.ranked if row.error]
+    caption = (
+        "Best first. The bar behind the objective runs from the worst trial's to the best's. "
+        "Hovering over a trial shows its full name and MLflow run."
     )
+    wrong = [paragraph("What went wrong:"), bullets(errors)] if errors else []
+    return section("All trials", table(head, rows, caption), *wrong)
 
 
 def _identity(row: Row) -> str:
