@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import cast
 
 from matplotlib.figure import Figure
@@ -185,7 +186,7 @@ def _drawn(findings: Findings, dimensions: Sequence[Dimension]) -> list[Trial]:
             objective=findings.objective_of(row),
             done=row.state == "finished",
             best=row is best,
-            history=row.history,
+            history=[(step, value) for step, value in row.history if isfinite(value)],
         )
         for row in findings.rows
         if all(name in row.point for name in names)

@@ -9,6 +9,9 @@ LARGE, SMALL = 1.0, 0.5
 """A lead of so many standard deviations is called large, or small. Were all settings equally good,
 the best of 10 to 100 trials would lead by 0.4 to 0.5 on average."""
 
+EQUAL = 1e-12
+"""A spread below which objectives do not differ."""
+
 FIGURES = {
     "position_skill": "position skill",
     "knn": "k-NN accuracy",
@@ -27,7 +30,9 @@ def figure_label(name: str) -> str:
 def verdict(findings: Findings) -> list[str]:
     """Say which trial is best, by how much, whether that is much, and how all trials ended."""
     best = findings.winner
-    told = [] if best is None else [_best(findings, best)]
+    lead = findings.lead
+    equal = lead is not None and lead.spread < EQUAL
+    told = [] if best is None or equal else [_best(findings, best)]
     return [*told, _belief(findings), _counts(findings)]
 
 
@@ -63,7 +68,7 @@ def _belief(findings: Findings) -> str:
         return "No trial finished with a measured objective, so there is no best setting yet."
     if lead is None:
         return "Only one setting has finished, so there is nothing to compare it with."
-    if lead.spread < 1e-12:
+    if lead.spread < EQUAL:
         return f"All {len(done)} finished trials have the same objective, so none is better."
     ratio = lead.by / lead.spread
     size = "large" if ratio >= LARGE else "small" if ratio < SMALL else "moderate"

@@ -151,7 +151,7 @@ def _strip(axes: Axes, column: int, outcome: Axis, shade: Normalize) -> None:
     colours = SHADES(shade([outcome.value_at(float(place)) for place in places]))
     axes.imshow(
         np.asarray(colours)[:, None, :],
-        extent=(column, column + 0.035, 0, 1),
+        extent=(column, column + 0.0055 * (column + 0.45), 0, 1),
         origin="lower",
         aspect="auto",
         zorder=3,

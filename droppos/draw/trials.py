@@ -54,7 +54,7 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """List places to be marked, and their words: all values, or both ends and some between."""
         if self.listed:
-            return [(self.place(value), words(value)) for value in self.values]
+            return [(self.place(value), _short(words(value))) for value in self.values]
         low, high = cast(tuple[float, float], self.values)
         between = _decades(low, high) if self.log else MaxNLocator(4).tick_values(low, high)
         inner = [float(tick) for tick in between if 0.1 < self.place(float(tick)) < 0.9]
@@ -156,6 +156,10 @@ def folded(label: str, width: int) -> str:
         lines[-1] += part
     pieces = [line[i : i + width] for line in lines for i in range(0, max(len(line), 1), width)]
     return "\n".join(piece.rstrip() for piece in pieces)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 18 else f"{text[:17]}…"
 
 
 def _decades(low: float, high: float) -> Iterator[float]:
