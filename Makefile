@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test fast bench-ingest bench-bounded bench-step bench-guide format lint types check clean
+.PHONY: help demo demo-search test fast bench-ingest bench-bounded bench-step bench-guide format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
+	@echo "make demo-search     try eight settings on them, and report which is best, in ten minutes"
 	@echo "make test    run all tests"
 	@echo "make fast    run the tests that take seconds"
 	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
@@ -18,6 +19,9 @@ help:
 
 demo: $(READY)
 	@$(BIN)/droppos demo
+
+demo-search: $(READY)
+	@$(BIN)/droppos demo-search
 
 test: $(READY)
 	$(BIN)/python -m pytest

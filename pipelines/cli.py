@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -20,6 +20,10 @@ from rich.markup import escape
 from droppos.errors import ConfigError, DropposError
 from pipelines import recipe_file
 from pipelines.recipe import Measure, Recipe
+
+if TYPE_CHECKING:
+    from pipelines.search import SearchOutcome
+    from pipelines.search_screen import SearchScreen
 
 DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."
 
@@ -114,15 +118,28 @@ def search(
     _refuse_late(file, "search")
     if space:
         recipe = replace(recipe, search=replace(recipe.search, space=space))
-    from pipelines.report import show_search
+    _announce()
     from pipelines.search import search as job
+
+    with _searching() as screen:
+        outcome = job(recipe, resume=resume, on_event=screen.event)
+    _conclude_search(recipe, outcome)
+
+
+def _searching() -> "SearchScreen":
     from pipelines.search_screen import SearchScreen
 
     # Tune tells of each trial that did not complete; the table does, too.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    with SearchScreen(console) as screen:
-        outcome = job(recipe, resume=resume, on_event=screen.event)
+    return SearchScreen(console)
+
+
+def _conclude_search(recipe: Recipe, outcome: "SearchOutcome", line: str = "") -> None:
+    from pipelines.report import show_search
+
     show_search(console, recipe, outcome)
+    if line:
+        print(line)
     if not outcome.finished:
         sys.exit(130)
     if outcome.best is None:
@@ -238,6 +255,24 @@ def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa:
         sys.exit(130)
 
 
+def demo_search(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa: B008
+    """Search on embedded photographs: eight trials, four at a time on one stream, and a report.
+
+    The last line is for scripts.
+
+    Args:
+        resume: Go on with the last one instead of refusing to overwrite it.
+        recipe: Fields given here override the demo search's recipe.
+    """
+    _announce()
+    from pipelines.demo_search import demo_search as job
+    from pipelines.demo_search import line
+
+    with _searching() as screen:
+        recipe, outcome = job(recipe, resume=resume, say=_say, on_event=screen.event)
+    _conclude_search(recipe, outcome, line(outcome))
+
+
 def drill(
     file: RecipeName = "",
     outage_s: float = 30,
@@ -271,6 +306,7 @@ def drill(
 
 COMMANDS = {
     "demo": demo,
+    "demo-search": demo_search,
     "drill": drill,
     "prepare": prepare,
     "pretrain": pretrain,
@@ -315,8 +351,9 @@ def with_recipe(argv: list[str]) -> list[str]:
     match argv:
         case [("pretrain" | "search" | "drill") as command, name, *rest] if name[:1] != "-":
             return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
-        case [("demo" | "drill") as command, *rest]:
-            return [command, *recipe_file.flags(recipe_file.read(command)), *rest]
+        case [("demo" | "demo-search" | "drill") as command, *rest]:
+            name = command.replace("-", "_")
+            return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
     return argv
 
 

@@ -46,16 +46,9 @@ def demo(
         on_event: Hears of training's progress.
     """
     clock = _Clock()
-    folder = local_folder(recipe)
     say("cutting photographs into tiles, and packing them into shards")
     with clock.time("prepare"):
-        pictures = write_demo_pictures(folder / "pictures")
-        train = prepare(str(pictures.train), str(folder / "data" / "train"))
-        holdout = prepare(str(pictures.holdout), str(folder / "data" / "holdout"))
-    data = replace(
-        recipe.data, path=str(folder / "data" / "train"), holdout=str(folder / "data" / "holdout")
-    )
-    recipe = replace(recipe, data=data)
+        recipe, train, holdout = with_demo_pictures(recipe)
     say("pre-training: Ray Data streams, Ray Train steps, MLflow listens")
     with clock.time("pretrain"):
         outcome = pretrain(recipe, resume=resume, on_event=on_event)
@@ -67,9 +60,20 @@ def demo(
         export = export_checkpoint(outcome.checkpoint.uri, backbone)
     say("measuring it on photographs it has never seen")
     with clock.time("evaluate"):
-        assert data.holdout is not None
-        measured = evaluate(backbone, data.holdout, measure=recipe.measure)
+        assert recipe.data.holdout is not None
+        measured = evaluate(backbone, recipe.data.holdout, measure=recipe.measure)
     return DemoReport(recipe, train, holdout, outcome, export, measured, clock.seconds)
+
+
+def with_demo_pictures(recipe: Recipe) -> tuple[Recipe, PrepareReport, PrepareReport]:
+    """Prepare photographs that come with our dependencies, to train on and to measure on."""
+    folder = local_folder(recipe)
+    pictures = write_demo_pictures(folder / "pictures")
+    data = folder / "data"
+    train = prepare(str(pictures.train), str(data / "train"))
+    holdout = prepare(str(pictures.holdout), str(data / "holdout"))
+    named = replace(recipe.data, path=str(data / "train"), holdout=str(data / "holdout"))
+    return replace(recipe, data=named), train, holdout
 
 
 class _Clock:

@@ -113,6 +113,7 @@ def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> Non
             console.print(f"{escape(trial.name)}: {escape(trial.error)}", highlight=False)
     if outcome.best is not None:
         print_table(console, "Best", [("checkpoint", outcome.best.checkpoint or "")])
+    console.print(f"report: {escape(str(outcome.folder / 'report.html'))}", soft_wrap=True)
     if not outcome.finished:
         _next(console, "the same command with --resume goes on from there")
     elif outcome.best_recipe is not None:

@@ -26,6 +26,7 @@ from ray.tune import Callback, FailureConfig, Stopper, TuneConfig, Tuner
 from droppos.errors import ConfigError, DataError
 from pipelines.cluster import buffer_mb_of, connect
 from pipelines.facts import FIXED
+from pipelines.findings import Findings, Row
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
 from pipelines.memory import Footprint
@@ -36,12 +37,14 @@ from pipelines.recipe import Objective, Recipe
 from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.resources import Fit
+from pipelines.search_report import search_report
 from pipelines.shards import load_manifest
 from pipelines.sharing import Shared, Sharing
 from pipelines.space import corners, grid_points, parse_space
 from pipelines.storage import Place, open_place
 from pipelines.supervisor import STOP_SIGNALS
 from pipelines.trial_run import Common, TrialRun
+from pipelines.trials import FILE as TABLE_FILE
 from pipelines.trials import (
     Record,
     TrialTable,
@@ -67,8 +70,8 @@ class SearchOutcome:
     """In the order in which they began."""
     best: Record | None
     """The finished one with the highest objective."""
-    best_recipe: Path | None
-    """Its recipe as a YAML file of this machine, for `droppos pretrain`."""
+    folder: Path
+    """Where report.html, trials.json and best.yaml are, on this machine."""
     tracking_run: str
     """Identifier of the MLflow run that the trials are shown under."""
     left: int
@@ -76,6 +79,11 @@ class SearchOutcome:
     shared: Shared | None
     """What the trials of this process read together; None if they did not."""
     at_once: int
+
+    @property
+    def best_recipe(self) -> Path | None:
+        """The best trial's recipe, for `droppos pretrain`."""
+        return self.folder / "best.yaml" if self.best else None
 
     @property
     def finished(self) -> bool:
@@ -218,6 +226,8 @@ class Driver(Callback):
         self._sharing: Sharing | None = None
         self._interruption = Interruption()
         self._since: dict[str, float] = {}
+        self.known = len(table)
+        """Trials of the table when this process began."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Be empty in the copy that Tune keeps in storage: a terminal cannot go there."""
@@ -226,7 +236,7 @@ class Driver(Callback):
     @property
     def at_once(self) -> int:
         """Trials that run at the same time, at most."""
-        return self.recipe.search.max_concurrent
+        return min(self.recipe.search.max_concurrent, max(1, len(self.table)))
 
     def tell_plan(self, left: int) -> None:
         """Tell what is known before anything runs."""
@@ -250,7 +260,7 @@ class Driver(Callback):
             ConfigError: If so many do not fit at once.
         """
         left = len(self.table.unfinished) + new
-        at_once = min(self.at_once, left)
+        at_once = min(self.recipe.search.max_concurrent, left)
         sharing = self.recipe.search.share_stream and at_once > 1
         fit = connect(self.recipe, at_once, shared_decoding=sharing)
         self._say({"kind": "fit", "fit": fit})
@@ -435,11 +445,11 @@ def interruptible(interruption: Interruption) -> Iterator[None]:
 
 
 def conclude(run: Driver, new: int, shared: Shared | None, ledger: Ledger) -> SearchOutcome:
-    """Write the table and the best recipe: on this machine, to storage and to MLflow."""
+    """Write table, report and best recipe: on this machine, to storage and to MLflow."""
     recipe, table = run.recipe, run.table
     finished = [record for record in table if record.state == "finished"]
     best = max(finished, key=lambda record: record.objective or 0.0, default=None)
-    files = {"trials.json": table.text(run.objective)}
+    files = {TABLE_FILE: table.text(run.objective)}
     if best is not None and best.objective is not None:
         ledger.log(len(finished), {f"search/best_{run.objective}": best.objective})
         point = {f"best.{name}": str(value) for name, value in best.point.items()}
@@ -449,24 +459,75 @@ def conclude(run: Driver, new: int, shared: Shared | None, ledger: Ledger) -> Se
             f"{best.name}.\n# `droppos pretrain best.yaml` runs it anew.\n"
             + to_yaml(best_recipe(recipe, run.schedule, best))
         )
-    folder = local_folder(recipe) / recipe.run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    home = open_place(recipe.home)
-    for name, text in files.items():
-        (home / name).write_bytes(text.encode())
-        (folder / name).write_text(text)
-        ledger.picture(folder / name, f"search/{name}")
-    begun = len(table)
-    return SearchOutcome(
+    outcome = SearchOutcome(
         home=recipe.home,
         objective=run.objective,
         trials=list(table),
         best=best,
-        best_recipe=folder / "best.yaml" if best else None,
+        folder=local_folder(recipe) / recipe.run.name,
         tracking_run=ledger.run_id,
-        left=sum(not record.ended for record in table),
+        left=new + len(table.unfinished) - (len(table) - run.known),
         shared=shared,
-        at_once=min(run.at_once, begun),
+        at_once=run.at_once,
+    )
+    files["report.html"] = search_report(findings_of(recipe, outcome, files.get("best.yaml")))
+    outcome.folder.mkdir(parents=True, exist_ok=True)
+    home = open_place(recipe.home)
+    for name, text in files.items():
+        (home / name).write_bytes(text.encode())
+        (outcome.folder / name).write_text(text)
+        ledger.picture(outcome.folder / name, f"search/{name}")
+    return outcome
+
+
+def findings_of(recipe: Recipe, outcome: SearchOutcome, best_yaml: str | None) -> Findings:
+    """Tell the report what there is to tell."""
+    measure = recipe.measure
+    notes = []
+    if outcome.left:
+        notes.append(f"The search was interrupted: {outcome.left} of its trials did not end.")
+    if recipe.search.scheduler == "asha":
+        notes.append("Trials that ended early were behind others at the same epoch.")
+    shared = outcome.shared
+    return Findings(
+        name=recipe.run.name,
+        objective=outcome.objective,
+        dimensions=parse_space(recipe),
+        rows=[row_of(record) for record in outcome.trials],
+        best=outcome.best.name if outcome.best else None,
+        best_yaml=best_yaml,
+        protocol=(
+            f"All trials were measured on the same held-out pictures (at most "
+            f"{measure.pictures:,}), which none of them trained on; for positions with the same "
+            f"masks: {measure.mask_ratio:.0%} of the patches hidden, the position of "
+            f"{measure.position_mask_ratio:.0%} of the others dropped."
+        ),
+        notes=notes,
+        sharing=None
+        if shared is None
+        else {
+            "windows read and decoded": shared.decoded,
+            "windows that trials took": shared.taken,
+            "trials at once": outcome.at_once,
+            "reads, of one trial's": outcome.storage_reads_ratio or 0.0,
+        },
+    )
+
+
+def row_of(record: Record) -> Row:
+    """Tell the report of a trial."""
+    state = record.state
+    return Row(
+        name=record.name,
+        point=record.point,
+        state="stopped" if state in {"waiting", "running"} else state,
+        figures=record.figures,
+        history=record.history,
+        step=record.step,
+        steps=record.steps,
+        seconds=record.seconds,
+        error=record.error,
+        tracking_run=record.tracking_run,
     )
 
 

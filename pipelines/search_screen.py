@@ -9,6 +9,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from pipelines.resources import table
+
 
 class SearchScreen:
     """Follows a search's events: which trials run, how far they are, how good they were."""
@@ -40,6 +42,8 @@ class SearchScreen:
         """Take one event of the search."""
         if event["kind"] == "search":
             self._total, self._objective = event["trials"], event["objective"]
+        elif event["kind"] == "fit":
+            self._console.print(table(event["fit"]))
         else:
             trial = self._trials.setdefault(event["trial"], {"state": ""})
             changed = trial["state"] != event["state"]
