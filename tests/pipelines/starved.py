@@ -78,12 +78,12 @@ def main() -> None:
     )
     told: dict[str, Any] = {"steps": schedule.steps}
 
-    began = time.monotonic()
+    began = time.process_time()
     try:
         solve(read_cluster(), Demand(), TRIALS)
     except ConfigError as error:
         told["refused"] = str(error)
-    told["refused_s"] = time.monotonic() - began
+    told["refused_cpu_s"] = time.process_time() - began
 
     groups, workers = zip(*[start_worker() for _ in range(TRIALS)], strict=True)
     ray.get([worker.taken.remote() for worker in workers])  # both are there
@@ -93,11 +93,11 @@ def main() -> None:
 
     ray.kill(workers[1])
     remove_placement_group(groups[1])
-    told["freed"] = ray.get(runs[0], timeout=60)
+    told["freed"] = ray.get(runs[0], timeout=300)
 
     fit = solve(read_cluster(), Demand(), 1)
     shard = stream(data, schedule, fit.decoding)
-    told["accepted"] = ray.get(workers[0].train.remote(shard, schedule.steps), timeout=60)
+    told["accepted"] = ray.get(workers[0].train.remote(shard, schedule.steps), timeout=300)
     print(json.dumps(told))
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -94,6 +94,7 @@ demands = st.builds(
 )
 
 
+@settings(deadline=None)  # trying every packing takes its time
 @given(cluster=clusters, demand=demands, at_once=st.integers(1, 3))
 def test_what_is_accepted_can_be_packed_and_what_is_refused_cannot(
     cluster: Cluster, demand: Demand, at_once: int
@@ -109,6 +110,7 @@ def test_what_is_accepted_can_be_packed_and_what_is_refused_cannot(
     assert can_be_packed(cluster, shared_out, at_once)
 
 
+@settings(deadline=None)  # trying every packing takes its time
 @given(cluster=clusters, demand=demands, at_once=st.integers(1, 3))
 def test_none_of_the_machines_that_it_says_are_added_could_be_left_out(
     cluster: Cluster, demand: Demand, at_once: int
@@ -125,6 +127,7 @@ def test_none_of_the_machines_that_it_says_are_added_could_be_left_out(
     assert not any(with_added({**added, name: count - 1}) for name, count in added.items())
 
 
+@settings(deadline=None)  # trying every packing takes its time
 @given(cluster=clusters, demand=demands, at_once=st.integers(1, 3))
 def test_the_number_it_names_fits_and_one_more_does_not(
     cluster: Cluster, demand: Demand, at_once: int
@@ -447,5 +450,5 @@ def test_without_the_solver_two_trials_on_two_cpus_wait_for_ever(
     assert told["freed"] == steps
     # The solver refuses that very demand at once, and what it accepts instead runs through.
     assert told["refused"].endswith("lower search.max_concurrent to 1")
-    assert told["refused_s"] < 5
+    assert told["refused_cpu_s"] < 1
     assert told["accepted"] == steps
