@@ -516,11 +516,11 @@ def findings_of(recipe: Recipe, outcome: SearchOutcome, best_yaml: str | None) -
 
 def row_of(record: Record) -> Row:
     """Tell the report of a trial."""
-    state = record.state
+    ended: Any = record.state if record.ended else "stopped"
     return Row(
         name=record.name,
         point=record.point,
-        state="stopped" if state in {"waiting", "running"} else state,
+        state=ended,
         figures=record.figures,
         history=record.history,
         step=record.step,
