@@ -10,18 +10,21 @@ Imports no torch, for it is unpickled where data is read (:mod:`pipelines.window
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import ray
 from ray.data.block import Block
+from ray.data.datasource import ReadTask
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipelines.order import Schedule, Window
 from pipelines.packs import Packs, Wait
 from pipelines.storage import Place
-from pipelines.windows import CropOptions, read_window
+from pipelines.windows import CropOptions, Piece, Windows, read_task, read_window
 
 ASK_AGAIN_S = 0.05
 """Seconds between two looks whether there is room."""
@@ -116,16 +119,26 @@ class SharedReader:
     member: str
     stream: Stream
     data: Place
+    ahead: int
+    """Windows that are asked for before the first of them is needed."""
 
-    def __call__(self, window: Window, start: int) -> Iterator[Block]:
-        """Yield the blocks of a window from a turn on, as `read_window` does.
+    def __call__(self, pieces: Sequence[Piece]) -> Iterator[Block]:
+        """Yield the blocks of windows, each from a turn on, as `read_window` does.
 
         Raises:
             DataError: As `read_window` raises it.
             StorageError: Likewise.
         """
+        asked: deque[ray.ObjectRef] = deque()
+        left = iter(pieces)
+        for window, start in pieces:
+            while len(asked) < self.ahead and (piece := next(left, None)) is not None:
+                asked.append(self.pool.take.remote(self.member, self.stream, piece[0], self.data))
+            yield from self._blocks(asked.popleft(), window, start)
+
+    def _blocks(self, asked: ray.ObjectRef, window: Window, start: int) -> Iterator[Block]:
         try:
-            refs = ray.get(self.pool.take.remote(self.member, self.stream, window, self.data))
+            refs: Any = ray.get(asked)
         except RayActorError as error:
             # Its node is gone. It starts again elsewhere; until then each trial reads for itself.
             _log.warning("the shared stream does not answer, so this trial reads alone: %s", error)
@@ -136,6 +149,33 @@ class SharedReader:
         except RayTaskError as error:
             self.pool.forget.remote(self.stream, window.first)
             raise error.cause or error from error
+
+
+class SharedWindows(Windows):
+    """The same source in one task for each execution.
+
+    It needs no CPU, for others decode. Ray would start a process for each window, since it keeps no
+    more of them than there are CPUs, and that costs more than the window.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        read: SharedReader,
+        *,
+        start_step: int,
+        epochs_per_execution: int,
+    ) -> None:
+        super().__init__(
+            schedule,
+            lambda window, start: read([(window, start)]),
+            start_step=start_step,
+            epochs_per_execution=epochs_per_execution,
+        )
+        self._read_all = read
+
+    def _tasks(self, pieces: Sequence[Piece]) -> list[ReadTask]:
+        return [read_task(partial(self._read_all, pieces), pieces)] if pieces else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +212,9 @@ class Sharing:
         """Have nobody wait for this trial any more."""
         self.pool.leave.remote(self.member)
 
-    def reader(self, stream: Stream, data: Place) -> SharedReader:
-        """Make what reads this trial's windows."""
-        return SharedReader(self.pool, self.member, stream, data)
+    def reader(self, stream: Stream, data: Place, ahead: int) -> SharedReader:
+        """Make what reads this trial's windows, so many of them asked for ahead."""
+        return SharedReader(self.pool, self.member, stream, data, ahead)
 
     @property
     def shared(self) -> Shared:

@@ -43,7 +43,7 @@ from droppos.errors import TrainingError
 from pipelines import checkpoints
 from pipelines.order import Schedule
 from pipelines.recipe import Recipe
-from pipelines.sharing import Sharing, stream_of
+from pipelines.sharing import SharedWindows, Sharing, stream_of
 from pipelines.storage import Place, open_place
 from pipelines.windows import CropOptions, Windows, read_window
 
@@ -132,18 +132,18 @@ def make_dataset(
         )
     block = block_rows(worker_batch, schedule.rows_per_window)
     span = max(1, windows_per_execution // schedule.windows_per_epoch)
+    where = {"start_step": start_step, "epochs_per_execution": span}
     if sharing is None:
         read = partial(
             read_window, data=data, crop=crop, global_batch=schedule.global_batch, block=block
         )
+        source, cpus = Windows(schedule, read, **where), None
     else:
-        read = sharing.reader(stream_of(schedule, data, crop, block), data)
-    source = Windows(schedule, read, start_step=start_step, epochs_per_execution=span)
+        stream = stream_of(schedule, data, crop, block)
+        reader = sharing.reader(stream, data, ahead=1 + (decode_tasks or 1))
+        source, cpus = SharedWindows(schedule, reader, **where), 0
     dataset = ray.data.read_datasource(
-        source,
-        override_num_blocks=1,
-        concurrency=decode_tasks,
-        num_cpus=None if sharing is None else 0,
+        source, override_num_blocks=1, concurrency=decode_tasks, num_cpus=cpus
     )
     _keep_blocks_whole(dataset.context, block, crop)
     dataset.context.enable_progress_bars = False

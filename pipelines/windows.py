@@ -4,9 +4,10 @@ Imports neither torch nor Ray Train: the process that hands out tasks and every 
 would pay four CPU-seconds for it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from droppos.pictures import Crop, crop_seed, random_crop
 from pipelines.order import Schedule, Window
 from pipelines.shards import read_row_group
 from pipelines.storage import Place
+
+Piece = tuple[Window, int]
+"""A window, and its first turn that is wanted."""
 
 READERS = 8
 """Row groups that one task asks storage for at once, since object storage is slow to begin."""
@@ -85,22 +89,24 @@ class Windows(Datasource):
             self._start_step // schedule.steps_per_epoch + execution * self._epochs_per_execution
         )
         last = min(first + self._epochs_per_execution, schedule.epochs)
-        return [
-            _read_task(self._read, window, max(0, seen - window.first))
-            for epoch in range(first, last)
-            for window in schedule.windows(epoch)
-            if window.first + window.size > seen
-        ]
+        return self._tasks(
+            [
+                (window, max(0, seen - window.first))
+                for epoch in range(first, last)
+                for window in schedule.windows(epoch)
+                if window.first + window.size > seen
+            ]
+        )
+
+    def _tasks(self, pieces: Sequence[Piece]) -> list[ReadTask]:
+        return [read_task(partial(self._read, *piece), [piece]) for piece in pieces]
 
 
-def _read_task(
-    read: Callable[[Window, int], Iterable[Block]], window: Window, start: int
-) -> ReadTask:
-    # Not a method: a closure over the data source would put the whole manifest into every task.
-    metadata = BlockMetadata(
-        num_rows=window.size - start, size_bytes=None, input_files=None, exec_stats=None
-    )
-    return ReadTask(lambda: read(window, start), metadata)
+def read_task(read: Callable[[], Iterable[Block]], pieces: Sequence[Piece]) -> ReadTask:
+    """Make a task that reads some windows; it must not know the data source, with its manifest."""
+    rows = sum(window.size - start for window, start in pieces)
+    metadata = BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None)
+    return ReadTask(read, metadata)
 
 
 def read_window(

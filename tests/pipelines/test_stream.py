@@ -217,7 +217,7 @@ def test_trials_side_by_side_have_each_window_decoded_once(uneven: Data) -> None
     starts = {"first": 0, "second": 0, "resumed": 8}
     sharing = Sharing.start(capacity=6, patience_s=60)
     schedule = schedule_of(uneven)
-    stream = stream_of(schedule, uneven.place, CROP, block_rows(GLOBAL_BATCH, 32))
+    stream = stream_of(schedule, uneven.place, CROP, block_rows(GLOBAL_BATCH, schedule.rows_per_window))
     for name, start in starts.items():
         sharing.of(name).join(stream, start * GLOBAL_BATCH)
 
@@ -236,15 +236,6 @@ def test_trials_side_by_side_have_each_window_decoded_once(uneven: Data) -> None
 
 
 @pytest.mark.slow
-def test_a_shared_window_without_a_good_picture_names_some(tmp_path: Path) -> None:
-    sharing = Sharing.start(capacity=6, patience_s=60)
-    bad = write(open_place(str(tmp_path)), [b"no picture"] * ROWS)
-    for member in "ab":
-        with pytest.raises(DataError, match="none of the 32 pictures of a window"):
-            consume(bad, sharing=sharing.of(member))
-
-
-@pytest.mark.slow
 def test_a_picture_that_cannot_be_decoded_is_replaced_and_flagged(damaged: Data) -> None:
     whole = consume(damaged)
     assert {each.row for each in whole.values() if not each.ok} <= set(BAD)
@@ -256,10 +247,12 @@ def test_a_picture_that_cannot_be_decoded_is_replaced_and_flagged(damaged: Data)
 
 
 @pytest.mark.slow
-def test_a_window_without_a_good_picture_names_some(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_window_without_a_good_picture_names_some(tmp_path: Path, shared: bool) -> None:
     hopeless = write(open_place(str(tmp_path)), [b"not a picture"] * 64)
+    sharing = Sharing.start(capacity=6, patience_s=60).of("a") if shared else None
     with pytest.raises(DataError, match=r"^none of the 48 pictures .*\.jpg: .*prepare"):
-        consume(hopeless)
+        consume(hopeless, sharing=sharing)
 
 
 @pytest.mark.slow
