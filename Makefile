@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo demo-search test fast bench-ingest bench-bounded bench-step bench-guide format lint types check clean
+.PHONY: help demo demo-search test fast bench-ingest bench-bounded bench-step bench-guide bench-sharing format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
 	@echo "make bench-step      time of a training step beside a plain one, in a few minutes"
 	@echo "make bench-guide     what cheaper attentive guides cost, and how alike their weights are"
+	@echo "make bench-sharing   what trials of a search read when they share one stream"
 	@echo "make check   format, lint and types, as CI does before the tests"
 
 demo: $(READY)
@@ -40,6 +41,9 @@ bench-step: $(READY)
 
 bench-guide: $(READY)
 	@$(BIN)/python -m tests.benchmarks.guide
+
+bench-sharing: $(READY)
+	@$(BIN)/python -m tests.benchmarks.sharing $(if $(PICTURES),--photographs $(PICTURES))
 
 check: lint types
 

@@ -65,17 +65,21 @@ def _start_private(recipe: Recipe, at_once: int, shared_decoding: bool) -> None:
     decoding = recipe.data.decode_cpus or max(1, spare)
     footprint = Footprint.of(recipe)
     held = streams * decoding * footprint.window + at_once * footprint.ahead
-    start_private(training + streams * decoding, held)
+    start_private(training + streams * decoding, held, runs=at_once)
 
 
-def start_private(cpus: int, held: int) -> None:
+def start_private(cpus: int, held: int, runs: int = 1) -> None:
     """Start a private cluster on this machine.
 
     Args:
         cpus: Logical CPUs.
         held: Bytes of decoded pictures at once; the object store has room for them, as far as
             this machine's memory goes.
+        runs: Runs at the same time.
     """
+    # Ray warns on the terminal of four times as many processes as it would start at once. A run
+    # has ten, nearly all of which wait.
+    at_once = max(os.cpu_count() or 1, 3 * runs)
     # Ray keeps a little of the store to itself, so a few percent more than by the formula.
     wanted = min(1.05 * held / SHARE, MEMORY_SHARE * virtual_memory().total)
     ray.init(
@@ -85,6 +89,7 @@ def start_private(cpus: int, held: int) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        _system_config={"worker_maximum_startup_concurrency": at_once},
     )
 
 

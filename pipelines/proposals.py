@@ -128,7 +128,7 @@ def source_of(recipe: Recipe, table: TrialTable) -> tuple[Source, int]:
         left = max(0, search.trials - len(table))
         return Tpe(space, recipe.run.seed, search.trials, table), left
     if search.algorithm == "grid":
-        points = grid_points(space)
+        points = grid_points(space, recipe)
     else:
         points = random_points(space, search.trials, recipe.run.seed)
     listed = Listed(points, tried)

@@ -148,7 +148,7 @@ def check(recipe: Recipe, schedule: Schedule, objective: Objective) -> None:
     """
     space = parse_space(recipe)
     if recipe.search.algorithm == "grid":
-        grid_points(space)
+        grid_points(space, recipe)
     points = list(corners(space))
     trials = [make_trial(recipe, schedule, 0, point).recipe for point in points]
     require_comparable([recipe, *trials], recipe.model.grid, objective)

@@ -11,7 +11,7 @@ Imports no torch, for it is unpickled where data is read (:mod:`pipelines.window
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -28,6 +28,9 @@ from pipelines.windows import CropOptions, Piece, Windows, read_task, read_windo
 
 ASK_AGAIN_S = 0.05
 """Seconds between two looks whether there is room."""
+
+ReadWindow = Callable[..., Iterator[Block]]
+"""As `pipelines.windows.read_window`."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +63,9 @@ class Shared(NamedTuple):
 class _Pool:
     """Runs in the actor. Its methods are coroutines, so one who waits holds nobody up."""
 
-    def __init__(self, capacity: int, patience_s: float) -> None:
+    def __init__(self, capacity: int, patience_s: float, read: ReadWindow) -> None:
         self._packs: Packs[list[ray.ObjectRef]] = Packs(capacity, patience_s)
+        self._read = read
 
     async def join(self, member: str, stream: Stream, turn: int) -> None:
         self._packs.join(member, stream, turn)
@@ -73,7 +77,7 @@ class _Pool:
         first, end = window.first, window.first + window.size
 
         def decode() -> list[ray.ObjectRef]:
-            return _decoded(stream, window, data)
+            return _decoded(self._read, stream, window, data)
 
         # The references come back at once: whoever asked waits for the pictures, not this actor.
         while (found := self._packs.want(member, stream, first, end, decode)) is Wait.WAIT:
@@ -87,19 +91,19 @@ class _Pool:
         return Shared(self._packs.decoded, self._packs.taken)
 
 
-def _decoded(stream: Stream, window: Window, data: Place) -> list[ray.ObjectRef]:
+def _decoded(read: ReadWindow, stream: Stream, window: Window, data: Place) -> list[ray.ObjectRef]:
     """Have a window decoded, by a task whose blocks the calling actor owns.
 
     A node that is lost takes blocks with it; Ray makes them anew, since their owner is here.
     """
     count = window.size // stream.block
     task = ray.remote(num_cpus=1, num_returns=count, scheduling_strategy="SPREAD")(_decode)
-    blocks: Any = task.remote(stream, window, data)
+    blocks: Any = task.remote(read, stream, window, data)
     return [blocks] if count == 1 else blocks
 
 
-def _decode(stream: Stream, window: Window, data: Place) -> Any:
-    blocks = read_window(
+def _decode(read: ReadWindow, stream: Stream, window: Window, data: Place) -> Any:
+    blocks = read(
         window,
         0,
         data=data,
@@ -142,7 +146,7 @@ class SharedReader:
         except RayActorError as error:
             # Its node is gone. It starts again elsewhere; until then each trial reads for itself.
             _log.warning("the shared stream does not answer, so this trial reads alone: %s", error)
-            refs = _decoded(self.stream, window, self.data)
+            refs = _decoded(read_window, self.stream, window, self.data)
         try:
             for ref in refs[start // self.stream.block :]:
                 yield ray.get(ref)
@@ -188,17 +192,18 @@ class Sharing:
     """Name of the trial."""
 
     @classmethod
-    def start(cls, capacity: int, patience_s: float) -> Self:
+    def start(cls, capacity: int, patience_s: float, read: ReadWindow = read_window) -> Self:
         """Start the actor; it ends with this process.
 
         Args:
             capacity: Decoded windows that it may hold, about.
             patience_s: Seconds without a request after which nobody waits for a trial any more.
+            read: What reads and decodes a window; another than usual may count what it costs.
         """
         actor = ray.remote(_Pool).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000
         )
-        return cls(actor.remote(capacity, patience_s))
+        return cls(actor.remote(capacity, patience_s, read))
 
     def of(self, member: str) -> "Sharing":
         """Be the membership of a trial."""

@@ -7,7 +7,7 @@ rules. Values are drawn from Ray Tune's domains, so a searcher of Tune's can tak
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import islice, product
 from math import isfinite
@@ -56,6 +56,8 @@ class Dimension:
     kind: Kind
     values: tuple[Value, ...]
     """choice, grid: each value. uniform, loguniform: both ends."""
+    grid: int = 0
+    """Which of the grids it belongs to, where there are several."""
 
     @property
     def listed(self) -> bool:
@@ -96,7 +98,7 @@ def parse_space(recipe: Recipe) -> Space:
         ConfigError: If a dimension cannot be read, its field does not exist or may not vary, or
             a corner of the space is no valid recipe.
     """
-    space = tuple(_dimension(text) for text in recipe.search.space)
+    space = tuple(_dimensions(recipe.search.space))
     if not space:
         raise ConfigError(
             "search.space is empty; name a field, such as 'method.sigma=uniform(0, 2)'"
@@ -104,6 +106,11 @@ def parse_space(recipe: Recipe) -> Space:
     names = [dimension.field for dimension in space]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"search.space names {', '.join(sorted(twice))} twice; keep one of them")
+    if space[-1].grid > 0 and recipe.search.algorithm != "grid":
+        raise ConfigError(
+            "search.space has several grids ('or FIELD=grid(...)'), which search.algorithm "
+            f"{recipe.search.algorithm} does not take; take grid, or leave 'or' out"
+        )
     for corner in corners(space):
         apply(recipe, corner)
     return space
@@ -133,8 +140,10 @@ def apply(recipe: Recipe, point: Point) -> Recipe:
         raise ConfigError(f"search.space allows {said}, which is no valid run: {error}") from error
 
 
-def grid_points(space: Space) -> list[Point]:
-    """List every combination, the last field changing fastest.
+def grid_points(space: Space, recipe: Recipe) -> list[Point]:
+    """List every combination of each grid, the last field changing fastest.
+
+    Fields of the other grids keep the recipe's value, so several grids are several ablations.
 
     Raises:
         ConfigError: If a field is not listed value by value.
@@ -145,9 +154,18 @@ def grid_points(space: Space) -> list[Point]:
                 f"search.algorithm grid needs grid(...) or choice(...), got {dimension.field}="
                 f"{dimension.kind}(...); list the values to try, or take search.algorithm random"
             )
-    names = [dimension.field for dimension in space]
-    combinations = product(*(dimension.values for dimension in space))
-    return [dict(zip(names, values, strict=True)) for values in combinations]
+    own = flatten(recipe)
+    points: list[Point] = []
+    for grid in range(1 + space[-1].grid):
+        ranges = [
+            dimension.values if dimension.grid == grid else (own[dimension.field],)
+            for dimension in space
+        ]
+        for values in product(*ranges):
+            point = dict(zip([dimension.field for dimension in space], values, strict=True))
+            if point not in points:
+                points.append(point)
+    return points
 
 
 def random_points(space: Space, number: int, seed: int) -> list[Point]:
@@ -174,6 +192,16 @@ def _draws(space: Space, seed: int) -> Iterator[Point]:
     random = np.random.RandomState(seed)  # what Tune's domains draw from
     while True:
         yield {dimension.field: dimension.draw(random) for dimension in space}
+
+
+def _dimensions(texts: Sequence[str]) -> Iterator[Dimension]:
+    """Read each dimension; `or` before one begins another grid."""
+    grid = 0
+    for text in texts:
+        begins = re.match(r"\s*or\s+", text)
+        grid += begins is not None
+        dimension = _dimension(text[begins.end() :] if begins else text)
+        yield replace(dimension, grid=grid)
 
 
 def _dimension(text: str) -> Dimension:

@@ -43,7 +43,7 @@ from droppos.errors import TrainingError
 from pipelines import checkpoints
 from pipelines.order import Schedule
 from pipelines.recipe import Recipe
-from pipelines.sharing import SharedWindows, Sharing, stream_of
+from pipelines.sharing import ReadWindow, SharedWindows, Sharing, stream_of
 from pipelines.storage import Place, open_place
 from pipelines.windows import CropOptions, Windows, read_window
 
@@ -100,6 +100,7 @@ def make_dataset(
     start_step: int = 0,
     decode_tasks: int | None = None,
     sharing: Sharing | None = None,
+    read: ReadWindow = read_window,
     windows_per_execution: int = 2000,
 ) -> Dataset:
     """Make the data set of all that is left of a run, for TorchTrainer.
@@ -118,6 +119,7 @@ def make_dataset(
             done of the others waits in the object store (:mod:`pipelines.memory`).
         sharing: Have windows decoded together with other trials that read the same; the tasks
             that ask for them take no CPU then.
+        read: What reads and decodes a window; another than usual may count what it costs.
         windows_per_execution: A new execution drains the pipeline first, so small data sets do
             several epochs in one: as many whole epochs as have about so many windows.
 
@@ -134,10 +136,8 @@ def make_dataset(
     span = max(1, windows_per_execution // schedule.windows_per_epoch)
     where = {"start_step": start_step, "epochs_per_execution": span}
     if sharing is None:
-        read = partial(
-            read_window, data=data, crop=crop, global_batch=schedule.global_batch, block=block
-        )
-        source, cpus = Windows(schedule, read, **where), None
+        alone = partial(read, data=data, crop=crop, global_batch=schedule.global_batch, block=block)
+        source, cpus = Windows(schedule, alone, **where), None
     else:
         stream = stream_of(schedule, data, crop, block)
         reader = sharing.reader(stream, data, ahead=1 + (decode_tasks or 1))

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 import skimage
+from hypothesis import settings
 from PIL import Image
 
 # jaxtyping, told to check with tests.typechecker.check, imports only `tests` by itself.
 import tests.typechecker  # noqa: F401
 from pipelines.local_s3 import S3Server, s3_server
+
+# How long an example takes is a matter of the machine, and of what else it does.
+settings.register_profile("droppos", deadline=None)
+settings.load_profile("droppos")
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",

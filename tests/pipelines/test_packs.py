@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from random import Random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.packs import Packs, Wait
@@ -113,7 +113,6 @@ def test_a_window_that_was_forgotten_is_decoded_again() -> None:
     assert bench.packs.decoded == 2
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     members=st.integers(1, 5),

@@ -62,6 +62,18 @@ def test_imagenet_has_the_published_figures(name: str) -> None:
     assert "Not yet run here" in (SHIPPED / f"{name}.yaml").read_text()
 
 
+def test_the_ablations_are_three_grids_around_the_published_recipe() -> None:
+    recipe = load("ablations")
+    assert recipe.optim.epochs == 200
+    points = [tuple(point.values()) for point in grid_points(parse_space(recipe), recipe)]
+    assert points[:4] == [(ratio, 0.75, 1, "epoch") for ratio in (0.25, 0.5, 0.75, 1)]
+    ratios = [point for point in points if point[0] == 0.75 and point[2:] == (1, "epoch")]
+    assert [point[1] for point in ratios] == [0.75, 0, 0.25, 0.5]
+    sigmas = {point[2:] for point in points if point[:2] == (0.75, 0.75)}
+    assert sigmas == {(sigma, decay) for sigma in (0, 1, 2) for decay in ("constant", "epoch")}
+    assert len(points) == 4 + 3 + 5
+
+
 def test_the_search_searches_ratios_and_sigma() -> None:
     recipe = load("search_ratios")
     space = parse_space(recipe)
@@ -72,7 +84,7 @@ def test_the_search_searches_ratios_and_sigma() -> None:
     }
     points = random_points(space, recipe.search.trials, recipe.run.seed)
     assert len(points) == recipe.search.trials
-    assert len(grid_points(parse_space(Recipe()))) == 18
+    assert len(grid_points(parse_space(Recipe()), Recipe())) == 18
 
 
 def test_a_password_has_no_place_in_a_recipe() -> None:

@@ -1,14 +1,18 @@
 """Searches: on a real Ray, trials are real runs; what is refused is refused before any begins."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from time import monotonic
+from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
 from ray.tune.search import Searcher
 from rich.console import Console
@@ -21,6 +25,7 @@ from pipelines.prepare import prepare
 from pipelines.pretrain import plan
 from pipelines.proposals import Proposals, scheduler_of, source_of
 from pipelines.recipe import Data, Measure, Recipe, Run, Search
+from pipelines.recipe_file import to_yaml
 from pipelines.search import begin, best_recipe, check, search, shared_tracking
 from pipelines.search_screen import SearchScreen
 from pipelines.space import Point
@@ -237,9 +242,47 @@ def test_a_relative_database_is_the_same_one_for_all(
     assert shared_tracking(Recipe()) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
+def killed_search(recipe: Recipe, folder: Path) -> None:
+    """Search in a process of its own, and kill that once a trial is done and another under way."""
+    file = folder / "search.yaml"
+    file.write_text(to_yaml(recipe))
+    root = Path(__file__).parents[2]
+    address = ray.get_runtime_context().gcs_address
+    table = open_place(recipe.home)
+    with (folder / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", "search", str(file)],
+            stdout=log,
+            stderr=log,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "RAY_ADDRESS": address},
+        )
+        try:
+            while process.poll() is None:
+                first, second, *_ = [*TrialTable(table), None, None]
+                if first and second and first.state == "finished" and second.history:
+                    break
+                sleep(0.2)
+            assert process.poll() is None, (folder / "killed.log").read_text()
+        finally:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_trials_are_runs_and_finished_ones_are_not_run_again(tiny: Recipe) -> None:
+def test_a_killed_search_goes_on_and_its_trials_are_runs(tiny: Recipe, tmp_path: Path) -> None:
+    """A short trial ends before the kill, a long one is under way, a third has not begun."""
+    tiny = changed(tiny, "measure", every_epochs=5)
+    tiny = changed(tiny, "search", space=("optim.epochs=grid(1, 200, 2)",), algorithm="grid")
+    tiny = changed(tiny, "run", checkpoint_every=8, log_every=4)
+    killed_search(tiny, tmp_path)
+    home, client = open_place(tiny.home), MlflowClient(tracking_uri(tiny))
+    first, second, *_ = TrialTable(home)
+    assert (first.state, second.state) == ("finished", "running")
+    assert first.tracking_run is not None
+    before = steps_logged(client, first.tracking_run)
+
     heard: list[Mapping[str, Any]] = []
     screen = SearchScreen(Console(file=StringIO()))  # holds locks, so it cannot be pickled
 
@@ -247,18 +290,22 @@ def test_trials_are_runs_and_finished_ones_are_not_run_again(tiny: Recipe) -> No
         heard.append(event)
         screen.event(event)
 
-    outcome = search(tiny, on_event=on_event)
+    outcome = search(tiny, resume=True, on_event=on_event)
 
     assert outcome.finished
-    assert [trial.state for trial in outcome.trials] == ["finished", "finished"], outcome.trials
+    assert [trial.state for trial in outcome.trials] == ["finished"] * 3, outcome.trials
+    assert [trial.step for trial in outcome.trials] == [4, 800, 8]
+    assert steps_logged(client, first.tracking_run) == before
+    run = outcome.trials[1].tracking_run
+    assert run is not None
+    assert [step for step, _ in steps_logged(client, run)] == list(range(4, 801, 4))
+    told = [event for event in heard if event["kind"] == "trial" and event["trial"] == second.name]
+    begun = next(event["step"] for event in told if event["state"] == "running" and event["steps"])
+    assert begun >= 8
     assert outcome.best is not None
     assert outcome.best.objective == max(trial.objective for trial in outcome.trials)  # type: ignore[type-var]
-    assert {event["state"] for event in heard if event["kind"] == "trial"} == {
-        "running",
-        "finished",
-    }
+    assert outcome.shared is not None and outcome.shared.taken >= outcome.shared.decoded > 0
 
-    client = MlflowClient(tracking_uri(tiny))
     parent = client.get_run(outcome.tracking_run)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["best.trial"] == outcome.best.name
@@ -267,29 +314,46 @@ def test_trials_are_runs_and_finished_ones_are_not_run_again(tiny: Recipe) -> No
     )
     assert {child.info.run_name for child in children} == {trial.name for trial in outcome.trials}
     assert all(child.info.status == "FINISHED" for child in children)
+    files = {file.path for file in client.list_artifacts(outcome.tracking_run, "search")}
+    assert files == {"search/best.yaml", "search/report.html", "search/trials.json"}
+    assert "<h1>Search ratios</h1>" in (outcome.folder / "report.html").read_text()
 
     assert outcome.best_recipe is not None
     flags = list(recipe_file.flags(recipe_file.read(str(outcome.best_recipe))))
-    assert "--method.sigma" in flags
+    assert "--optim.epochs" in flags
     best = recipe_file.from_dict(recipe_file.read(str(outcome.best_recipe)))
-    assert best.method.sigma == outcome.best.point["method.sigma"]
+    assert best.optim.epochs == outcome.best.point["optim.epochs"]
     assert best.home == f"{outcome.home}-best"
     assert checkpoints.newest(open_place(best.home)) is None
 
-    before = [
-        steps_logged(client, trial.tracking_run) for trial in outcome.trials if trial.tracking_run
-    ]
-    start = monotonic()
     again = search(tiny, resume=True)
-    assert monotonic() - start < 10
     assert (again.trials, again.best) == (outcome.trials, outcome.best)
-    after = [
-        steps_logged(client, trial.tracking_run) for trial in again.trials if trial.tracking_run
-    ]
-    assert before == after
-    assert [step for step, _ in after[0]] == [1, 2, 3, 4]
-
     with pytest.raises(ConfigError, match="already has a search; add --resume"):
         search(tiny)
     with pytest.raises(ConfigError, match=r"measure\.seed: 0 there, 1 now"):
         search(changed(tiny, "measure", seed=1), resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_worst_of_a_population_goes_on_from_the_best(tiny: Recipe) -> None:
+    """A learning rate that learns nothing is left for one near that which learns."""
+    tiny = changed(tiny, "optim", epochs=600)
+    tiny = changed(tiny, "measure", every_epochs=50)
+    tiny = changed(tiny, "run", checkpoint_every=200)
+    tiny = changed(
+        tiny,
+        "search",
+        space=("optim.lr_per_256=choice(1e-9, 2e-2)",),
+        algorithm="grid",
+        scheduler="pbt",
+        trials=2,
+    )
+    outcome = search(tiny)
+    assert [trial.state for trial in outcome.trials] == ["finished"] * 2, outcome.trials
+    poor = outcome.trials[0]
+    assert "lr_per_256=1e-09" in poor.name
+    client = MlflowClient(tracking_uri(tiny))
+    assert poor.tracking_run is not None
+    tags = client.get_run(poor.tracking_run).data.tags
+    assert tags["changed.optim.lr_per_256"] == "0.02"

@@ -103,7 +103,9 @@ def test_corners_are_checked_together() -> None:
 
 
 def test_a_grid_is_every_combination() -> None:
-    points = grid_points(space_of("method.sigma=grid(0, 1)", "method.mask_ratio=choice(0.5, 0.75)"))
+    points = grid_points(
+        space_of("method.sigma=grid(0, 1)", "method.mask_ratio=choice(0.5, 0.75)"), Recipe()
+    )
     assert [tuple(point.values()) for point in points] == [
         (0.0, 0.5),
         (0.0, 0.75),
@@ -111,7 +113,26 @@ def test_a_grid_is_every_combination() -> None:
         (1.0, 0.75),
     ]
     with pytest.raises(ConfigError, match="grid needs"):
-        grid_points(space_of("method.sigma=uniform(0, 1)"))
+        grid_points(space_of("method.sigma=uniform(0, 1)"), Recipe())
+
+
+def test_several_grids_keep_the_recipes_values_beside_their_own() -> None:
+    texts = (
+        "method.sigma=grid(0, 1)",
+        "or method.mask_ratio=grid(0.5, 0.75)",
+        "run.seed=grid(0, 1)",
+    )
+    recipe = replace(Recipe(), search=Search(space=texts, algorithm="grid"))
+    points = [tuple(point.values()) for point in grid_points(parse_space(recipe), recipe)]
+    assert points == [
+        (0, 0.75, 0),
+        (1, 0.75, 0),
+        (1, 0.5, 0),
+        (1, 0.5, 1),
+        (1, 0.75, 1),
+    ]
+    with pytest.raises(ConfigError, match=r"several grids .* random does not take"):
+        space_of(*texts)
 
 
 MIXED = (

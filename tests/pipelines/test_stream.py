@@ -217,7 +217,9 @@ def test_trials_side_by_side_have_each_window_decoded_once(uneven: Data) -> None
     starts = {"first": 0, "second": 0, "resumed": 8}
     sharing = Sharing.start(capacity=6, patience_s=60)
     schedule = schedule_of(uneven)
-    stream = stream_of(schedule, uneven.place, CROP, block_rows(GLOBAL_BATCH, schedule.rows_per_window))
+    stream = stream_of(
+        schedule, uneven.place, CROP, block_rows(GLOBAL_BATCH, schedule.rows_per_window)
+    )
     for name, start in starts.items():
         sharing.of(name).join(stream, start * GLOBAL_BATCH)
 
