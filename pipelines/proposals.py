@@ -146,7 +146,8 @@ class Proposals(Searcher):
         self._schedule = schedule
         self._table = table
         self._source = source
-        self._left = left
+        self.left = left
+        """Trials that may still begin; 0 as soon as there is nothing left to try."""
         self._again = deque(table.unfinished)
         self._points: dict[str, Point] = {}
 
@@ -163,8 +164,12 @@ class Proposals(Searcher):
         return {"number": record.number, "name": record.name, "point": dict(record.point)}
 
     def _new(self) -> Record | None:
-        while self._left > 0 and (point := self._source.next()) is not None:
-            self._left -= 1
+        while self.left > 0:
+            point = self._source.next()
+            if point is None:
+                self.left = 0
+                break
+            self.left -= 1
             number = len(self._table)
             try:
                 name = make_trial(self._recipe, self._schedule, number, point).name
@@ -258,11 +263,13 @@ def _population(recipe: Recipe, every: int) -> TrialScheduler:
                 f"search.scheduler pbt changes values while trials train, which {dimension.field} "
                 f"does not allow; search only {', '.join(MUTABLE)}, or take search.scheduler asha"
             )
-    if recipe.search.max_concurrent < recipe.search.trials:
+    grid = recipe.search.algorithm == "grid"
+    trials = len(grid_points(space, recipe)) if grid else recipe.search.trials
+    if recipe.search.max_concurrent < trials:
         raise ConfigError(
-            f"search.scheduler pbt trains its whole population at once, but search.max_concurrent "
-            f"is {recipe.search.max_concurrent} and search.trials {recipe.search.trials}; make "
-            "them equal"
+            f"search.scheduler pbt trains its whole population of {trials} at once, but "
+            f"search.max_concurrent is {recipe.search.max_concurrent}; make it {trials}, or search "
+            "fewer"
         )
 
     def inside(config: dict[str, Any]) -> dict[str, Any]:

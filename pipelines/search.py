@@ -135,7 +135,7 @@ def search(
     with Ledger.open(recipe, schedule.manifest.digest, resume=resume) as ledger:
         if left:
             shared = run.run(source, new, ledger)
-        outcome = conclude(run, new, shared, ledger)
+        outcome = conclude(run, shared, ledger)
         ledger.finish("FINISHED" if outcome.finished else "KILLED")
     return outcome
 
@@ -226,8 +226,8 @@ class Driver(Callback):
         self._sharing: Sharing | None = None
         self._interruption = Interruption()
         self._since: dict[str, float] = {}
-        self.known = len(table)
-        """Trials of the table when this process began."""
+        self.not_begun = 0
+        """Trials that are still to begin when the search ends: it was interrupted."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Be empty in the copy that Tune keeps in storage: a terminal cannot go there."""
@@ -274,11 +274,12 @@ class Driver(Callback):
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         # Between two measurements a trial tells its step alone.
         os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+        proposals = Proposals(recipe, self.schedule, self.table, source, new)
         with interruptible(self._interruption):
             Tuner(
                 tune.with_resources(tune.with_parameters(TrialRun, common=common), DRIVER),
                 tune_config=TuneConfig(
-                    search_alg=Proposals(recipe, self.schedule, self.table, source, new),
+                    search_alg=proposals,
                     scheduler=scheduler_of(self.recipe, self.table, self.schedule.steps_per_epoch),
                     num_samples=left,
                     max_concurrent_trials=at_once,
@@ -293,6 +294,7 @@ class Driver(Callback):
                     verbose=0,
                 ),
             ).fit()
+        self.not_begun = proposals.left if self._interruption.asked else 0
         return self._sharing.shared if self._sharing else None
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -444,7 +446,7 @@ def interruptible(interruption: Interruption) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def conclude(run: Driver, new: int, shared: Shared | None, ledger: Ledger) -> SearchOutcome:
+def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcome:
     """Write table, report and best recipe: on this machine, to storage and to MLflow."""
     recipe, table = run.recipe, run.table
     finished = [record for record in table if record.state == "finished"]
@@ -466,7 +468,7 @@ def conclude(run: Driver, new: int, shared: Shared | None, ledger: Ledger) -> Se
         best=best,
         folder=local_folder(recipe) / recipe.run.name,
         tracking_run=ledger.run_id,
-        left=new + len(table.unfinished) - (len(table) - run.known),
+        left=run.not_begun + len(table.unfinished),
         shared=shared,
         at_once=run.at_once,
     )

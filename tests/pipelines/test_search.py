@@ -176,7 +176,7 @@ def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:
         ("data", {"holdout": None}, r"data\.holdout is not set: a search compares"),
         ("method", {"objective": "pixels"}, r"pixels has no positions, and search\.objective"),
         ("search", {"scheduler": "asha"}, "from epoch 10 on, but they have 1 epochs"),
-        ("search", {"scheduler": "pbt", "trials": 3}, "whole population at once"),
+        ("search", {"scheduler": "pbt", "trials": 3}, "whole population of 3 at once"),
         (
             "search",
             {"scheduler": "pbt", "space": ("optim.epochs=choice(1, 2)",)},
