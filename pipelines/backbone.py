@@ -10,7 +10,7 @@ from droppos.config import Method, Model
 from droppos.errors import DataError, TrainingError
 from droppos.export.timm_vit import OWN_CONFIG, Export, load_export
 from droppos.model import DropPos
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.recipe_file import from_dict
 from pipelines.storage import Place, open_place
 
@@ -77,7 +77,7 @@ def from_checkpoint(saved: checkpoints.Saved) -> Backbone:
         )
     recipe = from_dict(saved.record["recipe"])
     droppos = DropPos(recipe.model, recipe.method)
-    weights = checkpoints.load_full(saved, {"model"})["model"]
+    weights = stored_state.load_full(saved, {"model"})["model"]
     try:
         droppos.load_state_dict(weights)
     except RuntimeError as error:

@@ -12,8 +12,10 @@ Layout below a run's home::
 Without its complete.json, or with a file of another size than that names, a checkpoint does
 not count: it is never loaded, and goes with the next save. One whose content turns out to be
 another than its hashes say is marked with damaged.json, and counts no more either.
-:mod:`pipelines.parts` has the files, and why they are not torch's own; :mod:`pipelines.saver`
-writes them in the background.
+:mod:`pipelines.parts` has the files, and why they are not torch's own;
+:mod:`pipelines.stored_state` reads and writes them, :mod:`pipelines.saver` in the background.
+
+Imports no torch: whoever only looks for the newest one should not wait for it.
 """
 
 import hashlib
@@ -21,26 +23,16 @@ import json
 import logging
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from math import isfinite, nan
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-
-from droppos.errors import DataError, DropposError, TrainingError
-from pipelines.parts import INDEX, PartReader, PartWriter
-from pipelines.state_index import FileRecord, PartLoadPlanner, PartSavePlanner, put
+from droppos.errors import DataError, TrainingError
 from pipelines.storage import Place, open_place
 
 FOLDER = "checkpoints"
+INDEX = "index.json"
 COMPLETE = "complete.json"
 DAMAGED = "damaged.json"
 """What complete.json is renamed to when a file is not what was written."""
@@ -50,6 +42,13 @@ COPIED_AT_ONCE = 8 * 2**20
 """Bytes."""
 
 _log = logging.getLogger(__name__)
+
+
+class FileRecord(NamedTuple):
+    """What one file of a checkpoint must be."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,127 +110,6 @@ class Retention:
             ]
             kept |= {max(scores)[1]} if scores else set()
         return kept
-
-
-def save(
-    home: Place,
-    step: int,
-    state: dict[str, Any],
-    facts: Mapping[str, Any],
-    retention: Retention,
-    may_write: Callable[[], None] = lambda: None,
-    beside: Callable[[], None] = lambda: None,
-    group: dist.ProcessGroup | None = None,
-) -> Saved:
-    """Write a checkpoint; every rank of a process group calls this, or one process.
-
-    A checkpoint of the same step is replaced. Afterwards older ones are deleted as `retention`
-    has it, and what interrupted saves left.
-
-    Args:
-        home: Folder of the run.
-        step: Optimizer steps taken.
-        state: Nested dicts of tensors (sharded ones too), numbers, strings, booleans, None,
-            lists and tuples, as torch.distributed.checkpoint.state_dict makes them.
-        facts: What complete.json tells besides, as JSON: `cursor` (epoch, batch, step, pictures),
-            digests of recipe and manifest, seed, global batch, `metrics` of the held-out pictures.
-        retention: Which older ones stay.
-        may_write: Called on rank 0 before the first file and before the last; what it raises is
-            raised on all ranks, and the checkpoint does not count.
-        beside: Called on each rank when it is about to write its part, likewise.
-        group: The ranks; those of the default group when not given.
-
-    Raises:
-        DataError: If storage refuses.
-        TrainingError: If the state holds something that cannot be kept.
-    """
-    place = home / FOLDER / f"step-{step:08d}"
-
-    def finished(files: dict[str, FileRecord], world_size: int) -> bytes:
-        there = {entry.name: entry.size for entry in place.files()}
-        lost = [name for name, file in files.items() if there.get(name) != file.bytes]
-        if lost:
-            raise TrainingError(
-                f"{place} lacks {lost[0]}, which another worker has just written; is run.storage "
-                "a folder that all nodes share? Take one, or s3://"
-            )
-        record = {
-            "format": FORMAT,
-            "step": step,
-            "cursor": {},
-            **facts,
-            "world_size": world_size,
-            "code": f"droppos {version('droppos')}",
-            "torch": torch.__version__,
-            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "files": {name: file._asdict() for name, file in files.items()},
-        }
-        text = json.dumps(record, indent=1).encode() + b"\n"
-        may_write()
-        (place / COMPLETE).write_bytes(text)
-        return text
-
-    with _one_error(f"checkpoint {place} cannot be written"):
-        metadata = state_dict_saver.save(
-            state,
-            storage_writer=PartWriter(place, may_write, beside, finished),
-            planner=PartSavePlanner(),
-            process_group=group,
-        )
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        prune(home, retention)
-    return _parse(place, metadata.storage_data)
-
-
-def load(saved: Saved, state: dict[str, Any]) -> None:
-    """Read a checkpoint into `state`, in place, at this world size; every rank calls this.
-
-    A file is hashed while it is read, so a wrong one is found after its tensors were copied:
-    when this raises, `state` is a mixture, to be thrown away or loaded again.
-
-    Args:
-        saved: What to read.
-        state: As given to `save`, with this run's shapes and sharding. Top-level keys that
-            are left out are not read.
-
-    Raises:
-        DataError: If storage refuses.
-        DamagedError: If a file is not what was written.
-        TrainingError: If the state does not fit.
-    """
-    with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
-        reader = PartReader(saved.place, saved.files)
-        state_dict_loader.load(state, storage_reader=reader, planner=PartLoadPlanner())
-
-
-def load_full(saved: Saved, only: Collection[str] | None = None) -> dict[str, Any]:
-    """Read whole tensors onto the CPU of this one process, whatever the world size that saved.
-
-    Args:
-        saved: What to read.
-        only: Top-level keys to read, such as `{"model"}`; all when none.
-
-    Returns:
-        The nested state that was saved.
-
-    Raises:
-        DataError: If storage refuses.
-        DamagedError: If a file is not what was written.
-    """
-    with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
-        reader = PartReader(saved.place, saved.files)
-        paths = {
-            name: path
-            for name, path in reader.index.metadata.planner_data.items()
-            if only is None or path[0] in only
-        }
-        flat: dict[str, Any] = {name: reader.index.empty(name) for name in paths}
-        # no_dist: one rank of a group may read without the others.
-        state_dict_loader.load(flat, storage_reader=reader, planner=PartLoadPlanner(), no_dist=True)
-    tree: dict[str, Any] = {}
-    for name, path in paths.items():
-        put(tree, path, flat[name])
-    return tree
 
 
 def newest(home: Place) -> Saved | None:
@@ -340,7 +218,7 @@ def _open(place: Place) -> Saved:
         raise TrainingError(f"{place} was found damaged: see its {DAMAGED}")
     if COMPLETE not in sizes:
         raise TrainingError(f"{place} is unfinished: it has no {COMPLETE}")
-    saved = _parse(place, (place / COMPLETE).read_bytes())
+    saved = parse(place, (place / COMPLETE).read_bytes())
     for name, expected in saved.files.items():
         if sizes.get(name) != expected.bytes:
             raise TrainingError(
@@ -350,7 +228,12 @@ def _open(place: Place) -> Saved:
     return saved
 
 
-def _parse(place: Place, text: bytes) -> Saved:
+def parse(place: Place, text: bytes) -> Saved:
+    """Read complete.json.
+
+    Raises:
+        TrainingError: If it is not what was written.
+    """
     try:
         record = json.loads(text)
         if record["format"] != FORMAT:
@@ -372,22 +255,3 @@ def _counting(place: Place) -> Saved | None:
         return _open(place)
     except TrainingError:
         return None
-
-
-@contextmanager
-def _one_error(what: str) -> Iterator[None]:
-    """Turn torch's bundle of every rank's failures into the one error a person needs."""
-    try:
-        with warnings.catch_warnings():
-            # One process without a group is a way to run, not an oversight.
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            yield
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
-            if isinstance(cause, DropposError):
-                raise type(cause)(f"{what}: {cause}") from None
-        # A BaseException such as KeyboardInterrupt passes as what it is.
-        if not isinstance(causes[0], Exception):
-            raise causes[0] from error
-        raise TrainingError(f"{what}: {type(causes[0]).__name__}: {causes[0]}") from error

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from droppos.step import TrainState
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.parts import DamagedError
 
 
 def kept_state(state: TrainState) -> dict[str, Any]:
-    """Give this rank's part of what :func:`checkpoints.save` is to write; all ranks call this."""
+    """Give this rank's part of what :func:`stored_state.save` is to write; all ranks call this."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
     return {"model": model, "optimizer": optimizer, **random_state(state.device)}
 
@@ -36,7 +36,7 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
             if name.split("-")[1] in there
         }
     try:
-        checkpoints.load(saved, kept)
+        stored_state.load(saved, kept)
     except DamagedError as error:
         if dist.get_rank() == 0:
             checkpoints.set_aside(saved, str(error))

@@ -43,10 +43,9 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from droppos.errors import TrainingError
-from pipelines.state_index import DTYPE_NAMES, Chunk, FileRecord, Index
+from pipelines.checkpoints import INDEX, FileRecord
+from pipelines.state_index import DTYPE_NAMES, Chunk, Index
 from pipelines.storage import Place, explained
-
-INDEX = "index.json"
 
 
 class DamagedError(TrainingError):

@@ -26,8 +26,8 @@ from pipelines.recipe_file import to_yaml
 from pipelines.shards import load_manifest
 from pipelines.sharing import Sharing
 from pipelines.skipped import Skipped
+from pipelines.source import join
 from pipelines.storage import open_place
-from pipelines.stream import join
 from pipelines.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from droppos.errors import StorageError
-from pipelines import checkpoints
+from pipelines import stored_state
 from pipelines.agreement import host_group
 from pipelines.checkpoints import Retention, Saved
 from pipelines.storage import Place
@@ -54,7 +54,7 @@ class Saver:
             home: Folder of the run.
             retention: Which older checkpoints stay.
             device: Where the state is.
-            may_write: See :func:`checkpoints.save`.
+            may_write: See :func:`stored_state.save`.
             timeout_s: Seconds that ranks wait for each other.
         """
         self._home = home
@@ -95,7 +95,7 @@ class Saver:
 
         Args:
             step: Optimizer steps taken.
-            state: As :func:`checkpoints.save` takes it.
+            state: As :func:`stored_state.save` takes it.
             facts: As it takes them.
             beside: Called on each rank in the background while it writes its part; what it raises
                 makes the checkpoint fail.
@@ -107,7 +107,7 @@ class Saver:
         self.step = step
 
         def write() -> tuple[Saved, float]:
-            saved = checkpoints.save(
+            saved = stored_state.save(
                 self._home,
                 step,
                 staged,

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from droppos.errors import TrainingError
+from pipelines.checkpoints import FileRecord
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,13 +47,6 @@ DTYPES = {
 }
 """By safetensors' names."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class FileRecord(NamedTuple):
-    """What one file of a checkpoint must be."""
-
-    bytes: int
-    sha256: str
 
 
 class Chunk(NamedTuple):

@@ -20,8 +20,9 @@ from ray._private import internal_api
 from pipelines.order import Schedule
 from pipelines.readings import Streaming
 from pipelines.shards import Manifest
+from pipelines.source import data_config, make_dataset
 from pipelines.storage import Place
-from pipelines.stream import Batch, batches, data_config, make_dataset
+from pipelines.stream import Batch, batches
 from pipelines.windows import CropOptions
 
 BATCH = 256

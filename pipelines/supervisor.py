@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from time import monotonic, sleep
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import ray
 import ray.train
@@ -44,8 +44,8 @@ from pipelines.passed import FILE as PASSED_FILE
 from pipelines.passed import pass_over
 from pipelines.recipe import Recipe
 from pipelines.sharing import Sharing
+from pipelines.source import Remaining, data_config
 from pipelines.storage import open_place
-from pipelines.stream import Remaining, data_config
 from pipelines.terminate import ListeningTorch
 from pipelines.worker import train_worker
 
@@ -337,7 +337,7 @@ class Supervisor:
             partial(train_worker, Job(recipe, self._schedule, self._events, self._driver)),
             datasets={"train": Remaining(recipe, self._schedule, tasks, self._sharing)},
             dataset_config=data_config(recipe.data.buffer_mb),
-            torch_config=ListeningTorch(),
+            torch_config=cast(Any, ListeningTorch()),  # only its type is another
             scaling_config=ScalingConfig(
                 num_workers=recipe.run.workers,
                 use_gpu=self._on_gpu,

@@ -1,15 +1,29 @@
-"""SIGTERM to a training worker: a wish to leave, at the next step and after a checkpoint.
+"""How a group of workers starts: its process group, and an ear for SIGTERM.
 
-Whoever shuts a machine down (a pod's eviction, an operator, a batch system) sends it, and kills
-what is still there some time later. Python hears signals on a process's main thread alone, where
-Ray Train does not run the training; its backend does run there when a group starts.
+SIGTERM to a training worker is a wish to leave, at the next step and after a checkpoint. Whoever
+shuts a machine down (a pod's eviction, an operator, a batch system) sends it, and kills what is
+still there some time later. Python hears signals on a process's main thread alone, where Ray Train
+does not run the training; its backend does run there when a group starts.
+
+Ray's own torch backend imports torch where it stands, which is Train's controller: six seconds in
+which no worker can start. This one has Ray's run in the workers.
 """
 
 import logging
+import os
 import signal
+from dataclasses import dataclass
+from typing import Any
 
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+import ray
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+
+INIT_S = 1800
+"""Seconds that workers wait for each other, at the start and in each collective."""
+
+PART_S = 30
+"""Seconds that workers have to leave their process group."""
 
 _asked = False
 
@@ -32,16 +46,59 @@ def _listen() -> None:
     signal.signal(signal.SIGTERM, on_signal)
 
 
-class _ListeningBackend(_TorchBackend):
-    def on_training_start(self, worker_group, backend_config):
-        super().on_training_start(worker_group, backend_config)
+def _join(address: str, port: int, backend: str, rank: int, world_size: int) -> None:
+    """Run on a worker: as Ray's own backend has it."""
+    from ray.train.torch.config import (
+        _set_torch_distributed_env_vars,
+        _setup_torch_process_group,
+    )
+
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+    _set_torch_distributed_env_vars()
+    _setup_torch_process_group(backend, rank, world_size, "env://", INIT_S)
+
+
+def _part(several: bool) -> None:
+    """Run on a worker, likewise."""
+    from ray.train.torch.config import _shutdown_torch
+
+    _shutdown_torch(destroy_process_group=several)
+
+
+class _ListeningBackend(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
+        backend, size = "nccl" if gpus else "gloo", len(worker_group)
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _join, address, port, backend, rank, size)
+                for rank in range(size)
+            ]
+        )
+
+    def on_training_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         worker_group.execute(_listen)
 
+    def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        parted = worker_group.execute_async(_part, len(worker_group) > 1)
+        ray.wait(parted, num_returns=len(parted), timeout=PART_S)
 
-class ListeningTorch(TorchConfig):
+
+@dataclass
+class ListeningTorch(BackendConfig):
     """Ray Train's torch, whose workers take SIGTERM for a wish to leave."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Backend]:
         """What starts the workers."""
         return _ListeningBackend
+
+    @property
+    def train_func_context(self) -> Any:
+        """What the loop runs in: its own GPU is torch's default there."""
+        from ray.train.torch.config import TorchConfigContextManager
+
+        return TorchConfigContextManager

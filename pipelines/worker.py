@@ -1,7 +1,7 @@
 """The worker's loop: next batch, step, maybe log, maybe checkpoint, maybe measure.
 
 Every rank runs this. Where it starts is decided by storage alone: the newest complete
-checkpoint, which the stream's factory (:class:`pipelines.stream.Remaining`) reads alike.
+checkpoint, which the stream's factory (:class:`pipelines.source.Remaining`) reads alike.
 """
 
 import os

@@ -160,8 +160,9 @@ def _stream(uri: str) -> Iterator:
 
     from pipelines.order import Schedule
     from pipelines.shards import load_manifest
+    from pipelines.source import data_config, make_dataset
     from pipelines.storage import open_place
-    from pipelines.stream import batches, data_config, make_dataset
+    from pipelines.stream import batches
     from pipelines.windows import CropOptions
 
     torch.set_num_threads(1)

@@ -31,8 +31,9 @@ from pipelines.order import Schedule, Window
 from pipelines.prepare import prepare
 from pipelines.shards import load_manifest
 from pipelines.sharing import Sharing, stream_of
+from pipelines.source import block_rows, data_config, make_dataset
 from pipelines.storage import Place, open_place
-from pipelines.stream import batches, block_rows, data_config, make_dataset
+from pipelines.stream import batches
 from pipelines.windows import CropOptions, read_window
 from tests.benchmarks.tiles import write_tiles
 from tests.fault_proxy import FaultProxy, fault_proxy

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes  # pyright: ignore[reportPrivateImportUsage]
 
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.checkpoints import Retention
 from pipelines.kept_state import kept_state, restore
 from pipelines.storage import open_place
@@ -45,7 +45,7 @@ def leg(number: int, case: Case, rank: int, folder: Path) -> dict[str, Any]:
     losses = torch.tensor(train(state, rank, case.world, STEPS))
     dist.all_reduce(losses)
     facts = {"random_states": case.world}
-    checkpoints.save(home, state.step, kept_state(state), facts, Retention(len(LEGS)))
+    stored_state.save(home, state.step, kept_state(state), facts, Retention(len(LEGS)))
     return {
         **found,
         "losses": losses / case.world,

@@ -17,8 +17,9 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from pipelines.order import Schedule
 from pipelines.shards import load_manifest
+from pipelines.source import data_config, make_dataset
 from pipelines.storage import open_place
-from pipelines.stream import batches, data_config, make_dataset
+from pipelines.stream import batches
 from pipelines.windows import CropOptions
 
 STORE = 100 * 2**20

@@ -20,8 +20,9 @@ from pipelines.machines import read_cluster
 from pipelines.order import Schedule
 from pipelines.resources import Demand, solve
 from pipelines.shards import load_manifest
+from pipelines.source import data_config, make_dataset
 from pipelines.storage import Place, open_place
-from pipelines.stream import batches, data_config, make_dataset
+from pipelines.stream import batches
 from pipelines.windows import CropOptions
 
 CPUS = 2

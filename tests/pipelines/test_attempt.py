@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.attempt import Attempt, SupersededError, claim_for_driver, claim_for_group
 from pipelines.storage import Place, open_place
 
@@ -21,7 +21,7 @@ def home(tmp_path: Path) -> Place:
 
 def save(home: Place, step: int, attempt: Attempt) -> None:
     facts = {"made_by": attempt.group}
-    checkpoints.save(
+    stored_state.save(
         home, step, {"w": torch.ones(3)}, facts, checkpoints.Retention(3), may_write=attempt.check
     )
 
@@ -57,7 +57,7 @@ def test_what_a_superseded_group_saves_neither_counts_nor_harms(home: Place) -> 
     saved = checkpoints.newest(home)
     assert saved is not None
     assert (saved.step, saved.record["made_by"]) == (8, newer.group)
-    checkpoints.load(saved, {"w": torch.zeros(3)})
+    stored_state.load(saved, {"w": torch.zeros(3)})
     assert (home / "checkpoints").children() == ["step-00000004", "step-00000008"]
 
 
@@ -73,7 +73,7 @@ def test_a_group_that_is_superseded_while_it_saves_does_not_count(home: Place) -
         older.check()
 
     with pytest.raises(SupersededError):
-        checkpoints.save(
+        stored_state.save(
             home, 4, {"w": torch.ones(3)}, {}, checkpoints.Retention(3), may_write=check
         )
     assert checkpoints.newest(home) is None

@@ -12,7 +12,7 @@ import torch
 
 from droppos.config import Model, Optim
 from droppos.errors import DataError
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.attempt import Attempt
 from pipelines.audit import audit, gaps, schedule_of
 from pipelines.cli import main
@@ -66,7 +66,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def save(recipe: Recipe, step: int) -> None:
     manifest = load_manifest(open_place(str(recipe.data.path)))
-    checkpoints.save(
+    stored_state.save(
         open_place(recipe.home),
         step,
         {"w": torch.ones(1)},

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from droppos.errors import DataError, TrainingError
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.checkpoints import COMPLETE, Retention, Saved
 from pipelines.storage import Place, open_place
 
@@ -53,7 +53,7 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 
 def save(home: Place, step: int, keep: int = 3) -> Saved:
-    return checkpoints.save(home, step, state_of(*trained()), FACTS, Retention(keep))
+    return stored_state.save(home, step, state_of(*trained()), FACTS, Retention(keep))
 
 
 def whole(state: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_what_is_loaded_is_what_was_saved(home: Place) -> None:
     expected = state_of(model, optimizer)
     state = spoilt(state_of(*trained()))
     state["step"] = 0
-    checkpoints.load(saved, state)
+    stored_state.load(saved, state)
     assert_equal(state, expected)
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
@@ -119,8 +119,8 @@ def test_the_marker_tells_what_the_run_was(home: Place) -> None:
 
 def test_whole_tensors_are_read_without_a_model(home: Place) -> None:
     saved = save(home, 3)
-    assert_equal(checkpoints.load_full(saved), state_of(*trained()))
-    assert checkpoints.load_full(saved, {"model"}).keys() == {"model"}
+    assert_equal(stored_state.load_full(saved), state_of(*trained()))
+    assert stored_state.load_full(saved, {"model"}).keys() == {"model"}
 
 
 def test_a_part_opens_with_plain_safetensors(home: Place) -> None:
@@ -182,7 +182,7 @@ def test_a_flipped_bit_is_found_and_named(home: Place) -> None:
     part.write_bytes(raw)
     expected = saved.files[part.name].sha256
     with pytest.raises(TrainingError, match=rf"{part.name} is not .* expected sha256 {expected}"):
-        checkpoints.load_full(saved)
+        stored_state.load_full(saved)
 
 
 class Bomb:
@@ -208,9 +208,9 @@ def test_a_planted_pickle_never_runs(
     assert saved is not None
     if file == "index.json":
         with pytest.raises(TrainingError, match=r"index.json is damaged"):
-            checkpoints.load_full(saved)
+            stored_state.load_full(saved)
     else:
-        checkpoints.load_full(saved)
+        stored_state.load_full(saved)
     assert not (tmp_path / "boom").exists()
 
 
@@ -228,12 +228,12 @@ def test_a_planted_pickle_never_runs(
 def test_another_model_is_refused(home: Place, layers: list[nn.Module], message: str) -> None:
     saved = save(home, 1)
     with pytest.raises(TrainingError, match=message):
-        checkpoints.load(saved, {"model": nn.Sequential(*layers).state_dict()})
+        stored_state.load(saved, {"model": nn.Sequential(*layers).state_dict()})
 
 
 def test_what_cannot_be_kept_is_refused_by_name(home: Place) -> None:
     with pytest.raises(TrainingError, match="when in the state is a object"):
-        checkpoints.save(home, 1, {"when": object()}, FACTS, Retention(1))
+        stored_state.save(home, 1, {"when": object()}, FACTS, Retention(1))
     assert checkpoints.newest(home) is None
 
 
@@ -246,7 +246,7 @@ def test_s3_keeps_loads_and_prunes_as_a_folder_does(s3_env: Any) -> None:
     saved = checkpoints.at(home.uri)
     assert saved.step == 3
     state = spoilt(state_of(*trained()))
-    checkpoints.load(saved, state)
+    stored_state.load(saved, state)
     assert_equal(state, state_of(*trained()))
     (saved.place / COMPLETE).delete()
     newest = checkpoints.newest(home)
@@ -263,9 +263,9 @@ def test_state_moves_between_one_and_two_ranks_to_the_last_bit(home: Place) -> N
     assert (saved.step, saved.record["world_size"]) == (6, 2)
     assert {"part-00000.safetensors", "part-00001.safetensors"} < saved.files.keys()
     state = spoilt(state_of(*trained()))
-    checkpoints.load(saved, state)  # from two to one
-    assert_equal(state, checkpoints.load_full(saved))
-    assert_equal(state, checkpoints.load_full(checkpoints.at(f"{home}/checkpoints/step-00000003")))
+    stored_state.load(saved, state)  # from two to one
+    assert_equal(state, stored_state.load_full(saved))
+    assert_equal(state, stored_state.load_full(checkpoints.at(f"{home}/checkpoints/step-00000003")))
 
 
 @pytest.mark.slow
@@ -309,23 +309,23 @@ class Deadly(UserDict[str, Any]):
 def main(action: str, uri: str, rank: int, world: int, port: int) -> None:
     home = open_place(uri)
     if action == "die-before-marker":
-        checkpoints.save(home, 2, state_of(*trained()), Deadly(), Retention(3))
+        stored_state.save(home, 2, state_of(*trained()), Deadly(), Retention(3))
     if action == "die-writing":
         # The kernel ends the process in the middle of a write, as kill -9 would.
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-        checkpoints.save(home, 2, {"big": torch.zeros(1 << 20)}, FACTS, Retention(3))
+        stored_state.save(home, 2, {"big": torch.zeros(1 << 20)}, FACTS, Retention(3))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     state = spoilt(state_of(*trained(init_device_mesh("cpu", (world,)))))
     single = checkpoints.at(uri)
-    checkpoints.load(single, state)
-    assert_equal(state, checkpoints.load_full(single))
-    saved = checkpoints.save(home, 6, state, FACTS, Retention(3))
+    stored_state.load(single, state)
+    assert_equal(state, stored_state.load_full(single))
+    saved = stored_state.save(home, 6, state, FACTS, Retention(3))
     dist.barrier()
     assert saved == checkpoints.newest(home)
-    expected = checkpoints.load_full(saved)
-    checkpoints.load(saved, spoilt(state))
+    expected = stored_state.load_full(saved)
+    stored_state.load(saved, spoilt(state))
     assert_equal(state, expected)
     dist.destroy_process_group()
 

@@ -9,7 +9,7 @@ import torch
 
 from droppos.config import Model, Optim
 from droppos.errors import ConfigError
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.checkpoints import Saved
 from pipelines.facts import check_resume, facts
 from pipelines.order import Schedule
@@ -32,7 +32,7 @@ RECIPE = Recipe(
 
 def saved_at(folder: Path, **without: None) -> Saved:
     told = {k: v for k, v in facts(RECIPE, DATA).items() if k not in without}
-    return checkpoints.save(
+    return stored_state.save(
         open_place(str(folder)), 3, {"w": torch.ones(1)}, told, checkpoints.Retention(1)
     )
 

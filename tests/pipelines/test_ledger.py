@@ -17,7 +17,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from droppos.errors import ConfigError
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.ledger import Ledger, local_folder, open_command, redact, tracking_uri
 from pipelines.local_mlflow import free_port, mlflow_server
 from pipelines.recipe import Data, Recipe, Run, Tracking
@@ -137,7 +137,9 @@ def test_pictures_and_checkpoints_lie_beside_the_database(
     monkeypatch.chdir(tmp_path / "cwd")
     (tmp_path / "x.png").write_bytes(b"png")
     home = open_place(str(tmp_path / "run"))
-    saved = checkpoints.save(home, 7, {"model": {"w": torch.ones(2)}}, {}, checkpoints.Retention(1))
+    saved = stored_state.save(
+        home, 7, {"model": {"w": torch.ones(2)}}, {}, checkpoints.Retention(1)
+    )
     with ledger(uri, tmp_path) as ours:
         ours.picture(tmp_path / "x.png", "pictures/reassembly.png")
         ours.checkpoint(saved)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from droppos.errors import DataError, StorageError, TrainingError
-from pipelines import checkpoints
+from pipelines import checkpoints, stored_state
 from pipelines.checkpoints import Retention
 from pipelines.parts import DamagedError
 from pipelines.saver import Saver
@@ -43,7 +43,7 @@ def test_training_goes_on_and_what_is_written_is_what_was_copied(saver: Saver, h
     go_on.set()
     done = saver.finish()
     assert done is not None and done.saved == checkpoints.newest(home)
-    found: torch.Tensor = checkpoints.load_full(done.saved)["w"]
+    found: torch.Tensor = stored_state.load_full(done.saved)["w"]
     assert torch.equal(found, torch.ones(1000))
 
 
@@ -54,7 +54,7 @@ def test_the_host_copy_is_made_anew_each_time(saver: Saver, home: Place) -> None
         saver.begin(step, {"w": weights}, {})
         done = saver.finish()
         assert done is not None and done.saved is not None
-        assert checkpoints.load_full(done.saved)["w"].eq(step).all()
+        assert stored_state.load_full(done.saved)["w"].eq(step).all()
     assert (home / "checkpoints").children() == ["step-00000002", "step-00000003"]
 
 
@@ -115,7 +115,7 @@ STEPS = (10, 20, 30, 40, 50)
 def kept(home: Place, retention: Retention, scores: dict[int, float | None]) -> list[int]:
     for step, score in scores.items():
         metrics = {} if score is None else {"holdout/skill": score}
-        checkpoints.save(home, step, {"w": torch.ones(1)}, {"metrics": metrics}, retention)
+        stored_state.save(home, step, {"w": torch.ones(1)}, {"metrics": metrics}, retention)
     return [int(name[5:]) for name in (home / "checkpoints").children()]
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_one_counts_no_more_and_the_one_before_it_does(
     home: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
-        checkpoints.save(home, step, {"w": torch.ones(9)}, {}, Retention(3))
+        stored_state.save(home, step, {"w": torch.ones(9)}, {}, Retention(3))
     newest = checkpoints.newest(home)
     assert newest is not None
     part = newest.place / "part-00000.safetensors"
@@ -151,7 +151,7 @@ def test_a_damaged_one_counts_no_more_and_the_one_before_it_does(
     data[-1] ^= 1
     part.write_bytes(bytes(data))
     with pytest.raises(DamagedError, match="not what was written") as error:
-        checkpoints.load(newest, {"w": torch.ones(9)})
+        stored_state.load(newest, {"w": torch.ones(9)})
     checkpoints.set_aside(newest, str(error.value))
     before = checkpoints.newest(home)
     assert before is not None and before.step == 1

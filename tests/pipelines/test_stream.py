@@ -20,15 +20,9 @@ from pipelines import recipe as recipes
 from pipelines.order import Schedule
 from pipelines.shards import Manifest, Picture, ShardWriter, read_rows
 from pipelines.sharing import Sharing, stream_of
+from pipelines.source import block_rows, crop_options, data_config, make_dataset
 from pipelines.storage import Place, open_place
-from pipelines.stream import (
-    Batch,
-    batches,
-    block_rows,
-    crop_options,
-    data_config,
-    make_dataset,
-)
+from pipelines.stream import Batch, batches
 from pipelines.windows import CropOptions
 
 CROP = CropOptions(size=(16, 24), scale=(0.2, 1.0), flip=True)
