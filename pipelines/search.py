@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -274,6 +275,8 @@ class Driver(Callback):
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
         # Between two measurements a trial tells its step alone.
         os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+        # Each trial has a process of its own: one that is used again would have a run to end first.
+        warnings.filterwarnings("ignore", "Consider boosting PBT", UserWarning)
         proposals = Proposals(recipe, self.schedule, self.table, source, new)
         with interruptible(self._interruption):
             Tuner(

@@ -47,6 +47,7 @@ class SearchScreen:
         else:
             trial = self._trials.setdefault(event["trial"], {"state": ""})
             changed = trial["state"] != event["state"]
+            trial.pop("error", None)
             trial.update(event)
             if changed and not self._console.is_terminal:
                 self._console.print(self._line(trial), highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.util import TrainingFramework
 
 INIT_S = 1800
 """Seconds that workers wait for each other, at the start and in each collective."""
@@ -70,8 +71,8 @@ class _ListeningBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
-        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        backend, size = "nccl" if gpus else "gloo", len(worker_group)
+        assert isinstance(backend_config, ListeningTorch) and backend_config.backend is not None
+        backend, size = backend_config.backend, len(worker_group)
         ray.get(
             [
                 worker_group.execute_single_async(rank, _join, address, port, backend, rank, size)
@@ -91,10 +92,18 @@ class _ListeningBackend(Backend):
 class ListeningTorch(BackendConfig):
     """Ray Train's torch, whose workers take SIGTERM for a wish to leave."""
 
+    backend: str | None = None
+    """Of torch.distributed; TorchTrainer sets it, by the device."""
+
     @property
     def backend_cls(self) -> type[Backend]:
         """What starts the workers."""
         return _ListeningBackend
+
+    @property
+    def framework(self) -> Any:
+        """What Ray calls it in its own records."""
+        return TrainingFramework.TORCH
 
     @property
     def train_func_context(self) -> Any:
