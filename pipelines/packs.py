@@ -114,6 +114,11 @@ class Packs(Generic[Content]):
         self._asked[member] = self._now()
         self._enter(self._near(stream, turn), member, turn)
 
+    @property
+    def known(self) -> set[str]:
+        """Members that have joined or asked, and not left."""
+        return set(self._asked)
+
     def leave(self, member: str) -> None:
         """Count on a member no longer."""
         self._asked.pop(member, None)

@@ -107,7 +107,14 @@ def pretrain(
             resumed=saved is not None and saved.record["manifest"] == schedule.manifest.digest,
         )
         heard = Heard(ledger, skipped, on_event)
-        heard.event({"kind": "plan", "step": saved.step if saved else 0, "steps": schedule.steps})
+        heard.event(
+            {
+                "kind": "plan",
+                "step": saved.step if saved else 0,
+                "steps": schedule.steps,
+                "tracking_run": ledger.run_id,
+            }
+        )
         if saved is None or saved.step < schedule.steps:
             on_gpu = gpu_workers(recipe)
             # Decided once, here: a worker that sees a GPU it was not given must leave it alone.

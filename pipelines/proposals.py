@@ -6,9 +6,9 @@ again; what was under way is handed out first, and goes on from its checkpoints.
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from ray.tune.schedulers import (
     ASHAScheduler,
@@ -107,12 +107,14 @@ class Tpe:
 
     def told(self, point: Point, objective: float | None) -> None:
         """Hand on how good it was."""
-        for name, asked in self._points.items():
+        for name, asked in list(self._points.items()):
             if asked == point:
                 del self._points[name]
                 result = None if objective is None else {OBJECTIVE: objective}
                 self._search.on_trial_complete(name, result, error=objective is None)
                 return
+        if objective is not None:  # of a trial that an earlier process began
+            self._search.add_evaluated_point(dict(point), objective)
 
 
 def source_of(recipe: Recipe, table: TrialTable) -> tuple[Source, int]:
@@ -139,9 +141,17 @@ class Proposals(Searcher):
     """What Tune asks for the next trial."""
 
     def __init__(
-        self, recipe: Recipe, schedule: Schedule, table: TrialTable, source: Source, left: int
+        self,
+        recipe: Recipe,
+        schedule: Schedule,
+        table: TrialTable,
+        source: Source,
+        left: int,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
+        self.stopped = stopped
+        """Whether no trial is to begin any more."""
         self._recipe = recipe
         self._schedule = schedule
         self._table = table
@@ -153,6 +163,8 @@ class Proposals(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Give a trial to go on with, or a new one."""
+        if self.stopped():
+            return Searcher.FINISHED
         if self._again:
             record = self._again.popleft()
         else:
@@ -205,7 +217,7 @@ class Proposals(Searcher):
         """Restore nothing, likewise."""
 
 
-def scheduler_of(recipe: Recipe, table: TrialTable, steps_per_epoch: int) -> TrialScheduler:
+def scheduler_of(recipe: Recipe, table: TrialTable) -> TrialScheduler:
     """Make what ends trials early, and have it know of those that ended before.
 
     Raises:
@@ -217,12 +229,17 @@ def scheduler_of(recipe: Recipe, table: TrialTable, steps_per_epoch: int) -> Tri
         return FIFOScheduler()
     if search.scheduler == "pbt":
         return _population(recipe, every)
+    if any(dimension.field == "optim.epochs" for dimension in parse_space(recipe)):
+        raise ConfigError(
+            "search.scheduler asha compares trials at the same epoch, so optim.epochs may not "
+            "vary; take it out of search.space, or take search.scheduler none"
+        )
     if every > recipe.optim.epochs:
         raise ConfigError(
             f"search.scheduler asha looks at trials from epoch {every} on, but they have "
             f"{recipe.optim.epochs} epochs; lower search.grace_epochs or measure.every_epochs"
         )
-    asha = ASHAScheduler(
+    asha = Asha(
         time_attr="epoch",
         metric=OBJECTIVE,
         mode="max",
@@ -237,9 +254,41 @@ def scheduler_of(recipe: Recipe, table: TrialTable, steps_per_epoch: int) -> Tri
             nobody: Any = None
             asha.on_trial_add(nobody, known)
             for step, objective in record.history:
-                result = {"epoch": step / steps_per_epoch, OBJECTIVE: objective}
+                result = {"epoch": recipe.optim.epochs * step / record.steps, OBJECTIVE: objective}
                 asha.on_trial_result(nobody, known, result)
     return asha
+
+
+class Asha(ASHAScheduler):
+    """Ray's asynchronous successive halving, which would also end a trial at its last step."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide on a trial, unless it is done."""
+        action = super().on_trial_result(tune_controller, trial, result)
+        done = result.get("step", 0) == result.get("steps")
+        return TrialScheduler.CONTINUE if done else action
+
+
+class Population(PopulationBasedTraining):
+    """Ray's population-based training, for trials that have names and folders of their own."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take a trial; Ray's refuses those that a searcher proposed, though it could change them.
+
+        What a searcher makes of a point that changes later is the searcher's affair: ours, that
+        know all points beforehand, make nothing of it.
+        """
+
+        class WithoutSearcher:
+            search_alg = None
+
+        super().on_trial_add(cast(Any, WithoutSearcher()), trial)
+
+    def _get_new_config(self, trial: Any, trial_to_clone: Any) -> Any:
+        """Take over another trial's values, not its name."""
+        config, operations = super()._get_new_config(trial, trial_to_clone)
+        own = {key: trial.config[key] for key in ("name", "number")}
+        return {**config, **own}, operations
 
 
 MUTABLE = (
@@ -257,6 +306,11 @@ MUTABLE = (
 
 def _population(recipe: Recipe, every: int) -> TrialScheduler:
     space = parse_space(recipe)
+    if recipe.search.algorithm == "tpe":
+        raise ConfigError(
+            "search.scheduler pbt changes values on the way, so tpe would learn from points that "
+            "were left; take search.algorithm random or grid"
+        )
     for dimension in space:
         if dimension.field not in MUTABLE:
             raise ConfigError(
@@ -278,7 +332,7 @@ def _population(recipe: Recipe, every: int) -> TrialScheduler:
         return {**config, "point": point}
 
     mutations = {one.field: list(one.values) if one.listed else one.domain for one in space}
-    return PopulationBasedTraining(
+    return Population(
         time_attr="epoch",
         metric=OBJECTIVE,
         mode="max",

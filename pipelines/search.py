@@ -21,12 +21,14 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import ray
 from ray import tune
-from ray.tune import Callback, FailureConfig, Stopper, TuneConfig, Tuner
+from ray.tune import Callback, FailureConfig, TuneConfig, Tuner
 
 from droppos.errors import ConfigError, DataError
+from pipelines.attempt import Attempt, SupersededError, claim_for_driver
 from pipelines.cluster import buffer_mb_of, connect
-from pipelines.facts import FIXED
+from pipelines.facts import FIXED, FREE
 from pipelines.findings import Findings, Row
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
@@ -44,7 +46,7 @@ from pipelines.sharing import Shared, Sharing
 from pipelines.space import corners, grid_points, parse_space
 from pipelines.storage import Place, open_place
 from pipelines.supervisor import STOP_SIGNALS
-from pipelines.trial_run import Common, TrialRun
+from pipelines.trial_run import Bell, Common, TrialRun
 from pipelines.trials import FILE as TABLE_FILE
 from pipelines.trials import (
     Record,
@@ -76,7 +78,7 @@ class SearchOutcome:
     tracking_run: str
     """Identifier of the MLflow run that the trials are shown under."""
     left: int
-    """Trials that did not end: the search was interrupted."""
+    """Trials that did not end or fail: the search was interrupted."""
     shared: Shared | None
     """What the trials of this process read together; None if they did not."""
     at_once: int
@@ -153,7 +155,7 @@ def check(recipe: Recipe, schedule: Schedule, objective: Objective) -> None:
     points = list(corners(space))
     trials = [make_trial(recipe, schedule, 0, point).recipe for point in points]
     require_comparable([recipe, *trials], recipe.model.grid, objective)
-    scheduler_of(recipe, TrialTable(open_place(recipe.home)), schedule.steps_per_epoch)
+    scheduler_of(recipe, TrialTable(open_place(recipe.home)))
 
 
 def shared_tracking(recipe: Recipe) -> str | None:
@@ -182,7 +184,9 @@ def begin(
     holdout = load_manifest(open_place(recipe.data.holdout)).digest
     fixed = (*FIXED, "measure", "search.space", "search.algorithm")
     ours: dict[str, Any] = {
-        name: value for name, value in flatten(recipe).items() if name.startswith(fixed)
+        name: value
+        for name, value in flatten(recipe).items()
+        if name.startswith(fixed) and name not in FREE
     }
     ours |= {"search.objective": objective}
     ours |= {"data (manifest digest)": schedule.manifest.digest}
@@ -226,18 +230,18 @@ class Driver(Callback):
         self._say = say
         self._sharing: Sharing | None = None
         self._interruption = Interruption()
+        self._bell: Any = None
+        self._attempt: Attempt | None = None
+        self._superseded: SupersededError | None = None
         self._since: dict[str, float] = {}
+        self.at_once = 1
+        """Trials that run at the same time, at most."""
         self.not_begun = 0
         """Trials that are still to begin when the search ends: it was interrupted."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Be empty in the copy that Tune keeps in storage: a terminal cannot go there."""
         return {}
-
-    @property
-    def at_once(self) -> int:
-        """Trials that run at the same time, at most."""
-        return min(self.recipe.search.max_concurrent, max(1, len(self.table)))
 
     def tell_plan(self, left: int) -> None:
         """Tell what is known before anything runs."""
@@ -261,15 +265,20 @@ class Driver(Callback):
             ConfigError: If so many do not fit at once.
         """
         left = len(self.table.unfinished) + new
-        at_once = min(self.recipe.search.max_concurrent, left)
-        sharing = self.recipe.search.share_stream and at_once > 1
+        self.at_once = at_once = min(self.recipe.search.max_concurrent, left)
+        sharing = at_once > 1 and may_share(self.recipe)
         fit = connect(self.recipe, at_once, shared_decoding=sharing)
         self._say({"kind": "fit", "fit": fit})
         recipe, capacity = _parted(self.recipe, fit, at_once, sharing)
         if sharing:
-            self._sharing = Sharing.start(capacity, self.recipe.run.hang_timeout_s)
-        common = Common(recipe, self.schedule, self.objective, ledger.run_id, self._sharing)
+            # Well before a trial that waits is itself taken to hang.
+            self._sharing = Sharing.start(capacity, self.recipe.run.hang_timeout_s / 4)
+        self._bell = ray.remote(num_cpus=0)(Bell).remote()
+        common = Common(
+            recipe, self.schedule, self.objective, ledger.run_id, self._sharing, self._bell
+        )
         home = open_place(self.recipe.home)
+        self._attempt = Attempt(home, claim_for_driver(home))
         # Tune's own result files would repeat what MLflow has, its own table ours.
         os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -277,13 +286,15 @@ class Driver(Callback):
         os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
         # Each trial has a process of its own: one that is used again would have a run to end first.
         warnings.filterwarnings("ignore", "Consider boosting PBT", UserWarning)
-        proposals = Proposals(recipe, self.schedule, self.table, source, new)
+        proposals = Proposals(
+            recipe, self.schedule, self.table, source, new, lambda: self._interruption.asked
+        )
         with interruptible(self._interruption):
             Tuner(
                 tune.with_resources(tune.with_parameters(TrialRun, common=common), DRIVER),
                 tune_config=TuneConfig(
                     search_alg=proposals,
-                    scheduler=scheduler_of(self.recipe, self.table, self.schedule.steps_per_epoch),
+                    scheduler=scheduler_of(self.recipe, self.table),
                     num_samples=left,
                     max_concurrent_trials=at_once,
                 ),
@@ -291,14 +302,20 @@ class Driver(Callback):
                     name="tune",  # Tune's own bookkeeping; ours is the table
                     storage_path=home.path,
                     storage_filesystem=home.fs,
-                    stop=self._interruption,
                     failure_config=FailureConfig(max_failures=self.recipe.search.retries),
                     callbacks=[self],
                     verbose=0,
                 ),
             ).fit()
         self.not_begun = proposals.left if self._interruption.asked else 0
+        if self._superseded is not None:
+            raise self._superseded
         return self._sharing.shared if self._sharing else None
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Pass a request to stop on to the trials, which end by themselves."""
+        if self._interruption.asked and self._bell is not None:
+            self._bell.ring.remote()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial has begun, or goes on."""
@@ -325,12 +342,10 @@ class Driver(Callback):
         result = trial.last_result or {}
         if "error" in result:
             record.state, record.error = "failed", result["error"]
-        elif "checkpoint_uri" in result:
+        elif "finished" in result:
             record.state = "finished"
-            record.checkpoint = result["checkpoint_uri"]
-            record.tracking_run = result["tracking_run"]
         else:
-            record.state = "stopped" if self._interruption.asked else "early"
+            record.state = "stopped" if "stopped" in result else "early"
         self._end(record)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -354,19 +369,25 @@ class Driver(Callback):
         record.step = result.get("step", record.step)
         record.steps = result.get("steps", record.steps)
         record.figures |= result.get("figures", {})
+        record.checkpoint = result.get("checkpoint", record.checkpoint)
+        record.tracking_run = result.get("tracking_run", record.tracking_run)
         if "objective" in result:
             record.objective = result["objective"]
             record.history.append((record.step, result["objective"]))
 
     def _end(self, record: Record) -> None:
         if self._sharing is not None:
-            self._sharing.of(record.name).leave()
+            self._sharing.dismiss(record.name)
         record.seconds += monotonic() - self._since.pop(record.name, monotonic())
         self._keep(record)
 
     def _keep(self, record: Record) -> None:
         try:
+            if self._attempt is not None:
+                self._attempt.check(group_too=False)
             self.table.write(self.objective)
+        except SupersededError as error:  # the newer one's table counts, and its trials
+            self._superseded, self._interruption.asked = error, True
         except DataError as error:  # the next one has all of it
             logger.warning("the table of trials could not be written now: %s", error)
         self._tell(record)
@@ -381,6 +402,24 @@ class Driver(Callback):
         }
         known = {"objective": record.objective, "error": record.error}
         self._say(told | {name: value for name, value in known.items() if value is not None})
+
+
+UNLIKE = {
+    "run.seed",
+    "optim.global_batch",
+    "data.window",
+    "data.crop_scale",
+    "data.flip",
+    "data.scaled_decoding",
+    "model.image_size",
+}
+"""Fields that make two trials read different streams."""
+
+
+def may_share(recipe: Recipe) -> bool:
+    """Tell whether the trials of a search read the same, and are to read it together."""
+    searched = {dimension.field for dimension in parse_space(recipe)}
+    return recipe.search.share_stream and not searched & UNLIKE
 
 
 def _parted(recipe: Recipe, fit: Fit, at_once: int, sharing: bool) -> tuple[Recipe, int]:
@@ -404,19 +443,11 @@ def _last_line(trial: Any) -> str:
     return redact(lines[-1].strip()) if lines else "its process died"
 
 
-class Interruption(Stopper):
-    """Ends all trials once it is asked to; Tune looks several times a second."""
+class Interruption:
+    """Whether somebody wants the search to end."""
 
     def __init__(self) -> None:
         self.asked = False
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Stop no single trial."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Tell whether to stop them all."""
-        return self.asked
 
 
 @contextmanager
@@ -471,7 +502,7 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
         best=best,
         folder=local_folder(recipe) / recipe.run.name,
         tracking_run=ledger.run_id,
-        left=run.not_begun + len(table.unfinished),
+        left=run.not_begun + sum(not (r.ended or r.state == "failed") for r in table),
         shared=shared,
         at_once=run.at_once,
     )
@@ -479,9 +510,12 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
     outcome.folder.mkdir(parents=True, exist_ok=True)
     home = open_place(recipe.home)
     for name, text in files.items():
-        (home / name).write_bytes(text.encode())
         (outcome.folder / name).write_text(text)
         ledger.picture(outcome.folder / name, f"search/{name}")
+        try:
+            (home / name).write_bytes(text.encode())
+        except DataError as error:
+            logger.warning("%s is here and in MLflow, but not in storage: %s", name, error)
     return outcome
 
 

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self
+from uuid import uuid4
 
 import ray
 from ray.data.block import Block
 from ray.data.datasource import ReadTask
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipelines.order import Schedule, Window
 from pipelines.packs import Packs, Wait
@@ -66,12 +67,19 @@ class _Pool:
     def __init__(self, capacity: int, patience_s: float, read: ReadWindow) -> None:
         self._packs: Packs[list[ray.ObjectRef]] = Packs(capacity, patience_s)
         self._read = read
+        self._gone: set[str] = set()
 
     async def join(self, member: str, stream: Stream, turn: int) -> None:
         self._packs.join(member, stream, turn)
 
-    async def leave(self, member: str) -> None:
-        self._packs.leave(member)
+    async def leave(self, trial: str, member: str) -> None:
+        """Let one member go, or all that a trial has had."""
+        members = (
+            {member} if member else {m for m in self._packs.known if m.startswith(f"{trial}#")}
+        )
+        self._gone |= members
+        for each in members:
+            self._packs.leave(each)
 
     async def take(self, member: str, stream: Stream, window: Window, data: Place) -> Any:
         first, end = window.first, window.first + window.size
@@ -80,9 +88,13 @@ class _Pool:
             return _decoded(self._read, stream, window, data)
 
         # The references come back at once: whoever asked waits for the pictures, not this actor.
-        while (found := self._packs.want(member, stream, first, end, decode)) is Wait.WAIT:
+        # One who has died, or left, still has calls here, which must not hold the others up.
+        while member not in self._gone:
+            found = self._packs.want(member, stream, first, end, decode)
+            if found is not Wait.WAIT:
+                return found
             await asyncio.sleep(ASK_AGAIN_S)
-        return found
+        return []
 
     async def forget(self, stream: Stream, first: int) -> None:
         self._packs.forget(stream, first)
@@ -141,18 +153,23 @@ class SharedReader:
             yield from self._blocks(asked.popleft(), window, start)
 
     def _blocks(self, asked: ray.ObjectRef, window: Window, start: int) -> Iterator[Block]:
+        done = start // self.stream.block
         try:
             refs: Any = ray.get(asked)
-        except RayActorError as error:
-            # Its node is gone. It starts again elsewhere; until then each trial reads for itself.
-            _log.warning("the shared stream does not answer, so this trial reads alone: %s", error)
-            refs = _decoded(read_window, self.stream, window, self.data)
-        try:
-            for ref in refs[start // self.stream.block :]:
-                yield ray.get(ref)
+            for ref in refs[done:]:
+                block = ray.get(ref)
+                yield block
+                done += 1
         except RayTaskError as error:
             self.pool.forget.remote(self.stream, window.first)
             raise error.cause or error from error
+        except RayError as error:
+            # A process or a node is gone, and the blocks with it. Nobody else is given them, and
+            # this trial makes its own.
+            _log.warning("a shared window is lost, so this trial decodes it: %s", error)
+            self.pool.forget.remote(self.stream, window.first)
+            for ref in _decoded(read_window, self.stream, window, self.data)[done:]:
+                yield ray.get(ref)
 
 
 class SharedWindows(Windows):
@@ -188,8 +205,10 @@ class Sharing:
 
     pool: Any
     """Handle of the actor."""
-    member: str = ""
+    trial: str = ""
     """Name of the trial."""
+    member: str = ""
+    """Name of this process's membership: one that was killed does not come back under it."""
 
     @classmethod
     def start(cls, capacity: int, patience_s: float, read: ReadWindow = read_window) -> Self:
@@ -205,9 +224,13 @@ class Sharing:
         )
         return cls(actor.remote(capacity, patience_s, read))
 
-    def of(self, member: str) -> "Sharing":
-        """Be the membership of a trial."""
-        return Sharing(self.pool, member)
+    def of(self, trial: str) -> "Sharing":
+        """Be a new membership of a trial."""
+        return Sharing(self.pool, trial, f"{trial}#{uuid4().hex[:8]}")
+
+    def dismiss(self, trial: str) -> None:
+        """Have nobody wait for any process that a trial has had."""
+        self.pool.leave.remote(trial, "")
 
     def join(self, stream: Stream, turn: int) -> None:
         """Have others wait for this trial, which will read from a turn on."""
@@ -215,7 +238,7 @@ class Sharing:
 
     def leave(self) -> None:
         """Have nobody wait for this trial any more."""
-        self.pool.leave.remote(self.member)
+        self.pool.leave.remote(self.trial, self.member)
 
     def reader(self, stream: Stream, data: Place, ahead: int) -> SharedReader:
         """Make what reads this trial's windows, so many of them asked for ahead."""

@@ -23,6 +23,8 @@ from pipelines.windows import CropOptions, Windows, read_window
 LARGEST_BLOCK = 256
 """Rows of a block, at most: 39 MB of 224 x 224 pixels. What Ray spends on a block is spread over
 so many pictures, and a micro-batch of one block reaches the worker without another copy."""
+SHARED_WINDOWS = 200
+"""Windows of an execution, about, where they are shared."""
 SMALLEST_BLOCK = 16
 """Below this, what Ray spends on each block would show; a larger block is taken instead."""
 
@@ -82,6 +84,8 @@ def make_dataset(
             "resume with the recipe the checkpoint was made with"
         )
     block = block_rows(worker_batch, schedule.rows_per_window)
+    if sharing is not None:  # one task reads them all, and Ray would repeat the whole of it
+        windows_per_execution = min(windows_per_execution, SHARED_WINDOWS)
     span = max(1, windows_per_execution // schedule.windows_per_epoch)
     where = {"start_step": start_step, "epochs_per_execution": span}
     if sharing is None:

@@ -33,6 +33,8 @@ NOT_SEARCHED = {
     "data.path": "all trials learn from the same pictures",
     "data.holdout": "all trials are measured on the same pictures",
     "data.decode_cpus": "CPUs are shared out before the start, equally",
+    "data.buffer_mb": "memory is shared out before the start, equally",
+    "optim.accumulate": "it changes no step, only its memory",
     "model.image_size": "position skill on another patch grid is another figure",
     "model.patch_size": "position skill on another patch grid is another figure",
     "compute.device": "resources are shared out before the start, equally",
@@ -197,9 +199,9 @@ def _draws(space: Space, seed: int) -> Iterator[Point]:
 def _dimensions(texts: Sequence[str]) -> Iterator[Dimension]:
     """Read each dimension; `or` before one begins another grid."""
     grid = 0
-    for text in texts:
+    for number, text in enumerate(texts):
         begins = re.match(r"\s*or\s+", text)
-        grid += begins is not None
+        grid += begins is not None and number > 0
         dimension = _dimension(text[begins.end() :] if begins else text)
         yield replace(dimension, grid=grid)
 

@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 
 from droppos.errors import ConfigError, DropposError, TrainingError
 from pipelines import checkpoints
-from pipelines.attempt import claim_for_driver
+from pipelines.attempt import SupersededError, claim_for_driver
 from pipelines.cluster import decode_tasks_of, group_share
 from pipelines.crew import (
     Advice,
@@ -396,11 +396,12 @@ class Supervisor:
         """Note the batches that spoilt the gradient, for the next group to pass over.
 
         Raises:
-            TrainingError: If the run was taken back too often, or another driver has taken over.
+            TrainingError: If the run was taken back too often.
+            SupersededError: If another driver has taken over.
         """
         assert group.gave_up is not None
         if not group.bad_steps:
-            raise TrainingError(group.gave_up)
+            raise SupersededError(group.gave_up)
         assert self._recipe.data.path is not None
         data = open_place(self._recipe.data.path)
         passed = pass_over(self._home, data, self._schedule, group.bad_steps)

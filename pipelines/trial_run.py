@@ -1,19 +1,22 @@
 """A trial while it runs: an ordinary `pretrain`, in a process of Ray Tune's."""
 
 import json
-import logging
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Condition, Event
 from typing import Any
 
+import ray
 from ray import tune
+from ray.exceptions import RayError
 
 from droppos.errors import ConfigError
 from pipelines import checkpoints
+from pipelines.attempt import SupersededError, claim_for_driver
 from pipelines.holdout import measure_checkpoint
 from pipelines.order import Schedule
 from pipelines.pretrain import Outcome, plan, pretrain
@@ -33,7 +36,8 @@ SAVED_S = 60.0
 POINTER = "checkpoint.json"
 """What Tune keeps of a checkpoint: where ours is."""
 
-logger = logging.getLogger(__name__)
+ADOPTED = "adopted"
+"""Names the checkpoint of another trial that this one went on from last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,23 @@ class Common:
     parent_run: str
     """MLflow run that trials are shown under."""
     sharing: Sharing | None
+    bell: Any
+    """Handle of the `Bell`."""
+
+
+class Bell:
+    """Runs in an actor, and tells trials that the search is to end."""
+
+    def __init__(self) -> None:
+        self._rung = False
+
+    def ring(self) -> None:
+        """Have all trials save a last checkpoint, and end."""
+        self._rung = True
+
+    def rung(self) -> bool:
+        """Tell whether they are to."""
+        return self._rung
 
 
 class Progress:
@@ -59,14 +80,14 @@ class Progress:
         self._saved = Condition()
         self._step = self._steps = self._saved_step = 0
         self._figures: dict[str, float] = {}
-        self.checkpoint: str | None = None
-        """Folder of the newest checkpoint."""
+        self._known: dict[str, str] = {}
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event of the run."""
         match event["kind"]:
             case "plan":
                 self._step, self._steps = event["step"], event["steps"]
+                self._known["tracking_run"] = event["tracking_run"]
             case "metrics":
                 self._step = event["step"]
                 found = figures_in(event["values"])
@@ -78,7 +99,7 @@ class Progress:
             case "checkpoint":
                 with self._saved:
                     self._saved_step = event["saved"].step
-                    self.checkpoint = event["saved"].uri
+                    self._known["checkpoint"] = event["saved"].uri
                     self._saved.notify_all()
 
     def next(self, timeout_s: float) -> dict[str, Any]:
@@ -100,7 +121,8 @@ class Progress:
 
     @property
     def _told(self) -> dict[str, Any]:
-        return {"step": self._step, "steps": self._steps, "figures": dict(self._figures)}
+        figures = {"figures": dict(self._figures)}
+        return {"step": self._step, "steps": self._steps, **self._known, **figures}
 
 
 class TrialRun(tune.Trainable):
@@ -124,14 +146,22 @@ class TrialRun(tune.Trainable):
         """Tell of the next measurement, or after a second how far the run is."""
         if self._running is None:
             self._running = in_background(self._run)
+        if self._rung() and not self._running.done():
+            self.cleanup()
+            return self._progress.next(0) | {"stopped": True, "done": True}
         if not self._running.done():
             return self._progress.next(REPORT_EVERY_S)
         if (measured := self._progress.measured()) is not None:
             return measured
         try:
             return self._conclude(self._running.result())
-        except ConfigError as error:  # as it would be the next time
+        except (ConfigError, SupersededError) as error:  # as it would be the next time
             return {"error": str(error), "done": True}
+
+    def _rung(self) -> bool:
+        with suppress(RayError):  # the search's driver is gone, and this process with it, soon
+            return bool(ray.get(self._common.bell.rung.remote(), timeout=5))
+        return False
 
     def _run(self) -> Outcome:
         try:
@@ -158,7 +188,8 @@ class TrialRun(tune.Trainable):
             "steps": outcome.steps,
             "figures": figures,
             "objective": figures[self._common.objective],
-            "checkpoint_uri": outcome.checkpoint.uri,
+            "finished": True,
+            "checkpoint": outcome.checkpoint.uri,
             "tracking_run": outcome.tracking_run,
             "done": True,
         }
@@ -175,8 +206,14 @@ class TrialRun(tune.Trainable):
         uri = json.loads((Path(checkpoint) / POINTER).read_text())["uri"]
         home = open_place(self._recipe.home)
         self._adopted = True
-        if uri is not None and not uri.startswith(f"{home.uri}/"):
-            checkpoints.adopt(home, checkpoints.at(uri))
+        known = home / ADOPTED
+        if uri is None or uri.startswith(f"{home.uri}/"):
+            return
+        if known.exists() and known.read_bytes() == uri.encode():
+            return  # and went on from there, before its process died
+        claim_for_driver(home)  # what an older process of this trial still saves counts no more
+        checkpoints.adopt(home, checkpoints.at(uri))
+        known.write_bytes(uri.encode())
 
     def cleanup(self) -> None:
         """Have the run save a last checkpoint, and end."""

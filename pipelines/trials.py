@@ -27,8 +27,6 @@ FIGURES: Mapping[str, str] = {
 """What trials are compared by, and the metric of a run that tells it. The last is no objective: it
 is measured on the task that the trial itself chose."""
 
-OBJECTIVES = ("position_skill", "knn", "effective_rank")
-
 State = Literal["waiting", "running", "finished", "early", "failed", "stopped"]
 """early: ended by search.scheduler, for others did better. failed: its error is told. stopped: it
 was interrupted, and goes on when the search does."""
@@ -78,13 +76,8 @@ class Record:
 
     @property
     def ended(self) -> bool:
-        """Whether it is not to be run again."""
-        return self.state in {"finished", "early", "failed"}
-
-    @property
-    def epoch_history(self) -> list[tuple[int, float]]:
-        """Give the history without what a newer measurement of the same step replaced."""
-        return sorted(dict(self.history).items())
+        """Whether it is not to be run again; a search that goes on tries failed ones again."""
+        return self.state in {"finished", "early"}
 
 
 class TrialTable:
@@ -99,7 +92,6 @@ class TrialTable:
         self._file = home / FILE
         self.records: dict[str, Record] = {}
         """By name, in the order in which they began."""
-        self.objective = ""
         if self._file.exists():
             told = json.loads(self._file.read_bytes())
             for entry in told["trials"]:
@@ -124,12 +116,8 @@ class TrialTable:
 
     @property
     def unfinished(self) -> list[Record]:
-        """Those that began and did not end."""
+        """Those that began and did not end, or failed."""
         return [record for record in self if not record.ended]
-
-    def find(self, point: Point) -> Record | None:
-        """Find the trial of a point."""
-        return next((record for record in self if record.point == point), None)
 
 
 def objective_of(recipe: Recipe) -> Objective:

@@ -86,32 +86,32 @@ def feed(data: Place, schedule: Schedule, trials: int, shared: bool, proxy: Faul
     read = partial(metered, meter)
     block = block_rows(BATCH, schedule.rows_per_window)
     sharing = Sharing.start(capacity=4 * TASKS, patience_s=60, read=read) if shared else None
-    names = [f"trial {i}" for i in range(trials)]
-    if sharing is not None:
-        for name in names:
-            sharing.of(name).join(stream_of(schedule, data, CROP, block), 0)
+    members = [sharing.of(f"trial {i}") if sharing else None for i in range(trials)]
+    for member in members:
+        if member is not None:
+            member.join(stream_of(schedule, data, CROP, block), 0)
     proxy.clear()
     start = time.perf_counter()
 
-    def run(name: str) -> None:
+    def run(member: Sharing | None) -> None:
         dataset = make_dataset(
             schedule,
             data,
             CROP,
             worker_batch=BATCH,
             decode_tasks=TASKS,
-            sharing=sharing.of(name) if sharing else None,
+            sharing=member,
             read=read,
         )
         (shard,) = data_config().configure({"train": dataset}, 1, None, None)
         steps = schedule.steps
         for _ in batches(shard["train"], worker_batch=BATCH, start_step=0, stop_step=steps):
             pass
-        if sharing is not None:
-            sharing.of(name).leave()
+        if member is not None:
+            member.leave()
 
     with ThreadPoolExecutor(trials) as pool:
-        list(pool.map(run, names))
+        list(pool.map(run, members))
     wall = time.perf_counter() - start
     gets = len(proxy.requests(method="GET", key=".parquet"))
     return Cost(gets, ray.get(meter.spent.remote()), wall)

@@ -76,6 +76,15 @@ def test_one_who_stops_asking_or_leaves_is_left_behind() -> None:
         assert all(bench.take("gone", window) for window in range(9))
 
 
+def test_one_who_left_is_forgotten() -> None:
+    bench = Bench()
+    bench.packs.join("a", "s", 0)
+    assert bench.take("b", 0)
+    assert bench.packs.known == {"a", "b"}
+    bench.packs.leave("b")
+    assert bench.packs.known == {"a"}
+
+
 def test_one_who_comes_late_shares_what_is_still_held() -> None:
     bench = Bench(capacity=8)
     assert all(bench.take("first", window) for window in range(3))

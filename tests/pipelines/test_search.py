@@ -1,9 +1,11 @@
 """Searches: on a real Ray, trials are real runs; what is refused is refused before any begins."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -150,11 +152,13 @@ def test_asha_knows_of_trials_that_ended_before(tiny: Recipe) -> None:
     tiny = changed(changed(tiny, "optim", epochs=9), "search", scheduler="asha", grace_epochs=1)
     table = TrialTable(open_place(tiny.home))
     for number in range(4):
-        table.records[str(number)] = Record(number, str(number), {}, "finished", history=[(4, 0.5)])
+        table.records[str(number)] = Record(
+            number, str(number), {}, "finished", steps=36, history=[(4, 0.5)]
+        )
     trial: Any = SimpleNamespace(trial_id="new")
     nobody: Any = None
     for ended, decision in ((TrialTable(open_place(tiny.home)), "CONTINUE"), (table, "STOP")):
-        asha = scheduler_of(tiny, ended, steps_per_epoch=4)
+        asha = scheduler_of(tiny, ended)
         asha.on_trial_add(nobody, trial)
         poor = {"epoch": 1.0, "objective": 0.1}
         assert asha.on_trial_result(nobody, trial, poor) == decision
@@ -242,14 +246,14 @@ def test_a_relative_database_is_the_same_one_for_all(
     assert shared_tracking(Recipe()) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
-def killed_search(recipe: Recipe, folder: Path) -> None:
-    """Search in a process of its own, and kill that once a trial is done and another under way."""
+@contextmanager
+def a_search(recipe: Recipe, folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A search in a process of its own, on the tests' cluster."""
     file = folder / "search.yaml"
     file.write_text(to_yaml(recipe))
     root = Path(__file__).parents[2]
     address = ray.get_runtime_context().gcs_address
-    table = open_place(recipe.home)
-    with (folder / "killed.log").open("w") as log:
+    with (folder / "search.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", "search", str(file)],
             stdout=log,
@@ -257,16 +261,11 @@ def killed_search(recipe: Recipe, folder: Path) -> None:
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(root), "RAY_ADDRESS": address},
         )
-        try:
-            while process.poll() is None:
-                first, second, *_ = [*TrialTable(table), None, None]
-                if first and second and first.state == "finished" and second.history:
-                    break
-                sleep(0.2)
-            assert process.poll() is None, (folder / "killed.log").read_text()
-        finally:
-            process.kill()
-            process.wait()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
@@ -276,7 +275,13 @@ def test_a_killed_search_goes_on_and_its_trials_are_runs(tiny: Recipe, tmp_path:
     tiny = changed(tiny, "measure", every_epochs=5)
     tiny = changed(tiny, "search", space=("optim.epochs=grid(1, 200, 2)",), algorithm="grid")
     tiny = changed(tiny, "run", checkpoint_every=8, log_every=4)
-    killed_search(tiny, tmp_path)
+    with a_search(tiny, tmp_path) as process:
+        while process.poll() is None:
+            first, second, *_ = [*TrialTable(open_place(tiny.home)), None, None]
+            if first and second and first.state == "finished" and second.history:
+                break
+            sleep(0.2)
+        assert process.poll() is None, (tmp_path / "search.log").read_text()
     home, client = open_place(tiny.home), MlflowClient(tracking_uri(tiny))
     first, second, *_ = TrialTable(home)
     assert (first.state, second.state) == ("finished", "running")
@@ -351,9 +356,38 @@ def test_the_worst_of_a_population_goes_on_from_the_best(tiny: Recipe) -> None:
     )
     outcome = search(tiny)
     assert [trial.state for trial in outcome.trials] == ["finished"] * 2, outcome.trials
-    poor = outcome.trials[0]
-    assert "lr_per_256=1e-09" in poor.name
+    poor, good = outcome.trials
+    assert ("lr_per_256=1e-09" in poor.name, "lr_per_256=0.02" in good.name) == (True, True)
+    start = (open_place(tiny.home) / poor.name / "adopted").read_bytes().decode()
+    assert start.startswith(f"{tiny.home}/{good.name}/checkpoints/step-")
+    assert poor.history[-1][1] > 3 * max(poor.history[0][1], 0.01)
     client = MlflowClient(tracking_uri(tiny))
-    assert poor.tracking_run is not None
-    tags = client.get_run(poor.tracking_run).data.tags
-    assert tags["changed.optim.lr_per_256"] == "0.02"
+    for trial in (poor, good):
+        assert trial.tracking_run is not None
+        steps = [step for step, _ in steps_logged(client, trial.tracking_run)]
+        assert steps == sorted(set(steps)) and steps[-1] == 2400
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_interrupted_search_keeps_each_trials_last_step(tiny: Recipe, tmp_path: Path) -> None:
+    tiny = changed(tiny, "search", space=("optim.epochs=grid(300, 301)",), algorithm="grid")
+    tiny = changed(tiny, "run", checkpoint_every=10_000)
+    with a_search(tiny, tmp_path) as process:
+        while not (table := TrialTable(open_place(tiny.home))).records or not all(
+            record.history for record in table
+        ):
+            assert process.poll() is None, (tmp_path / "search.log").read_text()
+            sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=150) == 130
+    said = (tmp_path / "search.log").read_text()
+    assert "Traceback" not in said
+    records = list(TrialTable(open_place(tiny.home)))
+    assert [record.state for record in records] == ["stopped", "stopped"]
+    client = MlflowClient(tracking_uri(tiny))
+    for record in records:
+        saved = checkpoints.newest(open_place(tiny.home) / record.name)
+        assert saved is not None and 0 < saved.step < record.steps
+        assert record.tracking_run is not None
+        assert client.get_run(record.tracking_run).info.status == "KILLED"

@@ -214,11 +214,12 @@ def test_trials_side_by_side_have_each_window_decoded_once(uneven: Data) -> None
     stream = stream_of(
         schedule, uneven.place, CROP, block_rows(GLOBAL_BATCH, schedule.rows_per_window)
     )
+    trials = {name: sharing.of(name) for name in starts}
     for name, start in starts.items():
-        sharing.of(name).join(stream, start * GLOBAL_BATCH)
+        trials[name].join(stream, start * GLOBAL_BATCH)
 
     def trial(name: str) -> dict[tuple[int, int], Seen]:
-        return consume(uneven, start=starts[name], sharing=sharing.of(name))
+        return consume(uneven, start=starts[name], sharing=trials[name])
 
     with ThreadPoolExecutor() as pool:
         seen = dict(zip(starts, pool.map(trial, starts), strict=True))
