@@ -373,7 +373,8 @@ class Driver(Callback):
         record.tracking_run = result.get("tracking_run", record.tracking_run)
         if "objective" in result:
             record.objective = result["objective"]
-            record.history.append((record.step, result["objective"]))
+            if record.step not in dict(record.history):  # the last one is told again at the end
+                record.history.append((record.step, result["objective"]))
 
     def _end(self, record: Record) -> None:
         if self._sharing is not None:
