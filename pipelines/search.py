@@ -366,8 +366,8 @@ class Driver(Callback):
         return self.table.records[trial.config["name"]]
 
     def _take(self, record: Record, result: Mapping[str, Any]) -> None:
-        record.step = result.get("step", record.step)
-        record.steps = result.get("steps", record.steps)
+        if result.get("steps"):  # it has begun
+            record.step, record.steps = result["step"], result["steps"]
         record.figures |= result.get("figures", {})
         record.checkpoint = result.get("checkpoint", record.checkpoint)
         record.tracking_run = result.get("tracking_run", record.tracking_run)

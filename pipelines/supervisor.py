@@ -274,7 +274,8 @@ class Supervisor:
         A run of a fixed size leaves the waiting to Ray, which has an autoscaler bring nodes.
         """
         if self._recipe.run.min_workers is None:
-            return None if self._stopped else self._recipe.run.workers
+            stopped = self._stopped or self._asked_to_stop()
+            return None if stopped else self._recipe.run.workers
         told = False
         while not (self._stopped or self._asked_to_stop()):
             room = Room.look().workers(self._recipe, self._on_gpu)

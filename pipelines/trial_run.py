@@ -144,9 +144,12 @@ class TrialRun(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Tell of the next measurement, or after a second how far the run is."""
+        rung = self._rung()
         if self._running is None:
+            if rung:
+                return {"stopped": True, "done": True}
             self._running = in_background(self._run)
-        if self._rung() and not self._running.done():
+        if rung and not self._running.done():
             self.cleanup()
             return self._progress.next(0) | {"stopped": True, "done": True}
         if not self._running.done():
