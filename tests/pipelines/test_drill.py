@@ -29,9 +29,8 @@ def test_a_run_that_everything_happens_to_loses_nothing(tmp_path: Path) -> None:
     """A notice, a killed node, one that comes; a worker leaves, is lost, moves.
 
     Each fault costs this suite most of a minute, so it has one of each kind of recovery. What the
-    others need is tested by itself: storage away in test_storage_faults.py and test_saver.py,
-    MLflow away in test_ledger.py, a damaged checkpoint in test_saver.py, what counts as a failure or
-    a hang in test_supervisor.py.
+    others need is tested by itself: storage away in test_storage_faults.py, MLflow away in
+    test_ledger.py, a damaged checkpoint in test_saver.py, failures and hangs in test_supervisor.py.
     """
     only = ("notice", "node", "grow")
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
