@@ -22,7 +22,7 @@ from pipelines import recipe_file
 from pipelines.recipe import Measure, Recipe
 
 if TYPE_CHECKING:
-    from pipelines.search import SearchOutcome
+    from pipelines.search_outcome import SearchOutcome
     from pipelines.search_screen import SearchScreen
 
 DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."

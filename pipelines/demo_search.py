@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pipelines.demo import with_demo_pictures
 from pipelines.heard import OnEvent
 from pipelines.recipe import Recipe
-from pipelines.search import SearchOutcome, search
+from pipelines.search import search
+from pipelines.search_outcome import SearchOutcome
 
 
 def demo_search(

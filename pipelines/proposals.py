@@ -124,7 +124,7 @@ def source_of(recipe: Recipe, table: TrialTable) -> tuple[Source, int]:
         ConfigError: If the space is impossible.
     """
     space = parse_space(recipe)
-    tried = [record.point for record in table]
+    tried = [record.drawn for record in table]
     search = recipe.search
     if search.algorithm == "tpe":
         left = max(0, search.trials - len(table))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipelines.prepare import PrepareReport
     from pipelines.pretrain import Outcome
     from pipelines.recipe import Recipe
-    from pipelines.search import SearchOutcome
+    from pipelines.search_outcome import SearchOutcome
 
 Row = tuple[str, str | Path]
 

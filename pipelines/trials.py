@@ -57,6 +57,8 @@ class Record:
     name: str
     point: Point
     """Value of each searched field; population-based training changes them on the way."""
+    drawn: Point = field(default_factory=dict)
+    """The same as it was when the trial began."""
     state: State = "running"
     objective: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
@@ -73,6 +75,9 @@ class Record:
     tracking_run: str | None = None
     """Identifier of the MLflow run."""
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.drawn = self.drawn or dict(self.point)
 
     @property
     def ended(self) -> bool:

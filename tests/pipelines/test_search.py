@@ -153,7 +153,7 @@ def test_asha_knows_of_trials_that_ended_before(tiny: Recipe) -> None:
     table = TrialTable(open_place(tiny.home))
     for number in range(4):
         table.records[str(number)] = Record(
-            number, str(number), {}, "finished", steps=36, history=[(4, 0.5)]
+            number, str(number), {}, state="finished", steps=36, history=[(4, 0.5)]
         )
     trial: Any = SimpleNamespace(trial_id="new")
     nobody: Any = None
