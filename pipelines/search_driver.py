@@ -17,6 +17,7 @@ from ray.tune import Callback, FailureConfig, TuneConfig, Tuner
 
 from droppos.errors import DataError
 from pipelines.attempt import Attempt, SupersededError, claim_for_driver
+from pipelines.bell import Bell
 from pipelines.cluster import buffer_mb_of, connect
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger, redact
@@ -29,7 +30,7 @@ from pipelines.sharing import Shared, Sharing
 from pipelines.space import parse_space
 from pipelines.storage import open_place
 from pipelines.supervisor import STOP_SIGNALS
-from pipelines.trial_run import Bell, Common, TrialRun
+from pipelines.trial_run import Common, TrialRun
 from pipelines.trials import (
     Record,
     TrialTable,
@@ -138,9 +139,14 @@ class Driver(Callback):
                 ),
             ).fit()
         self.not_begun = proposals.left if self._interruption.asked else 0
+        shared = self._sharing.shared if self._sharing else None
+        ray.kill(self._bell)
+        if self._sharing is not None:
+            ray.kill(self._sharing.pool)
+            self._sharing = None
         if self._superseded is not None:
             raise self._superseded
-        return self._sharing.shared if self._sharing else None
+        return shared
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Pass a request to stop on to the trials, which end by themselves."""

@@ -52,22 +52,7 @@ class Common:
     """MLflow run that trials are shown under."""
     sharing: Sharing | None
     bell: Any
-    """Handle of the `Bell`."""
-
-
-class Bell:
-    """Runs in an actor, and tells trials that the search is to end."""
-
-    def __init__(self) -> None:
-        self._rung = False
-
-    def ring(self) -> None:
-        """Have all trials save a last checkpoint, and end."""
-        self._rung = True
-
-    def rung(self) -> bool:
-        """Tell whether they are to."""
-        return self._rung
+    """Handle of the `pipelines.bell.Bell`."""
 
 
 class Progress:
