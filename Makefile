@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo demo-search test fast bench-ingest bench-bounded bench-step bench-guide bench-sharing format lint types check clean
+.PHONY: help demo demo-search test test-long fast bench-ingest bench-bounded bench-step bench-guide bench-sharing format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
 	@echo "make demo-search     try eight settings on them, and report which is best, in ten minutes"
-	@echo "make test    run all tests"
+	@echo "make test    run all tests but those that take minutes each (make test-long)"
 	@echo "make fast    run the tests that take seconds"
 	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
@@ -26,6 +26,9 @@ demo-search: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
 
 fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -271,9 +271,9 @@ def a_search(recipe: Recipe, folder: Path) -> Iterator["subprocess.Popen[bytes]"
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_search_goes_on_and_its_trials_are_runs(tiny: Recipe, tmp_path: Path) -> None:
-    """A short trial ends before the kill, a long one is under way, a third has not begun."""
+    """A short trial ends before the kill, a long one is under way."""
     tiny = changed(tiny, "measure", every_epochs=5)
-    tiny = changed(tiny, "search", space=("optim.epochs=grid(1, 60, 2)",), algorithm="grid")
+    tiny = changed(tiny, "search", space=("optim.epochs=grid(1, 60)",), algorithm="grid")
     tiny = changed(tiny, "run", checkpoint_every=8, log_every=4)
     with a_search(tiny, tmp_path) as process:
         while process.poll() is None:
@@ -298,8 +298,8 @@ def test_a_killed_search_goes_on_and_its_trials_are_runs(tiny: Recipe, tmp_path:
     outcome = search(tiny, resume=True, on_event=on_event)
 
     assert outcome.finished
-    assert [trial.state for trial in outcome.trials] == ["finished"] * 3, outcome.trials
-    assert [trial.step for trial in outcome.trials] == [4, 240, 8]
+    assert [trial.state for trial in outcome.trials] == ["finished"] * 2, outcome.trials
+    assert [trial.step for trial in outcome.trials] == [4, 240]
     assert steps_logged(client, first.tracking_run) == before
     run = outcome.trials[1].tracking_run
     assert run is not None
@@ -311,7 +311,6 @@ def test_a_killed_search_goes_on_and_its_trials_are_runs(tiny: Recipe, tmp_path:
     assert begun >= 8
     assert outcome.best is not None
     assert outcome.best.objective == max(trial.objective for trial in outcome.trials)  # type: ignore[type-var]
-    assert outcome.shared is not None and outcome.shared.taken >= outcome.shared.decoded > 0
 
     parent = client.get_run(outcome.tracking_run)
     assert parent.info.status == "FINISHED"
@@ -342,6 +341,7 @@ def test_a_killed_search_goes_on_and_its_trials_are_runs(tiny: Recipe, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_one_of_a_population_goes_on_from_the_other_and_ctrl_c_saves_both(
     tiny: Recipe, tmp_path: Path
