@@ -129,11 +129,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with s3_server(folder / "s3") as server, fault_proxy(server) as proxy:
-            os.environ.update(server.env() | {"RAY_USAGE_STATS_ENABLED": "0"})
+            os.environ.update(server.env | {"RAY_USAGE_STATS_ENABLED": "0"})
             server.bucket("benchmark")
             tiles = write_tiles(folder / "tiles", options.pictures, options.photographs)
             prepare(str(folder / "tiles"), "s3://benchmark/data", group_rows=50)
-            os.environ.update(proxy.env())
+            os.environ.update(proxy.env)
             ray.init(
                 address="local",
                 num_cpus=TASKS * options.trials,
