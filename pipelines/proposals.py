@@ -21,8 +21,8 @@ from ray.tune.search import Searcher
 from droppos.errors import ConfigError
 from pipelines.order import Schedule
 from pipelines.recipe import Recipe
-from pipelines.space import Point, Space, grid_points, parse_space, random_points, to_tune
-from pipelines.trials import Record, TrialTable, make_trial
+from pipelines.space import Point, Space, grid_points, random_points, read_space, to_tune
+from pipelines.trials import Record, TrialTable, trial_recipe
 
 OBJECTIVE = "objective"
 """Key of a trial's result."""
@@ -88,7 +88,7 @@ class Tpe:
         )
         for record in table:
             self._tried.append(record.point)
-            if record.state in {"finished", "early"} and record.objective is not None:
+            if record.ended and record.objective is not None:
                 self._search.add_evaluated_point(dict(record.point), record.objective)
 
     def next(self) -> Point | None:
@@ -123,7 +123,7 @@ def source_of(recipe: Recipe, table: TrialTable) -> tuple[Source, int]:
     Raises:
         ConfigError: If the space is impossible.
     """
-    space = parse_space(recipe)
+    space = read_space(recipe)
     tried = [record.drawn for record in table]
     search = recipe.search
     if search.algorithm == "tpe":
@@ -165,13 +165,9 @@ class Proposals(Searcher):
         """Give a trial to go on with, or a new one."""
         if self.stopped():
             return Searcher.FINISHED
-        if self._again:
-            record = self._again.popleft()
-        else:
-            found = self._new()
-            if found is None:
-                return Searcher.FINISHED
-            record = found
+        record = self._again.popleft() if self._again else self._new()
+        if record is None:
+            return Searcher.FINISHED
         self._points[trial_id] = dict(record.point)
         return {"number": record.number, "name": record.name, "point": dict(record.point)}
 
@@ -184,7 +180,7 @@ class Proposals(Searcher):
             self.left -= 1
             number = len(self._table)
             try:
-                name = make_trial(self._recipe, self._schedule, number, point).name
+                name = trial_recipe(self._recipe, self._schedule, number, point).run.name
             except ConfigError as error:  # corners are checked before; what lies between may be odd
                 _log.warning("passed over: %s", error)
                 self._source.told(point, None)
@@ -229,7 +225,7 @@ def scheduler_of(recipe: Recipe, table: TrialTable) -> TrialScheduler:
         return FIFOScheduler()
     if search.scheduler == "pbt":
         return _population(recipe, every)
-    if any(dimension.field == "optim.epochs" for dimension in parse_space(recipe)):
+    if any(dimension.field == "optim.epochs" for dimension in read_space(recipe)):
         raise ConfigError(
             "search.scheduler asha compares trials at the same epoch, so optim.epochs may not "
             "vary; take it out of search.space, or take search.scheduler none"
@@ -305,7 +301,7 @@ MUTABLE = (
 
 
 def _population(recipe: Recipe, every: int) -> TrialScheduler:
-    space = parse_space(recipe)
+    space = read_space(recipe)
     if recipe.search.algorithm == "tpe":
         raise ConfigError(
             "search.scheduler pbt changes values on the way, so tpe would learn from points that "

@@ -12,6 +12,13 @@ from droppos.config import Compute, Counts, Method, Model, Optim, require
 from droppos.errors import ConfigError
 
 
+def _require_least(section: str, values: object, **least: int) -> None:
+    """Refuse numbers of a section that are too small."""
+    for name, smallest in least.items():
+        value = getattr(values, name)
+        require(value >= smallest, f"{section}.{name}", value, f"{smallest} or more", "see --help")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
     """Which pictures, how they are cut and in what order they come."""
@@ -130,20 +137,20 @@ class Run:
             "one folder name without /",
             "put the folders into run.storage",
         )
-        for name, least in (
-            ("workers", 1),
-            ("cpus_per_worker", 1),
-            ("log_every", 1),
-            ("checkpoint_every", 1),
-            ("keep_checkpoints", 1),
-            ("max_failures", 0),
-            ("bad_steps", 0),
-            ("max_rewinds", 0),
-            ("notice_margin_s", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            require(value >= least, f"run.{name}", value, f"{least} or more", "see --help")
+        _require_least(
+            "run",
+            self,
+            workers=1,
+            cpus_per_worker=1,
+            log_every=1,
+            checkpoint_every=1,
+            keep_checkpoints=1,
+            max_failures=0,
+            bad_steps=0,
+            max_rewinds=0,
+            notice_margin_s=0,
+            seed=0,
+        )
         require(
             self.min_workers is None or 1 <= self.min_workers <= self.workers,
             "run.min_workers",
@@ -259,15 +266,15 @@ class Search:
     wait for each other then, within a few windows."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("trials", 1),
-            ("max_concurrent", 1),
-            ("grace_epochs", 0),
-            ("reduction_factor", 2),
-            ("retries", 0),
-        ):
-            value = getattr(self, name)
-            require(value >= least, f"search.{name}", value, f"{least} or more", "see --help")
+        _require_least(
+            "search",
+            self,
+            trials=1,
+            max_concurrent=1,
+            grace_epochs=0,
+            reduction_factor=2,
+            retries=0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,23 +22,16 @@ from pipelines.order import Schedule
 from pipelines.pretrain import located, plan
 from pipelines.proposals import scheduler_of, source_of
 from pipelines.recipe import Objective, Recipe
-from pipelines.recipe import Search as SearchSection
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.search_driver import Driver
 from pipelines.search_outcome import SearchOutcome, findings_of
 from pipelines.search_report import search_report
 from pipelines.shards import load_manifest
 from pipelines.sharing import Shared
-from pipelines.space import corners, grid_points, parse_space
+from pipelines.space import corners, grid_points, read_space
 from pipelines.storage import Place, open_place
 from pipelines.trials import FILE as TABLE_FILE
-from pipelines.trials import (
-    Record,
-    TrialTable,
-    make_trial,
-    objective_of,
-    require_comparable,
-)
+from pipelines.trials import Record, TrialTable, objective_of, require_comparable, trial_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +63,11 @@ def search(
     begin(home, recipe, schedule, objective, resume=resume)
     table = TrialTable(home)
     source, new = source_of(recipe, table)
-    left = len(table.unfinished) + new
     run = Driver(recipe, schedule, objective, table, on_event or (lambda event: None))
-    run.tell_plan(left)
+    run.tell_plan(new)
     shared = None
     with Ledger.open(recipe, schedule.manifest.digest, resume=resume) as ledger:
-        if left:
+        if new or table.unfinished:
             shared = run.run(source, new, ledger)
         outcome = conclude(run, shared, ledger)
         ledger.finish("FINISHED" if outcome.finished else "KILLED")
@@ -88,11 +80,10 @@ def check(recipe: Recipe, schedule: Schedule, objective: Objective) -> None:
     Raises:
         ConfigError: Naming the field.
     """
-    space = parse_space(recipe)
+    space = read_space(recipe)
     if recipe.search.algorithm == "grid":
         grid_points(space, recipe)
-    points = list(corners(space))
-    trials = [make_trial(recipe, schedule, 0, point).recipe for point in points]
+    trials = [trial_recipe(recipe, schedule, 0, point) for point in corners(space)]
     require_comparable([recipe, *trials], recipe.model.grid, objective)
     scheduler_of(recipe, TrialTable(open_place(recipe.home)))
 
@@ -192,6 +183,6 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
 
 def best_recipe(recipe: Recipe, schedule: Schedule, best: Record) -> Recipe:
     """Make an ordinary run of a trial: beside the search, under a name of its own."""
-    trial = make_trial(recipe, schedule, best.number, best.point)
-    run = replace(trial.recipe.run, name=f"{recipe.run.name}-best", storage=recipe.run.storage)
-    return replace(trial.recipe, run=run, search=SearchSection())
+    trial = trial_recipe(recipe, schedule, best.number, best.point)
+    run = replace(trial.run, name=f"{recipe.run.name}-best", storage=recipe.run.storage)
+    return replace(trial, run=run)

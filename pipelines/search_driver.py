@@ -27,14 +27,11 @@ from pipelines.proposals import Proposals, Source, scheduler_of
 from pipelines.recipe import Objective, Recipe
 from pipelines.resources import Fit
 from pipelines.sharing import Shared, Sharing
-from pipelines.space import parse_space
+from pipelines.space import read_space
 from pipelines.storage import open_place
 from pipelines.supervisor import STOP_SIGNALS
 from pipelines.trial_run import Common, TrialRun
-from pipelines.trials import (
-    Record,
-    TrialTable,
-)
+from pipelines.trials import Record, TrialTable
 
 DRIVER = {"CPU": 0, "memory": 1e6}
 """What Tune reserves for a trial's own process. It must be something; not a CPU, for those are
@@ -60,7 +57,7 @@ class Driver(Callback):
         self.table = table
         self._say = say
         self._sharing: Sharing | None = None
-        self._interruption = Interruption()
+        self._asked_to_end = threading.Event()
         self._bell: Any = None
         self._attempt: Attempt | None = None
         self._superseded: SupersededError | None = None
@@ -74,13 +71,12 @@ class Driver(Callback):
         """Be empty in the copy that Tune keeps in storage: a terminal cannot go there."""
         return {}
 
-    def tell_plan(self, left: int) -> None:
-        """Tell what is known before anything runs."""
-        waiting = left - len(self.table.unfinished)
+    def tell_plan(self, new: int) -> None:
+        """Tell what is known before anything runs, and how many trials are to begin."""
         self._say(
             {
                 "kind": "search",
-                "trials": len(self.table) + waiting,
+                "trials": len(self.table) + new,
                 "objective": self.objective,
             }
         )
@@ -117,10 +113,11 @@ class Driver(Callback):
         os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
         # Each trial has a process of its own: one that is used again would have a run to end first.
         warnings.filterwarnings("ignore", "Consider boosting PBT", UserWarning)
+        # A lambda of this object, and not the event's own method: Tune pickles the searcher, too.
         proposals = Proposals(
-            recipe, self.schedule, self.table, source, new, lambda: self._interruption.asked
+            recipe, self.schedule, self.table, source, new, lambda: self._asked_to_end.is_set()
         )
-        with interruptible(self._interruption):
+        with interruptible(self._asked_to_end):
             Tuner(
                 tune.with_resources(tune.with_parameters(TrialRun, common=common), DRIVER),
                 tune_config=TuneConfig(
@@ -138,7 +135,7 @@ class Driver(Callback):
                     verbose=0,
                 ),
             ).fit()
-        self.not_begun = proposals.left if self._interruption.asked else 0
+        self.not_begun = proposals.left if self._asked_to_end.is_set() else 0
         shared = self._sharing.shared if self._sharing else None
         ray.kill(self._bell)
         if self._sharing is not None:
@@ -150,7 +147,7 @@ class Driver(Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Pass a request to stop on to the trials, which end by themselves."""
-        if self._interruption.asked and self._bell is not None:
+        if self._asked_to_end.is_set() and self._bell is not None:
             self._bell.ring.remote()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -224,7 +221,8 @@ class Driver(Callback):
                 self._attempt.check(group_too=False)
             self.table.write(self.objective)
         except SupersededError as error:  # the newer one's table counts, and its trials
-            self._superseded, self._interruption.asked = error, True
+            self._superseded = error
+            self._asked_to_end.set()
         except DataError as error:  # the next one has all of it
             logger.warning("the table of trials could not be written now: %s", error)
         self._tell(record)
@@ -255,7 +253,7 @@ UNLIKE = {
 
 def may_share(recipe: Recipe) -> bool:
     """Tell whether the trials of a search read the same, and are to read it together."""
-    searched = {dimension.field for dimension in parse_space(recipe)}
+    searched = {dimension.field for dimension in read_space(recipe)}
     return recipe.search.share_stream and not searched & UNLIKE
 
 
@@ -280,16 +278,9 @@ def _last_line(trial: Any) -> str:
     return redact(lines[-1].strip()) if lines else "its process died"
 
 
-class Interruption:
-    """Whether somebody wants the search to end."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-
 @contextmanager
-def interruptible(interruption: Interruption) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into an end of all trials; the second one is as without this.
+def interruptible(asked: threading.Event) -> Iterator[None]:
+    """Set an event on Ctrl-C or SIGTERM; the second one is as without this.
 
     Only a main thread is sent signals; elsewhere nothing changes.
     """
@@ -304,7 +295,7 @@ def interruptible(interruption: Interruption) -> Iterator[None]:
             "%s: ending the trials, each after a last checkpoint; --resume goes on from there",
             signal.Signals(number).name,
         )
-        interruption.asked = True
+        asked.set()
         for other, handler in before.items():
             signal.signal(other, handler)
 

@@ -7,10 +7,8 @@ from typing import Any
 from pipelines.findings import Findings, Row
 from pipelines.recipe import Objective, Recipe
 from pipelines.sharing import Shared
-from pipelines.space import parse_space
-from pipelines.trials import (
-    Record,
-)
+from pipelines.space import read_space
+from pipelines.trials import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ def findings_of(recipe: Recipe, outcome: SearchOutcome, best_yaml: str | None) -
     return Findings(
         name=recipe.run.name,
         objective=outcome.objective,
-        dimensions=parse_space(recipe),
+        dimensions=read_space(recipe),
         rows=[row_of(record) for record in outcome.trials],
         best=outcome.best.name if outcome.best else None,
         best_yaml=best_yaml,

@@ -22,10 +22,10 @@ from ray.data.block import Block
 from ray.data.datasource import ReadTask
 from ray.exceptions import RayError, RayTaskError
 
-from pipelines.order import Schedule, Window
+from pipelines.order import Window
 from pipelines.packs import Packs, Wait
 from pipelines.storage import Place
-from pipelines.windows import CropOptions, Piece, Windows, read_task, read_window
+from pipelines.windows import CropOptions, Piece, read_task, read_window
 
 ASK_AGAIN_S = 0.05
 """Seconds between two looks whether there is room."""
@@ -138,6 +138,14 @@ class SharedReader:
     ahead: int
     """Windows that are asked for before the first of them is needed."""
 
+    def tasks(self, pieces: Sequence[Piece]) -> list[ReadTask]:
+        """Make one task of all windows of an execution.
+
+        It needs no CPU, for others decode. Ray would start a process for each window, since it
+        keeps no more of them than there are CPUs, and that costs more than the window.
+        """
+        return [read_task(partial(self, pieces), pieces)] if pieces else []
+
     def __call__(self, pieces: Sequence[Piece]) -> Iterator[Block]:
         """Yield the blocks of windows, each from a turn on, as `read_window` does.
 
@@ -170,33 +178,6 @@ class SharedReader:
             self.pool.forget.remote(self.stream, window.first)
             for ref in _decoded(read_window, self.stream, window, self.data)[done:]:
                 yield ray.get(ref)
-
-
-class SharedWindows(Windows):
-    """The same source in one task for each execution.
-
-    It needs no CPU, for others decode. Ray would start a process for each window, since it keeps no
-    more of them than there are CPUs, and that costs more than the window.
-    """
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        read: SharedReader,
-        *,
-        start_step: int,
-        epochs_per_execution: int,
-    ) -> None:
-        super().__init__(
-            schedule,
-            lambda window, start: read([(window, start)]),
-            start_step=start_step,
-            epochs_per_execution=epochs_per_execution,
-        )
-        self._read_all = read
-
-    def _tasks(self, pieces: Sequence[Piece]) -> list[ReadTask]:
-        return [read_task(partial(self._read_all, pieces), pieces)] if pieces else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,16 +230,3 @@ class Sharing:
         """How much was shared so far."""
         found: Any = ray.get(self.pool.shared.remote())
         return Shared(*found)
-
-
-def stream_of(schedule: Schedule, data: Place, crop: CropOptions, block: int) -> Stream:
-    """Describe what a trial reads."""
-    return Stream(
-        manifest=schedule.manifest.digest,
-        data=data.uri,
-        seed=schedule.seed,
-        window=schedule.rows_per_window,
-        global_batch=schedule.global_batch,
-        block=block,
-        crop=crop,
-    )

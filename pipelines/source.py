@@ -16,17 +16,17 @@ from droppos.errors import TrainingError
 from pipelines import checkpoints
 from pipelines.order import Schedule
 from pipelines.recipe import Recipe
-from pipelines.sharing import ReadWindow, SharedWindows, Sharing, stream_of
+from pipelines.sharing import ReadWindow, Sharing, Stream
 from pipelines.storage import Place, open_place
-from pipelines.windows import CropOptions, Windows, read_window
+from pipelines.windows import CropOptions, Windows, read_window, window_tasks
 
 LARGEST_BLOCK = 256
 """Rows of a block, at most: 39 MB of 224 x 224 pixels. What Ray spends on a block is spread over
 so many pictures, and a micro-batch of one block reaches the worker without another copy."""
-SHARED_WINDOWS = 200
-"""Windows of an execution, about, where they are shared."""
 SMALLEST_BLOCK = 16
 """Below this, what Ray spends on each block would show; a larger block is taken instead."""
+SHARED_WINDOWS = 200
+"""Windows of an execution, about, where they are shared."""
 
 
 def block_rows(worker_batch: int, window: int) -> int:
@@ -87,14 +87,13 @@ def make_dataset(
     if sharing is not None:  # one task reads them all, and Ray would repeat the whole of it
         windows_per_execution = min(windows_per_execution, SHARED_WINDOWS)
     span = max(1, windows_per_execution // schedule.windows_per_epoch)
-    where = {"start_step": start_step, "epochs_per_execution": span}
     if sharing is None:
         alone = partial(read, data=data, crop=crop, global_batch=schedule.global_batch, block=block)
-        source, cpus = Windows(schedule, alone, **where), None
+        tasks, cpus = partial(window_tasks, alone), None
     else:
-        stream = stream_of(schedule, data, crop, block)
-        reader = sharing.reader(stream, data, ahead=1 + (decode_tasks or 1))
-        source, cpus = SharedWindows(schedule, reader, **where), 0
+        stream = stream_of(schedule, data, crop, worker_batch)
+        tasks, cpus = sharing.reader(stream, data, ahead=1 + (decode_tasks or 1)).tasks, 0
+    source = Windows(schedule, tasks, start_step=start_step, epochs_per_execution=span)
     dataset = ray.data.read_datasource(
         source, override_num_blocks=1, concurrency=decode_tasks, num_cpus=cpus
     )
@@ -144,13 +143,25 @@ class Remaining:
         )
 
 
+def stream_of(schedule: Schedule, data: Place, crop: CropOptions, worker_batch: int) -> Stream:
+    """Describe what a trial reads."""
+    return Stream(
+        manifest=schedule.manifest.digest,
+        data=data.uri,
+        seed=schedule.seed,
+        window=schedule.rows_per_window,
+        global_batch=schedule.global_batch,
+        block=block_rows(worker_batch, schedule.rows_per_window),
+        crop=crop,
+    )
+
+
 def join(sharing: Sharing, recipe: Recipe, schedule: Schedule) -> None:
     """Have other trials wait for one that starts, before its workers do: that takes a while."""
     assert recipe.data.path is not None
     saved = checkpoints.newest(open_place(recipe.home))
     data = open_place(recipe.data.path)
-    block = block_rows(recipe.worker_batch, schedule.rows_per_window)
-    stream = stream_of(schedule, data, crop_options(recipe), block)
+    stream = stream_of(schedule, data, crop_options(recipe), recipe.worker_batch)
     sharing.join(stream, (saved.step if saved else 0) * schedule.global_batch)
 
 

@@ -94,11 +94,22 @@ Space = tuple[Dimension, ...]
 
 
 def parse_space(recipe: Recipe) -> Space:
-    """Read and check recipe.search.space.
+    """Read recipe.search.space, and check its corners.
 
     Raises:
-        ConfigError: If a dimension cannot be read, its field does not exist or may not vary, or
-            a corner of the space is no valid recipe.
+        ConfigError: As `read_space`, or if a corner of the space is no valid recipe.
+    """
+    space = read_space(recipe)
+    for corner in corners(space):
+        apply(recipe, corner)
+    return space
+
+
+def read_space(recipe: Recipe) -> Space:
+    """Read recipe.search.space.
+
+    Raises:
+        ConfigError: If a dimension cannot be read, or its field does not exist or may not vary.
     """
     space = tuple(_dimensions(recipe.search.space))
     if not space:
@@ -113,8 +124,6 @@ def parse_space(recipe: Recipe) -> Space:
             "search.space has several grids ('or FIELD=grid(...)'), which search.algorithm "
             f"{recipe.search.algorithm} does not take; take grid, or leave 'or' out"
         )
-    for corner in corners(space):
-        apply(recipe, corner)
     return space
 
 

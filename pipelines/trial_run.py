@@ -19,12 +19,12 @@ from pipelines import checkpoints
 from pipelines.attempt import SupersededError, claim_for_driver
 from pipelines.holdout import measure_checkpoint
 from pipelines.order import Schedule
-from pipelines.pretrain import Outcome, plan, pretrain
+from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Objective, Recipe
 from pipelines.sharing import Sharing
 from pipelines.storage import open_place
 from pipelines.supervisor import in_background
-from pipelines.trials import figures_in, make_trial
+from pipelines.trials import figures_in, trial_recipe
 
 REPORT_EVERY_S = 1.0
 """Seconds between two reports of a trial's steps; measurements are reported at once."""
@@ -58,9 +58,9 @@ class Common:
 class Progress:
     """What a run tells, gathered for Tune, which asks from another thread."""
 
-    def __init__(self, objective: Objective, steps_per_epoch: int) -> None:
+    def __init__(self, objective: Objective, epochs: int) -> None:
         self._objective = objective
-        self._steps_per_epoch = steps_per_epoch
+        self._epochs = epochs
         self._measured: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._saved = Condition()
         self._step = self._steps = self._saved_step = 0
@@ -78,7 +78,7 @@ class Progress:
                 found = figures_in(event["values"])
                 self._figures |= found
                 if self._objective in found:
-                    epoch = event["step"] / self._steps_per_epoch
+                    epoch = self._epochs * event["step"] / self._steps
                     objective = {"objective": found[self._objective], "epoch": epoch}
                     self._measured.put(self._told | objective)
             case "checkpoint":
@@ -116,13 +116,12 @@ class TrialRun(tune.Trainable):
     def setup(self, config: dict[str, Any], common: Common | None = None) -> None:
         """Prepare; the run begins with the first `step`, for Tune may still give a checkpoint."""
         assert common is not None
-        trial = make_trial(common.recipe, common.schedule, config["number"], config["point"])
+        trial = trial_recipe(common.recipe, common.schedule, config["number"], config["point"])
         # Named by its first values, though they may have changed since.
-        run = replace(trial.recipe.run, name=config["name"])
-        self._recipe = replace(trial.recipe, run=run)
+        self._recipe = replace(trial, run=replace(trial.run, name=config["name"]))
         self._common = common
         self._sharing = common.sharing.of(config["name"]) if common.sharing else None
-        self._progress = Progress(common.objective, plan(self._recipe).steps_per_epoch)
+        self._progress = Progress(common.objective, trial.optim.epochs)
         self._stop = Event()
         self._running: Future[Outcome] | None = None
         self._adopted = False

@@ -34,21 +34,6 @@ was interrupted, and goes on when the search does."""
 FILE = "trials.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One run of a search."""
-
-    number: int
-    point: Point
-    """Value of each searched field."""
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        """Its folder below the search's home, and its name in MLflow."""
-        return self.recipe.run.name
-
-
 @dataclass(slots=True)
 class Record:
     """Where a trial stands."""
@@ -153,7 +138,7 @@ def objective_of(recipe: Recipe) -> Objective:
     return "knn" if labelled else "position_skill"
 
 
-def make_trial(recipe: Recipe, schedule: Schedule, number: int, point: Point) -> Trial:
+def trial_recipe(recipe: Recipe, schedule: Schedule, number: int, point: Point) -> Recipe:
     """Write the recipe of a trial.
 
     Args:
@@ -162,20 +147,21 @@ def make_trial(recipe: Recipe, schedule: Schedule, number: int, point: Point) ->
         number: Of the trial, from 0.
         point: Value of each searched field.
 
+    Returns:
+        An ordinary run, below the search's home, under a name that tells the point.
+
     Raises:
-        ConfigError: If it could not be compared or run.
+        ConfigError: If it could not be run.
     """
     varied = apply(recipe, point)
-    run = replace(recipe.run, name=trial_name(recipe, number, point), storage=recipe.home)
-    trial = Trial(number, point, replace(varied, run=replace(run, seed=varied.run.seed)))
-    trial = replace(trial, recipe=replace(trial.recipe, search=Search()))
     replace(
         schedule,
         global_batch=varied.optim.global_batch,
         window=varied.data.window,
         epochs=varied.optim.epochs,
     )  # refuses a batch larger than the data
-    return trial
+    run = replace(varied.run, name=trial_name(recipe, number, point), storage=recipe.home)
+    return replace(varied, run=run, search=Search())
 
 
 def trial_name(recipe: Recipe, number: int, point: Point) -> str:

@@ -45,11 +45,11 @@ class CropOptions:
 
 
 class Windows(Datasource):
-    """One read task per window; execution i covers the i-th run of whole epochs.
+    """The windows of a run; execution i covers the i-th run of whole epochs.
 
     Args:
         schedule: The order of the whole run.
-        read: Yields the blocks of a window from a turn on.
+        tasks: Makes the tasks that read the windows of an execution, in order.
         start_step: First optimizer step that is still to be done.
         epochs_per_execution: Length of such a run of epochs.
     """
@@ -57,14 +57,14 @@ class Windows(Datasource):
     def __init__(
         self,
         schedule: Schedule,
-        read: Callable[[Window, int], Iterable[Block]],
+        tasks: Callable[[Sequence[Piece]], list[ReadTask]],
         *,
         start_step: int,
         epochs_per_execution: int,
     ) -> None:
         super().__init__()
         self._schedule = schedule
-        self._read = read
+        self._tasks = tasks
         self._start_step = start_step
         self._epochs_per_execution = epochs_per_execution
 
@@ -98,8 +98,17 @@ class Windows(Datasource):
             ]
         )
 
-    def _tasks(self, pieces: Sequence[Piece]) -> list[ReadTask]:
-        return [read_task(partial(self._read, *piece), [piece]) for piece in pieces]
+
+def window_tasks(
+    read: Callable[[Window, int], Iterable[Block]], pieces: Sequence[Piece]
+) -> list[ReadTask]:
+    """Make a task of each window.
+
+    Args:
+        read: Yields the blocks of a window from a turn on.
+        pieces: The windows of an execution.
+    """
+    return [read_task(partial(read, *piece), [piece]) for piece in pieces]
 
 
 def read_task(read: Callable[[], Iterable[Block]], pieces: Sequence[Piece]) -> ReadTask:

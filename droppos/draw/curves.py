@@ -94,13 +94,18 @@ def _guess(axes: Axes, height: float, text: str) -> None:
     )
 
 
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=14, fontweight="bold", pad=12)
+def frame(axes: Axes, labelsize: float = 10) -> None:
+    """Leave of a panel's frame what helps reading: a base line and pale rules."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(SOFT)
     axes.grid(axis="y", color=RULE, linewidth=1)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=SOFT, length=0, labelsize=11)
+    axes.tick_params(colors=SOFT, length=0, labelsize=labelsize)
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=14, fontweight="bold", pad=12)
+    frame(axes, labelsize=11)
     axes.margins(x=0, y=0.08)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.1 * (high - low))  # the words on the guess's line need room

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path as MplPath
 
-from droppos.draw.curves import INK, SOFT
+from droppos.draw.curves import INK, SOFT, frame
 from droppos.draw.trials import (
     BEST,
     CROWD,
@@ -30,7 +30,6 @@ from droppos.draw.trials import (
     rank,
     shades,
     stroke,
-    style,
 )
 
 ENOUGH = 20
@@ -176,7 +175,7 @@ def _panel(axes: Axes, axis: Axis, column: int, shown: Sequence[Trial], shade: N
     axes.scatter(places[best], values[best], 2.2 * dots, BEST, edgecolor="white", zorder=3)
     for left, right, median in _medians(axis, column, [trial for trial in shown if trial.done]):
         axes.plot([left, right], [median, median], color=INK, linewidth=1.8, zorder=4)
-    style(axes)
+    frame(axes)
     places, texts = zip(*axis.ticks(), strict=True)
     crowded = sum(len(text) for text in texts) > 26
     axes.set_xticks(

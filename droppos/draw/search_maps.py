@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import StrMethodFormatter
 
-from droppos.draw.curves import COLOURS, INK, RULE, SOFT
+from droppos.draw.curves import COLOURS, INK, RULE, SOFT, frame
 from droppos.draw.trials import (
     BEST,
     PALE,
@@ -22,7 +22,6 @@ from droppos.draw.trials import (
     folded,
     shades,
     stroke,
-    style,
     words,
 )
 
@@ -86,7 +85,7 @@ def draw_courses(trials: Sequence[Trial], objective: str) -> Figure:
                 fontweight="bold",
                 annotation_clip=False,
             )
-    style(axes)
+    frame(axes)
     axes.margins(x=0.01, y=0.06)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("optimizer step", color=SOFT, fontsize=11)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from droppos.draw.curves import COLOURS, RULE, SOFT
+from droppos.draw.curves import COLOURS
 
 BEST, PALE = COLOURS[1], "#C3C8CF"
 SHADES: Colormap = ListedColormap(colormaps["YlGnBu"](np.linspace(0.28, 1, 256)))
@@ -136,15 +136,6 @@ def stroke(trial: Trial, shade: Normalize, trials: int) -> dict[str, Any]:
         return {"color": PALE, "linewidth": thin, "alpha": 0.75}
     colour = SHADES(float(shade(trial.objective)))
     return {"color": colour, "linewidth": thin, "alpha": 0.75 if trials >= CROWD else 0.9}
-
-
-def style(axes: Axes) -> None:
-    """Leave of a panel's frame what helps reading: a base line and pale rules."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(SOFT)
-    axes.grid(axis="y", color=RULE, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=SOFT, length=0, labelsize=10)
 
 
 def folded(label: str, width: int) -> str:

@@ -30,8 +30,8 @@ from pipelines.local_s3 import s3_server
 from pipelines.order import Schedule, Window
 from pipelines.prepare import prepare
 from pipelines.shards import load_manifest
-from pipelines.sharing import Sharing, stream_of
-from pipelines.source import block_rows, data_config, make_dataset
+from pipelines.sharing import Sharing
+from pipelines.source import data_config, make_dataset, stream_of
 from pipelines.storage import Place, open_place
 from pipelines.stream import batches
 from pipelines.windows import CropOptions, read_window
@@ -84,12 +84,11 @@ def feed(data: Place, schedule: Schedule, trials: int, shared: bool, proxy: Faul
     """Have so many trials read a whole run."""
     meter: Any = ray.remote(num_cpus=0)(Meter).remote()
     read = partial(metered, meter)
-    block = block_rows(BATCH, schedule.rows_per_window)
     sharing = Sharing.start(capacity=4 * TASKS, patience_s=60, read=read) if shared else None
     members = [sharing.of(f"trial {i}") if sharing else None for i in range(trials)]
     for member in members:
         if member is not None:
-            member.join(stream_of(schedule, data, CROP, block), 0)
+            member.join(stream_of(schedule, data, CROP, BATCH), 0)
     proxy.clear()
     start = time.perf_counter()
 

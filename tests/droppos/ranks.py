@@ -7,6 +7,7 @@ longer than all the training here, so it is imported once, before the processes 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -188,10 +189,8 @@ def refusal(case: Case) -> str:
     return ""
 
 
-def work(rank: int, folder: str) -> None:
-    """Take part in every case; the groups of 4, of 2 and of 1 come one after another."""
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {"same": {}, "spoilt": {}}
+def groups(rank: int, folder: str) -> Iterator[int]:
+    """Be in a gloo group of 4, then of 2, then of 1, as long as this rank is in one; tell which."""
     for world in (4, 2, 1):
         if rank >= world:
             return
@@ -202,14 +201,23 @@ def work(rank: int, folder: str) -> None:
             world_size=world,
             timeout=timedelta(seconds=60),
         )
+        yield world
+        dist.destroy_process_group()
+
+
+def work(rank: int, folder: str) -> None:
+    """Take part in every case; the groups of 4, of 2 and of 1 come one after another."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"same": {}, "spoilt": {}}
+    for world in groups(rank, folder):
         for case in (case for case in SAME if case.world == world):
             found["same"][case.name] = same_run(case, rank)
         for case in (case for case in SPOILT if case.world == world):
             found["spoilt"][case.name] = spoilt_run(case, rank)
         if world == 4:
             found["refused"] = refusal(Case("fsdp2", 4, shard_ranks=3))
-        dist.destroy_process_group()
-    torch.save(found, Path(folder) / "found.pt")
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ before the processes fork.
 
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from droppos.config import Compute, Method
 from droppos.parallel import build
 from pipelines.holdout import Holdout, Pictures
 from pipelines.recipe import Measure
-from tests.droppos.ranks import MODEL, Case
+from tests.droppos.ranks import MODEL, Case, groups
 
 COMPUTE = Compute(strategy="single", precision="float32", device="cpu")
 MEASURE = Measure(mask_ratio=0.25)
@@ -52,16 +51,7 @@ def measure(compute: Compute) -> dict[str, float]:
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     found: dict[str, Any] = {"alone": measure(COMPUTE)}
-    for world in (4, 2, 1):
-        if rank >= world:
-            return
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous-{world}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=60),
-        )
+    for world in groups(rank, folder):
         for case in (case for case in CASES if case.world == world):
             figures = measure(
                 replace(COMPUTE, strategy=case.strategy, shard_ranks=case.shard_ranks)
@@ -69,8 +59,8 @@ def work(rank: int, folder: str) -> None:
             of_ranks: list[Any] = [None] * world
             dist.all_gather_object(of_ranks, figures)
             found[case.name] = of_ranks
-        dist.destroy_process_group()
-    torch.save(found, Path(folder) / "found.pt")
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pyarrow import fs as pafs
 from pipelines.order import Schedule
 from pipelines.shards import Manifest, Picture, ShardWriter
 from pipelines.storage import Place, open_place
-from pipelines.windows import CropOptions, Windows, read_window
+from pipelines.windows import CropOptions, Windows, read_window, window_tasks
 
 B = 8
 ROWS, GROUP = 200, 10
@@ -92,7 +92,12 @@ class Noted:
     def stream(self, start_step: int, tasks: int | None = None) -> list[int]:
         """Run the tasks of one execution in this process; the rows they yield, in order."""
         read = partial(read_window, data=self.place, crop=CROP, global_batch=B, block=B)
-        source = Windows(self.schedule, read, start_step=start_step, epochs_per_execution=2)
+        source = Windows(
+            self.schedule,
+            partial(window_tasks, read),
+            start_step=start_step,
+            epochs_per_execution=2,
+        )
         rows: list[int] = []
         for task in source.get_read_tasks(1)[:tasks]:
             for block in task():

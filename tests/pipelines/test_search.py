@@ -32,7 +32,7 @@ from pipelines.search import begin, best_recipe, check, search, shared_tracking
 from pipelines.search_screen import SearchScreen
 from pipelines.space import Point
 from pipelines.storage import open_place
-from pipelines.trials import Record, TrialTable, make_trial
+from pipelines.trials import Record, TrialTable, trial_recipe
 
 pytestmark = [
     # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
@@ -100,14 +100,14 @@ def test_a_trials_name_tells_its_values(tiny: Recipe) -> None:
     grid = ("method.sigma=grid(0, 1.5)", "method.attentive=choice(true, false)")
     tiny = changed(tiny, "search", space=grid, algorithm="grid")
     points = points_of(tiny)
-    trials = [make_trial(tiny, plan(tiny), number, point) for number, point in enumerate(points)]
-    assert [trial.name for trial in trials] == [
+    trials = [trial_recipe(tiny, plan(tiny), number, point) for number, point in enumerate(points)]
+    assert [trial.run.name for trial in trials] == [
         "ratios-000-sigma=0-attentive=True",
         "ratios-001-sigma=0-attentive=False",
         "ratios-002-sigma=1.5-attentive=True",
         "ratios-003-sigma=1.5-attentive=False",
     ]
-    assert all(trial.recipe.run.storage == tiny.home for trial in trials)
+    assert all(trial.run.storage == tiny.home for trial in trials)
 
 
 def test_what_was_tried_is_not_tried_again_and_what_was_under_way_comes_first(
@@ -118,7 +118,7 @@ def test_what_was_tried_is_not_tried_again_and_what_was_under_way_comes_first(
         table = TrialTable(open_place(tiny.home))
         first = points_of(tiny)
         for number, point in enumerate(first[:3]):
-            record = Record(number, make_trial(tiny, plan(tiny), number, point).name, point)
+            record = Record(number, trial_recipe(tiny, plan(tiny), number, point).run.name, point)
             record.state, record.objective = ("running", None) if number == 1 else ("finished", 0.5)
             table.records[record.name] = record
         source, left = source_of(tiny, table)

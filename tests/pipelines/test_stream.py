@@ -19,8 +19,8 @@ from droppos.pictures import crop_seed, random_crop
 from pipelines import recipe as recipes
 from pipelines.order import Schedule
 from pipelines.shards import Manifest, Picture, ShardWriter, read_rows
-from pipelines.sharing import Sharing, stream_of
-from pipelines.source import block_rows, crop_options, data_config, make_dataset
+from pipelines.sharing import Sharing
+from pipelines.source import block_rows, crop_options, data_config, make_dataset, stream_of
 from pipelines.storage import Place, open_place
 from pipelines.stream import Batch, batches
 from pipelines.windows import CropOptions
@@ -211,9 +211,7 @@ def test_trials_side_by_side_have_each_window_decoded_once(uneven: Data) -> None
     starts = {"first": 0, "second": 0, "resumed": 8}
     sharing = Sharing.start(capacity=6, patience_s=60)
     schedule = schedule_of(uneven)
-    stream = stream_of(
-        schedule, uneven.place, CROP, block_rows(GLOBAL_BATCH, schedule.rows_per_window)
-    )
+    stream = stream_of(schedule, uneven.place, CROP, GLOBAL_BATCH)
     trials = {name: sharing.of(name) for name in starts}
     for name, start in starts.items():
         trials[name].join(stream, start * GLOBAL_BATCH)
