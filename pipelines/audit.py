@@ -13,8 +13,9 @@ from jaxtyping import Int64
 
 from droppos.errors import DataError
 from pipelines import checkpoints
+from pipelines.beside import StepsFile
 from pipelines.facts import data_changes, data_facts
-from pipelines.ids import FOLDER, IdFile, id_files
+from pipelines.ids import FOLDER, id_files, read_ids
 from pipelines.order import Schedule
 from pipelines.recipe_file import from_dict
 from pipelines.shards import load_manifest
@@ -138,7 +139,7 @@ def schedule_of(saved: checkpoints.Saved) -> Schedule:
     )
 
 
-def gaps(files: list[IdFile], stop_step: int) -> list[tuple[int, int]]:
+def gaps(files: list[StepsFile], stop_step: int) -> list[tuple[int, int]]:
     """Find the steps before stop_step that no file speaks of; files are sorted by first step."""
     found, covered = [], 0
     for first, end in [*((file.first, file.end) for file in files), (stop_step, stop_step)]:
@@ -148,7 +149,7 @@ def gaps(files: list[IdFile], stop_step: int) -> list[tuple[int, int]]:
     return found
 
 
-def _epoch(schedule: Schedule, epoch: int, stop_step: int, files: list[IdFile]) -> EpochAudit:
+def _epoch(schedule: Schedule, epoch: int, stop_step: int, files: list[StepsFile]) -> EpochAudit:
     """Hold one epoch's ids against its schedule, in a few arrays as long as the data set."""
     first = epoch * schedule.steps_per_epoch
     end = min(first + schedule.steps_per_epoch, stop_step)
@@ -177,11 +178,11 @@ Records = tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"], Int64[np.ndarray
 """Step, epoch and row of pictures, as they were recorded."""
 
 
-def _records(files: list[IdFile], first: int, end: int) -> Iterator[Records]:
+def _records(files: list[StepsFile], first: int, end: int) -> Iterator[Records]:
     """Read what was recorded from step first to before step end, a file at a time."""
     wanted = [file for file in files if file.first < end and file.end > first]
     with ThreadPoolExecutor(READERS) as pool:
-        for file, table in zip(wanted, pool.map(IdFile.read, wanted), strict=True):
+        for file, table in zip(wanted, pool.map(read_ids, wanted), strict=True):
             step, epoch, row = (column.to_numpy().astype(np.int64) for column in table.columns)
             # A step that its own file's name denies must not slip through between two epochs.
             inside = (step >= file.first) & (step < file.end)

@@ -9,10 +9,10 @@ from pipelines.demo_pictures import write_demo_pictures
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.export import export_checkpoint
 from pipelines.heard import OnEvent
-from pipelines.ledger import local_folder
 from pipelines.prepare import PrepareReport, prepare
 from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Recipe
+from pipelines.tracking import local_folder
 
 
 @dataclass(frozen=True, slots=True)

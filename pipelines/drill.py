@@ -21,14 +21,14 @@ from pipelines.demo_pictures import write_demo_pictures
 from pipelines.drill_faults import Fault, faults_for
 from pipelines.drill_stage import Stage, Worker, stage_for
 from pipelines.heard import OnEvent
-from pipelines.ids import id_files
-from pipelines.ledger import local_folder
+from pipelines.ids import id_files, read_ids
 from pipelines.prepare import prepare
 from pipelines.pretrain import Outcome, located, pretrain
 from pipelines.recipe import Recipe
 from pipelines.retries import LONGEST_PAUSE
 from pipelines.storage import Place, open_place
 from pipelines.tally import Plan
+from pipelines.tracking import local_folder
 
 TILES = 32
 """Tiles of each embedded photograph, when no data set is named."""
@@ -349,7 +349,7 @@ def differences(home: Place, saved: checkpoints.Saved) -> Iterator[tuple[int, in
     seen: dict[int, list[int]] = {}
     for file in id_files(home):
         if file.end <= saved.step:
-            table = file.read()
+            table = read_ids(file)
             for step, row in zip(table["step"].to_pylist(), table["row"].to_pylist(), strict=True):
                 seen.setdefault(step, []).append(row)
     plan = Plan(schedule)

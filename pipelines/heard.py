@@ -51,7 +51,7 @@ class Heard:
             case "metrics":
                 values = {**event["values"], **self._newly_skipped(event["values"])}
                 self.last |= values
-                self._ledger.log(event["step"], values)
+                self._ledger.log(event["step"], values, event.get("time_ms"))
             case "skipped":
                 self._skipped.add(event["step"], event["problems"])
             case "checkpoint":

@@ -109,7 +109,7 @@ class Keeper:
             "checkpoint/write_s": done.seconds,
             "checkpoint/size_mb": done.saved.size / 1e6,
         }
-        send({"kind": "metrics", "step": step, "values": values})
+        self._proof.tell(self._job.events, step, values)
 
     def close(self) -> None:
         """Let go of host memory."""

@@ -1,35 +1,31 @@
 """The ledger: MLflow's record of a run, kept by one writer, that never holds a step up.
 
-One run is one MLflow run, found again by the tag `droppos.home`. A background thread sends
-what is logged in batches and tries again when the server is away; what could not be sent in
-time is spooled to disk and counted. A step that MLflow has already is not logged twice, so a
-run that resumes, or goes back to a checkpoint, leaves the same history as one that did not.
-
-MLflow takes four seconds to import, so it is imported in the functions that need it: whoever
-only asks for help should not wait. The first SQLite file takes three more, for its tables.
+One run is one MLflow run; the run's folder names it, and it is found again by the tag
+`droppos.home`. What is logged goes to a journal on this machine's disk first, and from there to
+MLflow in batches by a thread of its own, now or when the server is back (:mod:`pipelines.outbox`).
+A step that MLflow has already is not logged twice, so a run that resumes, or goes back to a
+checkpoint, leaves the same history as one that did not.
 """
 
 import json
 import logging
-import os
-import re
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
+from tempfile import gettempdir
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
-from urllib.parse import unquote, urlsplit
 
-from droppos.errors import ConfigError
-from pipelines.outbox import Ended, File, Names, Outbox, Point, Status, Text
+from droppos.errors import ConfigError, DataError
+from pipelines.history import Logged
+from pipelines.journal import Artifact, Ended, Entry, Journal, Names, Row, Status, journals, now_ms
+from pipelines.outbox import Outbox, last_steps
+from pipelines.provenance import packages, provenance
 from pipelines.recipe import Recipe
-from pipelines.recipe_file import flatten
-from pipelines.storage import open_place
+from pipelines.recipe_file import flatten, to_yaml
+from pipelines.secrets import redact, redact_uris
+from pipelines.storage import Place, open_place
+from pipelines.tracking import client_of, experiment_id, local_folder, reachable, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -39,63 +35,13 @@ if TYPE_CHECKING:
 
 HOME = "droppos.home"
 """Tag by which a run is found again."""
+POINTER = "mlflow.json"
+"""File of a run's folder that names its MLflow run."""
 
 _PARAM_CHARS, _TAG_CHARS = 6000, 8000
 """MLflow's limits (mlflow.utils.validation)."""
 
 _log = logging.getLogger(__name__)
-
-
-def local_folder(recipe: Recipe) -> Path:
-    """Folder of this machine that a run may write to: its storage, or a stand-in for s3://."""
-    scheme, separator, rest = recipe.run.storage.partition("://")
-    if not separator:
-        return Path(recipe.run.storage).expanduser().absolute()
-    return Path(unquote(rest)) if scheme == "file" else Path("droppos-runs").absolute()
-
-
-def tracking_uri(recipe: Recipe) -> str:
-    """Find where MLflow is: the recipe, MLFLOW_TRACKING_URI, or an SQLite file with the runs."""
-    given = recipe.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return given or f"sqlite:///{local_folder(recipe) / 'mlflow.db'}"
-
-
-def open_command(uri: str) -> str:
-    """Tell a person how to look at it: a command to type, or the address of a server."""
-    safe = redact(uri)
-    if urlsplit(uri).scheme in {"http", "https"}:
-        return safe
-    program = Path(sys.executable).with_name("mlflow")
-    return shlex.join([str(program), "ui", "--backend-store-uri", safe])
-
-
-def redact(text: str) -> str:
-    """Blot out user:password@ and token-like query values of every URI in a text."""
-    text = re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)
-    secret = r"token|secret|passw|pwd|key|signature|credential|sig\b|auth"
-    return re.sub(rf"([?&;][^=&;\s]*(?:{secret})[^=&;\s]*=)[^&;#\s]+", r"\1***", text, flags=re.I)
-
-
-def provenance() -> dict[str, str]:
-    """Tell which code runs: versions, and the git revision when it runs from a checkout."""
-    tags = {f"version.{name}": version(name) for name in ("droppos", "torch", "ray", "mlflow")}
-    tags["version.python"] = sys.version.split()[0]
-    root = Path(__file__).resolve().parent.parent
-    # An installed package may lie inside a checkout of something else, its .venv say.
-    if _git(root, "rev-parse", "--show-toplevel") == str(root):
-        tags["mlflow.source.git.commit"] = _git(root, "rev-parse", "HEAD")
-        tags["code.changed_files"] = str(len(_git(root, "status", "--porcelain").splitlines()))
-    return tags
-
-
-def _git(root: Path, *command: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or a slow disk
-        return ""
-    return done.stdout.strip()
 
 
 class Ledger:
@@ -124,28 +70,29 @@ class Ledger:
             experiment: MLflow experiment, made when missing.
             run_name: Name shown in MLflow.
             home: URI of the run's folder; with `resume`, its newest MLflow run goes on.
-            spool: Folder of this machine for what could not be sent.
+            spool: Folder of this machine for the journal.
             resume: Go on with the run of this home, if there is one.
             parent_run: Id of the MLflow run this one is a trial of.
-            patience_s: Seconds to go on trying before values are spooled.
+            patience_s: Seconds to go on sending at the end, before what is left stays in the
+                journal.
         """
         self.uri = uri
         self.experiment = experiment
         self.run_name = run_name
-        self.home = redact(home)
+        self.home = redact_uris(home)
         self.spool = spool
         self.resume = resume
         self.parent_run = parent_run
         self.patience_s = patience_s
         self.run_id = ""
         """MLflow's id of the run, once entered."""
+        self._place = open_place(home)
         self._ended = False
-        self._client: MlflowClient
+        self._journal: Journal
         self._outbox: Outbox
-        self._params: dict[str, str] = {}
+        self._params: dict[str, str] | None = None
         self._last: dict[str, int] = {}
-        self._resumed: dict[str, int] = {}
-        self._logged: dict[str, list[tuple[int, float]]] = {}
+        self._values: dict[str, float] = {}
 
     @classmethod
     @contextmanager
@@ -176,31 +123,80 @@ class Ledger:
         )
         with ledger:
             ledger.describe(recipe, {**provenance(), "data.manifest": manifest})
+            ledger.text("recipe.yaml", to_yaml(recipe))
+            ledger.text("packages.txt", packages())
             yield ledger
 
     def __enter__(self) -> Self:
-        """Reach MLflow and find or make the run.
+        """Find or make the run.
+
+        A resumed run whose MLflow is away goes on, if it has been there before.
 
         Raises:
             ConfigError: If MLflow cannot be reached, within about 15 s.
         """
-        with _reachable(self.uri):
-            self._client = _connect(self.uri)
-            experiment_id = _experiment(self._client, self.uri, self.experiment)
-            run = self._find(experiment_id) if self.resume else None
-            if run is None:
-                run = self._client.create_run(experiment_id, run_name=self.run_name, tags=self._own)
-            else:
-                self._client.update_run(run.info.run_id, status="RUNNING")
-        self.run_id = run.info.run_id
-        self._params = dict(run.data.params)
-        # Only the protocol form of a run tells the steps of its newest values; the histories
-        # would too, at a request for every 25,000 values.
-        self._last = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-        self._resumed = dict(self._last)
-        spool_file = self.spool / f"{self.run_id}.jsonl"
-        self._outbox = Outbox(self._client, self.run_id, spool_file, self.patience_s)
+        known = pointer(self._place) if self.resume else {}
+        client, run = self._reach(known)
+        self.run_id = known["run_id"] if run is None else run.info.run_id
+        if run is not None:
+            self._params = dict(run.data.params)
+            self._last, self._values = last_steps(run), dict(run.data.metrics)
+            self._point()
+        self._journal = self._begin_journal()
+        self._outbox = Outbox(client, self._journal)
+        self._adopt()
+        self._outbox.start()
         return self
+
+    def _reach(self, known: Mapping[str, str]) -> "tuple[MlflowClient, Run | None]":
+        try:
+            with reachable(self.uri):
+                client = client_of(self.uri)
+                experiment = experiment_id(client, self.uri, self.experiment)
+                run = self._find(client, experiment, known) if self.resume else None
+                if run is None:
+                    tags = self._own_tags
+                    run = client.create_run(experiment, run_name=self.run_name, tags=tags)
+                else:
+                    client.update_run(run.info.run_id, status="RUNNING")
+                return client, run
+        except ConfigError as error:
+            if known.get("uri") != redact(self.uri):
+                raise
+            _log.warning("%s. The run goes on, and what it logs waits in %s", error, self.spool)
+            return client_of(self.uri), None
+
+    def _point(self) -> None:
+        """Have the run's folder name the MLflow run, for a start while the server is away."""
+        record = {"uri": redact(self.uri), "run_id": self.run_id}
+        try:
+            (self._place / POINTER).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
+        except DataError as error:
+            _log.warning("%s was not written: %s", self._place / POINTER, error)
+
+    def _begin_journal(self) -> Journal:
+        about = (redact(self.uri), self.run_id, self.run_name, self.home)
+        try:
+            return Journal.create(self.spool, *about)
+        except OSError as error:  # a container's working folder may be read-only
+            spool = Path(gettempdir()) / "droppos-spool"
+            _log.warning("%s cannot be written (%s); taking %s", self.spool, error, spool)
+            self.spool = spool
+            return Journal.create(spool, *about)
+
+    def _adopt(self) -> None:
+        """Take over what earlier processes of this machine did not get to MLflow."""
+        for path in journals(self.spool, self.run_id):
+            left = None if path == self._journal.path else Journal.adopt(path)
+            if left is None:
+                continue
+            for entry, end in left.pending(2**31):
+                if isinstance(entry, Row):
+                    self.log(entry.step, entry.values, entry.time_ms)
+                elif not isinstance(entry, Ended):  # it has not ended: it goes on here
+                    self._put(entry)
+                left.take(end)
+            left.close()
 
     def __exit__(
         self,
@@ -214,14 +210,17 @@ class Ledger:
             self.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
     @property
-    def last_step(self) -> int:
-        """Highest step that has a metric; -1 when there is none."""
-        return max(self._last.values(), default=-1)
-
-    @property
     def away(self) -> bool:
         """Whether MLflow does not answer at the moment; what is logged waits for it."""
         return self._outbox.failing
+
+    def last_step(self, name: str) -> int:
+        """Give the highest step of a metric that is known to be logged; -1 when there is none."""
+        return self._last.get(name, -1)
+
+    def last_value(self, name: str) -> float | None:
+        """Give the value of a metric that was logged last; None if that is not known."""
+        return self._values.get(name)
 
     def describe(self, recipe: Recipe, tags: Mapping[str, str]) -> None:
         """Record every field of a recipe, and tags: `provenance`, digests.
@@ -231,54 +230,53 @@ class Ledger:
         fields = {
             name: _cut(redact(str(value)), _PARAM_CHARS) for name, value in flatten(recipe).items()
         }
+        # With a server that was away at the start, they are those of an earlier start.
+        known = fields if self._params is None else self._params
         changed = {
             f"changed.{name}": value
             for name, value in fields.items()
-            if self._params.get(name, value) != value
+            if known.get(name, value) != value
         }
-        new = {name: value for name, value in fields.items() if name not in self._params}
-        self._params |= new
-        self._outbox.put(Names(new, _tags({**tags, **changed})))
+        new = {name: value for name, value in fields.items() if name not in known}
+        self._params = {**known, **new}
+        self.tag({**tags, **changed}, new)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def tag(self, tags: Mapping[str, str], params: Mapping[str, str] | None = None) -> None:
+        """Record tags; a later value takes an earlier one's place."""
+        safe = {name: _cut(redact(value), _TAG_CHARS) for name, value in tags.items()}
+        self._put(Names(params or {}, safe))
+
+    def log(self, step: int, values: Mapping[str, float], time_ms: int | None = None) -> None:
         """Record metrics of a step, named with their units; at once, whatever the server does.
 
         Values of a step that a metric has already, or has passed, are left out.
+
+        Args:
+            step: Optimizer step.
+            values: By name.
+            time_ms: When it was, in milliseconds since 1970; now when not given.
         """
-        new = {name: float(value) for name, value in values.items() if step > self._step(name)}
+        new = {name: float(value) for name, value in values.items() if step > self.last_step(name)}
         if new:
             self._last |= dict.fromkeys(new, step)
-            for name, value in new.items():
-                self._logged.setdefault(name, []).append((step, value))
-                self._outbox.put(Point(name, value, step, _now_ms()))
+            self._values |= new
+            self._put(Row(step, now_ms() if time_ms is None else time_ms, new))
 
-    def history(self, name: str) -> list[tuple[int, float]]:
-        """Give steps and values of a metric, those of the run before it was resumed included."""
-        return [*self._before(name), *self._logged.get(name, [])]
-
-    def _before(self, name: str) -> list[tuple[int, float]]:
-        if name not in self._resumed:
-            return []
-        from mlflow.exceptions import MlflowException
-
-        try:
-            found = self._client.get_metric_history(self.run_id, name)
-        except MlflowException as error:
-            _log.warning("the earlier history of %s cannot be read: %s", name, redact(str(error)))
-            return []
-        last = self._resumed[name]
-        return sorted((metric.step, metric.value) for metric in found if metric.step <= last)
+    def replay(self, rows: Iterator[Logged]) -> None:
+        """Record what storage has of the run's past, where MLflow lacks it."""
+        for row in rows:
+            self.log(row.step, row.values, row.time_ms)
 
     def picture(self, path: Path, name: str) -> None:
-        """Keep a file as artifact `name`, such as `pictures/reassembly.png`.
-
-        The file is read later, by the thread: leave it where it is.
-        """
-        self._outbox.put(File(name, path))
+        """Keep a file as artifact `name`, such as `pictures/reassembly.png`."""
+        try:
+            self._put(Artifact(name, path.read_bytes()))
+        except OSError as error:
+            _log.warning("MLflow will not have %s: %s cannot be read (%s)", name, path, error)
 
     def text(self, name: str, text: str) -> None:
         """Keep a text as artifact `name`; a later one takes its place."""
-        self._outbox.put(Text(name, redact(text)))
+        self._put(Artifact(name, redact(text).encode()))
 
     def checkpoint(self, saved: "Saved") -> None:
         """Record where a checkpoint is, its size, and the hash of its last file."""
@@ -288,114 +286,72 @@ class Ledger:
             "bytes": saved.size,
             "complete_sha256": saved.sha256,
         }
-        tags = {f"droppos.checkpoint.{name}": str(value) for name, value in pointer.items()}
-        self._outbox.put(Names({}, _tags(tags)))
-        name = f"checkpoints/{saved.place.name}.json"
-        self._outbox.put(Text(name, json.dumps(pointer, indent=1)))
+        self.tag({f"droppos.checkpoint.{name}": str(value) for name, value in pointer.items()})
+        self.text(f"checkpoints/{saved.place.name}.json", json.dumps(pointer, indent=1))
 
     def finish(self, status: Status) -> None:
         """Send what is left, for at most the patience, and set how the run ended."""
         self._ended = True
-        self._outbox.close(Ended(status, _now_ms()))
-        if self._outbox.spooled:
-            _log.warning(
-                "%d values did not reach MLflow at %s; they are in %s",
-                self._outbox.spooled,
-                redact(self.uri),
-                self._outbox.spool_file,
+        self._put(Ended(status, now_ms()))
+        self._outbox.close(self.patience_s)
+        if left := self._journal.left():
+            why = (
+                "another process has taken the run over"
+                if self._outbox.superseded
+                else f"MLflow at {redact(self.uri)} did not take it in time"
             )
+            _log.warning(
+                "%d entries of run %s stay in %s: %s; `droppos sync %s` sends what MLflow lacks",
+                *(left, self.run_name, self._journal.path, why, self.spool),
+            )
+        self._journal.close()
 
-    def _step(self, name: str) -> int:
-        return self._last.get(name, -1)
+    def _put(self, entry: Entry) -> None:
+        self._journal.append(entry)
+        self._outbox.notify()
 
     @property
-    def _own(self) -> dict[str, str]:
+    def _own_tags(self) -> dict[str, str]:
         nested = {"mlflow.parentRunId": self.parent_run} if self.parent_run else {}
         return {HOME: self.home, **nested}
 
-    def _find(self, experiment_id: str) -> "Run | None":
-        quote = '"' if "'" in self.home else "'"
-        runs = self._client.search_runs(
-            [experiment_id],
-            filter_string=f"tags.`{HOME}` = {quote}{self.home}{quote}",
-            order_by=["attributes.start_time DESC"],
-            max_results=1,
-        )
-        return runs[0] if runs else None
+    def _find(
+        self, client: "MlflowClient", experiment: str, known: Mapping[str, str]
+    ) -> "Run | None":
+        from mlflow.exceptions import MlflowException
+
+        if "run_id" in known:
+            try:
+                run = client.get_run(known["run_id"])
+                if run.info.lifecycle_stage == "active":
+                    return run
+            except MlflowException as error:  # another server than before
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        return newest_run(client, experiment, self.home)
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def pointer(home: Place) -> dict[str, str]:
+    """Read which MLflow run a run's folder names; nothing if it names none."""
+    try:
+        found = json.loads((home / POINTER).read_bytes())
+        return {name: found[name] for name in ("uri", "run_id")}
+    except (DataError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def newest_run(client: "MlflowClient", experiment: str, home: str) -> "Run | None":
+    """Find the newest MLflow run of a run's folder."""
+    quote = '"' if "'" in home else "'"
+    runs = client.search_runs(
+        [experiment],
+        filter_string=f"tags.`{HOME}` = {quote}{home}{quote}",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return runs[0] if runs else None
 
 
 def _cut(text: str, most: int) -> str:
     mark = f" …[{len(text)} characters]"
     return text if len(text) <= most else text[: most - len(mark)] + mark
-
-
-def _tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {name: _cut(redact(value), _TAG_CHARS) for name, value in tags.items()}
-
-
-@contextmanager
-def _reachable(uri: str) -> Iterator[None]:
-    """Turn whatever an MLflow that cannot be used raises into one error."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = redact(str(error)).splitlines()[0][:500]
-        raise ConfigError(
-            f"MLflow at {redact(uri)} cannot be used: {reason}; start or correct it "
-            "(tracking.uri, or MLFLOW_TRACKING_URI), or unset both to use an SQLite file"
-        ) from error
-
-
-def _connect(uri: str) -> "MlflowClient":
-    # MLflow's own defaults try for minutes. The outbox does the trying again here, so a
-    # request of ours is one request. Who has set these variables knows better.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    from mlflow.tracking import MlflowClient
-
-    # Making the tables of a new SQLite file (3 s) is told in lines that mean nothing to users.
-    for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if (file := _sqlite_file(uri)) is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    scheme, _, rest = uri.partition(":///")
-    path = rest.partition("?")[0]
-    return Path(path).absolute() if scheme.startswith("sqlite") and path else None
-
-
-def _experiment(client: "MlflowClient", uri: str, name: str) -> str:
-    """Find or make an experiment.
-
-    One in an SQLite file keeps its artifacts beside the file; MLflow would put them into the
-    current folder, wherever that is.
-    """
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        file = _sqlite_file(uri)
-        artifacts = None if file is None else (file.parent / "mlflow-artifacts").as_uri()
-        try:
-            return client.create_experiment(name, artifact_location=artifacts)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            found = client.get_experiment_by_name(name)  # another process was quicker
-    assert found is not None
-    if found.lifecycle_stage == "deleted":
-        raise ConfigError(
-            f"tracking.experiment {name!r} was deleted in MLflow at {redact(uri)}; "
-            "restore it there, or take another name"
-        )
-    return found.experiment_id

@@ -1,243 +1,260 @@
 """The outbox: what is on its way to MLflow, so that nobody has to wait for it.
 
-One thread sends entries in the order they were put in. When the server is away it tries
-again, slower each time, until its patience ends; from then on entries go to a spool file, one
-JSON object a line, and each is tried once, so that delivery goes on when the server is back.
-Sending an entry twice does no harm: MLflow keeps one of two equal values of a metric.
+One thread sends the entries of a journal in their order. When the server is away it tries again,
+slower each time, for as long as the run lasts; what is left then stays in the journal. Sending an
+entry twice does no harm: MLflow keeps one of two equal values of a metric. And a metric's steps
+only grow, so what MLflow has is the beginning of what was logged: at its start the outbox asks how
+far that is, and leaves out what is not beyond.
+
+One process writes a run. The newest one puts its name into the run's tag `droppos.writer`; an
+older one finds it there and sends no more.
 """
 
-import json
 import logging
-import shutil
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from pipelines.journal import Artifact, Ended, Journal, Names, Row, Stored
+from pipelines.secrets import redact
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run ended, in MLflow's words. KILLED: a person stopped it."""
+WRITER = "droppos.writer"
+"""Tag that names the process that writes the run."""
+NOBODY = "-"
+"""Its value once that process has ended the run."""
 
 METRICS_PER_BATCH = 1000
 NAMES_PER_BATCH = 100
 """MLflow's limits for one request (mlflow.utils.validation)."""
 
+LOOK_S = 5.0
+"""Seconds between two looks at who writes the run."""
+SETTLE_S = 2 * LOOK_S
+"""Seconds until what another writer had under way has arrived, or it has seen that it is none."""
 _LINGER_S = 0.5
 """A batch waits so long for company: hundreds of small requests would slow a server down."""
 _PAUSES_S = (0.25, 5.0)
 """First and longest pause between two tries."""
-_HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED"}
+_HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 """Answers that trying again does not change."""
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One value of a metric."""
-
-    metric: str
-    value: float
-    step: int
-    time_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Names:
-    """Parameters and tags."""
-
-    params: Mapping[str, str]
-    tags: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """An artifact: a file of this machine."""
-
-    artifact: str
-    source: Path
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """An artifact: a text."""
-
-    artifact: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The end of the run."""
-
-    status: Status
-    time_ms: int
-
-
-Entry = Point | Names | File | Text | Ended
-
-
 class Outbox:
-    """Sends the entries of one MLflow run from a thread of its own."""
+    """Sends a journal to MLflow."""
 
-    def __init__(
-        self, client: "MlflowClient", run_id: str, spool_file: Path, patience_s: float
-    ) -> None:
-        """Start the thread.
+    def __init__(self, client: "MlflowClient", journal: Journal, *, living: bool = True) -> None:
+        """Take a journal; nothing is sent yet.
 
         Args:
             client: Reaches the server.
-            run_id: MLflow run that everything belongs to.
-            spool_file: Gets what could not be sent; made when needed.
-            patience_s: Seconds to go on trying when the server is away, and to close.
+            journal: What to send.
+            living: Whether this process writes the run. Otherwise what another left is sent, as
+                far as it is still true.
         """
-        self.spool_file = spool_file
-        self.spooled = 0
-        """Entries that were not delivered."""
         self._client = client
-        self._run_id = run_id
-        self._patience_s = patience_s
+        self._journal = journal
+        self._living = living
+        self._run_id = journal.about.run_id
         self.failing = False
         """Whether the newest try to send something failed in a way that may pass."""
-        self._away = False
+        self.superseded = False
+        """Whether another process writes the run now, so that nothing more is sent."""
+        self.sent = 0
+        """Entries that MLflow took, or had already."""
+        self.refused = 0
+        """Entries that it will never take."""
+        self._floor: dict[str, int] | None = None
+        """Step up to which MLflow has each metric; None before it was asked."""
+        self._looked_at = float("-inf")
         self._closing = threading.Event()
         self._closing_at = float("inf")
-        self._entries: deque[Entry] = deque()
         self._arrived = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Send from a thread of its own, from now on."""
         # A daemon: a request that hangs must not keep a process alive that is done.
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
-    def put(self, entry: Entry) -> None:
-        """Take an entry; returns at once."""
-        self._entries.append(entry)
+    def notify(self) -> None:
+        """Learn that the journal has a new entry; returns at once."""
         self._arrived.set()
 
-    def close(self, last: Entry) -> None:
-        """Send what is left and `last`, for at most the patience, and spool the rest."""
-        self._closing_at = time.monotonic() + self._patience_s
-        self._entries.append(last)
+    def close(self, patience_s: float) -> None:
+        """Send what is left, for at most the patience."""
+        self._closing_at = time.monotonic() + patience_s
         self._closing.set()
         self._arrived.set()
-        # A request under way when the patience ends may take its own time limit.
-        self._thread.join(self._patience_s + 30)
-        while self._entries:  # the thread is gone, or hangs in a request
-            self._spool([self._entries.popleft()])
+        if self._thread is None:
+            self._run()
+        else:
+            # A request under way when the patience ends may take its own time limit.
+            self._thread.join(patience_s + 30)
 
     def _run(self) -> None:
         for batch in self._batches():
             self._deliver(batch)
 
-    def _batches(self) -> Iterator[list[Entry]]:
-        """Cut the queue into requests: points that follow each other, or one other entry."""
-        while self._wait():
-            batch = [self._entries.popleft()]
-            if isinstance(batch[0], Point):
-                self._closing.wait(_LINGER_S)
-                while (
-                    len(batch) < METRICS_PER_BATCH
-                    and self._entries
-                    and isinstance(self._entries[0], Point)
-                ):
-                    batch.append(self._entries.popleft())
-            yield batch
-
-    def _wait(self) -> bool:
-        """Wait for an entry; False when there will be none."""
-        while not self._entries:
-            if self._closing.is_set():
-                return False
-            self._arrived.wait()
+    def _batches(self) -> Iterator[list[Stored]]:
+        """Cut the journal into requests: rows that follow each other, or one other entry."""
+        while not self.superseded and time.monotonic() < self._closing_at:
             self._arrived.clear()
-        return True
+            found = self._journal.pending(1)
+            if not found:
+                if self._closing.is_set():
+                    return
+                self._arrived.wait()
+                continue
+            if isinstance(found[0].entry, Row):
+                self._closing.wait(_LINGER_S)
+                found = _portion(self._journal.pending(METRICS_PER_BATCH))
+            yield found
 
-    def _deliver(self, batch: list[Entry]) -> None:
-        """Send a batch, or spool it; raises nothing."""
+    def _deliver(self, batch: list[Stored]) -> None:
+        """Send a batch, trying until it is taken or the patience ends; raises nothing."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         pause, longest = _PAUSES_S
-        give_up_at = time.monotonic() + (0 if self._away else self._patience_s)
         while time.monotonic() < self._closing_at:
             try:
+                self._look()
+                if self.superseded:
+                    return
                 self._send(batch)
-                self._away = self.failing = False
+                self.failing = False
+                self.sent += len(batch)
+                self._journal.take(batch[-1].end)
                 return
             # MLflow lets boto's own errors through when its artifacts are on S3.
-            except (MlflowException, OSError, Boto3Error, BotoCoreError, ClientError) as error:
-                code = getattr(error, "error_code", None)
-                if code in _HOPELESS or isinstance(error, FileNotFoundError):
-                    _log.warning("MLflow cannot take a %s: %s", type(batch[0]).__name__, error)
-                    break
+            except (
+                *(MlflowException, OSError, SQLAlchemyError),
+                *(Boto3Error, BotoCoreError, ClientError),
+            ) as error:
+                if getattr(error, "error_code", None) in _HOPELESS:
+                    kind = type(batch[0].entry).__name__
+                    _log.warning("MLflow cannot take a %s: %s", kind, redact(str(error)))
+                    self.refused += len(batch)
+                    self._journal.take(batch[-1].end)
+                    return
                 self.failing = True
-                if time.monotonic() + pause > min(give_up_at, self._closing_at):
-                    self._away = True
-                    break
-            time.sleep(pause)
+            (time.sleep if self._closing.is_set() else self._closing.wait)(pause)
             pause = min(2 * pause, longest)
-        self._spool(batch)
 
-    def _send(self, batch: list[Entry]) -> None:
+    def _look(self) -> None:
+        """Find out how far MLflow is, and now and then, whether this process still writes the run.
+
+        Raises:
+            MlflowException: If the server is away.
+        """
+        if self._floor is None:
+            self._floor = self._begin()
+            self._looked_at = time.monotonic()
+        elif self._living and time.monotonic() > self._looked_at + LOOK_S:
+            self.superseded = self._writer(self._client.get_run(self._run_id)) != self._name
+            self._looked_at = time.monotonic()
+
+    def _begin(self) -> dict[str, int]:
+        run = self._client.get_run(self._run_id)
+        before = self._writer(run)
+        if self._living and before != self._name:
+            self._client.set_tag(self._run_id, WRITER, self._name)
+            if before != NOBODY:
+                # It was killed, or writes still and is about to learn that it should not.
+                self._closing.wait(SETTLE_S)
+                run = self._client.get_run(self._run_id)
+        return last_steps(run)
+
+    @property
+    def _name(self) -> str:
+        return self._journal.about.writer
+
+    @staticmethod
+    def _writer(run: "Run") -> str:
+        return run.data.tags.get(WRITER, NOBODY)
+
+    def _send(self, batch: Sequence[Stored]) -> None:
         client, run_id = self._client, self._run_id
-        match batch[0]:
-            case Point():
-                client.log_batch(run_id, metrics=_metrics(batch), synchronous=True)
+        match batch[0].entry:
+            case Row():
+                if metrics := self._metrics(batch):
+                    client.log_batch(run_id, metrics=metrics, synchronous=True)
             case Names(params, tags):
-                for some in _portions(params):
-                    client.log_batch(run_id, params=_params(some), synchronous=True)
-                for some in _portions(tags):
-                    client.log_batch(run_id, tags=_tags(some), synchronous=True)
-            case File(artifact, source):
-                folder, _, name = artifact.rpartition("/")
+                if self._is_newest():
+                    self._send_names(params, tags)
+            case Artifact(name, content) if self._is_newest():
+                folder, _, base = name.rpartition("/")
                 with TemporaryDirectory() as scratch:  # MLflow names it as it is called there
-                    copy = shutil.copyfile(source, Path(scratch) / name)
-                    client.log_artifact(run_id, str(copy), folder or None)
-            case Text(artifact, text):
-                client.log_text(run_id, text, artifact)
+                    (Path(scratch) / base).write_bytes(content)
+                    client.log_artifact(run_id, str(Path(scratch) / base), folder or None)
             case Ended(status, time_ms):
-                client.set_terminated(run_id, status, time_ms)
+                self._looked_at = float("-inf")
+                self._look()
+                if not self.superseded and self._is_newest():
+                    client.set_terminated(run_id, status, time_ms)
+                    client.set_tag(run_id, WRITER, NOBODY)
 
-    def _spool(self, batch: list[Entry]) -> None:
-        self.spooled += len(batch)
-        lines = [
-            json.dumps({"kind": type(entry).__name__, **asdict(entry)}, default=str)
-            for entry in batch
+    def _is_newest(self) -> bool:
+        """Tell whether nobody has written the run after the writer of this journal."""
+        return self._living or self._writer(self._client.get_run(self._run_id)) == self._name
+
+    def _send_names(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        for some in _portions(params):
+            sent = [Param(*item) for item in some]
+            self._client.log_batch(self._run_id, params=sent, synchronous=True)
+        for some in _portions(tags):
+            sent = [RunTag(*item) for item in some]
+            self._client.log_batch(self._run_id, tags=sent, synchronous=True)
+
+    def _metrics(self, batch: Sequence[Stored]) -> "list[Metric]":
+        from mlflow.entities import Metric
+
+        floor = self._floor or {}
+        return [
+            Metric(name, value, row.time_ms, row.step)
+            for row in (stored.entry for stored in batch)
+            if isinstance(row, Row)
+            for name, value in row.values.items()
+            if row.step > floor.get(name, -1)
         ]
-        try:
-            self.spool_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.spool_file.open("a") as file:
-                file.write("\n".join(lines) + "\n")
-        except OSError as error:
-            _log.warning("%d values are lost: %s cannot be written", len(batch), error.filename)
+
+
+def last_steps(run: "Run") -> dict[str, int]:
+    """Tell the highest step of each metric of a run."""
+    # Only the protocol form of a run has the steps of its newest values; the histories have them
+    # too, at a request for every 25,000 values.
+    return {metric.key: metric.step for metric in run.data.to_proto().metrics}
+
+
+def _portion(found: Sequence[Stored]) -> list[Stored]:
+    """Take the rows at the beginning, as many as one request may hold."""
+    portion: list[Stored] = []
+    metrics = 0
+    for stored in found:
+        if not isinstance(stored.entry, Row):
+            break
+        metrics += len(stored.entry.values)
+        if portion and metrics > METRICS_PER_BATCH:
+            break
+        portion.append(stored)
+    return portion
 
 
 def _portions(names: Mapping[str, str]) -> Iterator[list[tuple[str, str]]]:
     items = list(names.items())
     for start in range(0, len(items), NAMES_PER_BATCH):
         yield items[start : start + NAMES_PER_BATCH]
-
-
-def _metrics(batch: list[Entry]) -> "list[Metric]":
-    from mlflow.entities import Metric
-
-    return [Metric(p.metric, p.value, p.time_ms, p.step) for p in batch if isinstance(p, Point)]
-
-
-def _params(items: list[tuple[str, str]]) -> "list[Param]":
-    from mlflow.entities import Param
-
-    return [Param(name, value) for name, value in items]
-
-
-def _tags(items: list[tuple[str, str]]) -> "list[RunTag]":
-    from mlflow.entities import RunTag
-
-    return [RunTag(name, value) for name, value in items]

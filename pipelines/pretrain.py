@@ -10,15 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from droppos.errors import ConfigError, DropposError
-from pipelines import checkpoints
+from droppos.errors import ConfigError, DataError, DropposError
+from pipelines import checkpoints, history
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import connect, gpu_workers
 from pipelines.facts import check_resume
 from pipelines.gallery import draw_gallery
 from pipelines.heard import Heard, OnEvent
 from pipelines.holdout import load_pictures
-from pipelines.ledger import Ledger, local_folder
+from pipelines.ledger import Ledger
 from pipelines.order import Schedule
 from pipelines.passed import FILE as PASSED_FILE
 from pipelines.recipe import Recipe
@@ -27,8 +27,9 @@ from pipelines.shards import load_manifest
 from pipelines.sharing import Sharing
 from pipelines.skipped import Skipped
 from pipelines.source import join
-from pipelines.storage import open_place
+from pipelines.storage import Place, open_place
 from pipelines.supervisor import Supervisor
+from pipelines.tracking import local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def pretrain(
             recipe.data.skip_limit,
             resumed=saved is not None and saved.record["manifest"] == schedule.manifest.digest,
         )
+        if saved is not None:
+            replay(ledger, home, saved)
         heard = Heard(ledger, skipped, on_event)
         heard.event(
             {
@@ -124,7 +127,7 @@ def pretrain(
                 join(sharing, recipe, schedule)
             Supervisor(sized, schedule, heard, on_gpu=on_gpu, stop=stop, sharing=sharing).run()
         newest = checkpoints.newest(home)
-        pictures = draw_run(recipe, newest, ledger) if newest else []
+        pictures = draw_run(recipe, newest) if newest else []
         for picture in pictures:
             ledger.picture(picture, f"pictures/{picture.name}")
         finished = newest is not None and newest.step == schedule.steps
@@ -168,7 +171,15 @@ def plan(recipe: Recipe) -> Schedule:
     )
 
 
-def draw_run(recipe: Recipe, saved: checkpoints.Saved, ledger: Ledger) -> list[Path]:
+def replay(ledger: Ledger, home: Place, saved: checkpoints.Saved) -> None:
+    """Make MLflow whole up to a checkpoint: it lacks what a killed driver had not sent."""
+    try:
+        ledger.replay(history.read(home, saved.step, ledger.last_step("train/loss")))
+    except DataError as error:
+        logger.warning("MLflow may lack steps before %d: %s", saved.step, error)
+
+
+def draw_run(recipe: Recipe, saved: checkpoints.Saved) -> list[Path]:
     """Draw what the newest checkpoint makes of the held-out pictures, if there are any.
 
     A picture that cannot be drawn is a warning: the run itself is done and kept.
@@ -181,7 +192,10 @@ def draw_run(recipe: Recipe, saved: checkpoints.Saved, ledger: Ledger) -> list[P
         pictures = load_pictures(
             recipe.data.holdout, recipe.model.image_size, min(recipe.measure.pictures, DRAWN)
         )
-        return draw_gallery(model, recipe.measure, pictures, ledger.history, folder)[1]
+        drawn = history.curves(open_place(recipe.home), saved.step)
+        return draw_gallery(
+            model, recipe.measure, pictures, lambda name: drawn.get(name, []), folder
+        )[1]
     except (DropposError, OSError, RuntimeError) as error:
         logger.warning("the run's pictures could not be drawn: %s", error)
         return []

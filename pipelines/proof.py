@@ -1,19 +1,24 @@
 """What each worker keeps so that exactness can be shown, and not only be claimed.
 
 Its group trains on the pictures that the schedule names, each once (:mod:`pipelines.tally`), and
-nobody else writes the run meanwhile (:mod:`pipelines.attempt`); on request storage says which
-pictures those were (:mod:`pipelines.ids`).
+nobody else writes the run meanwhile (:mod:`pipelines.attempt`). Beside each checkpoint storage says
+what was measured on the way to it (:mod:`pipelines.history`), and on request which pictures were
+trained on (:mod:`pipelines.ids`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipelines import checkpoints
+from pipelines import checkpoints, history, ids
 from pipelines.attempt import Attempt
-from pipelines.ids import IdWriter, forget_after
+from pipelines.beside import Beside, forget_after
+from pipelines.events import Events
+from pipelines.history import HistoryWriter
+from pipelines.ids import IdWriter
 from pipelines.order import Schedule
 from pipelines.stream import Batch
 from pipelines.tally import Tally
@@ -25,6 +30,8 @@ class Proof:
 
     attempt: Attempt
     tally: Tally
+    history: HistoryWriter | None
+    """Rank 0 has it."""
     ids: IdWriter | None
     """None where run.record_ids is off."""
 
@@ -37,7 +44,7 @@ class Proof:
         record_ids: bool,
         device: torch.device,
     ) -> "Proof":
-        """Start to count where a checkpoint stands, and drop ids beyond it; every rank calls this.
+        """Start to count where a checkpoint stands, and drop what lies beyond it; all ranks call.
 
         Args:
             attempt: This group, which has taken the run over.
@@ -47,12 +54,21 @@ class Proof:
             device: Where the process group adds up.
         """
         step = saved.step if saved else 0
-        if dist.get_rank() == 0:
-            # The others need not wait here: before anybody writes ids, all settle their counts.
-            forget_after(attempt.home, step)
-        tally = Tally(schedule, step, pictures_begun(saved, schedule), device)
-        ids = IdWriter(attempt, schedule, dist.get_rank(), step) if record_ids else None
-        return cls(attempt, tally, ids)
+        rank = dist.get_rank()
+        if rank == 0:
+            # The others need not wait here: before anybody writes, all settle their counts.
+            for folder in (ids.FOLDER, history.FOLDER):
+                forget_after(attempt.home / folder, step)
+        return cls(
+            attempt,
+            Tally(schedule, step, pictures_begun(saved, schedule), device),
+            HistoryWriter(attempt.home, attempt.group, step) if rank == 0 else None,
+            IdWriter(attempt, schedule, rank, step) if record_ids else None,
+        )
+
+    @property
+    def _beside(self) -> list[Beside[Any]]:
+        return [writer for writer in (self.history, self.ids) if writer is not None]
 
     def count(self, group: Sequence[Batch]) -> None:
         """Take note of a step's pictures before they are trained on; every rank calls this.
@@ -64,33 +80,45 @@ class Proof:
         if self.ids is not None:
             self.ids.add(group)
 
+    def tell(self, events: Events, step: int, values: Mapping[str, float]) -> None:
+        """Tell the driver what was measured at a step, and keep it; rank 0 calls this."""
+        assert self.history is not None
+        row = self.history.add(step, values)
+        events.send({"kind": "metrics", "step": step, "time_ms": row.time_ms, "values": row.values})
+
     def settle(self, step: int) -> tuple[int, Callable[[], None]]:
         """Settle all counts for the checkpoint of a step; every rank calls this before it is made.
 
         Returns:
             Pictures of the begun epoch that were trained on, for the checkpoint's cursor; and what
-            writes the ids, to be called while it is written.
+            writes the files beside the checkpoint, to be called while it is written.
 
         Raises:
             TrainingError: If they are not those of the schedule.
         """
         pictures = self.tally.settle()
-        return pictures, self.ids.cut(step) if self.ids is not None else lambda: None
+        writes = [writer.cut(step) for writer in self._beside]
+
+        def write() -> None:
+            for each in writes:
+                each()
+
+        return pictures, write
 
     def committed(self) -> None:
         """Learn that the checkpoint that was last settled for counts."""
-        if self.ids is not None:
-            self.ids.committed()
+        for writer in self._beside:
+            writer.committed()
 
     def put_off(self) -> None:
         """Learn that storage did not take it, and the next one is to make up for it."""
-        if self.ids is not None:
-            self.ids.put_off()
+        for writer in self._beside:
+            writer.put_off()
 
     def withdraw(self) -> None:
         """Learn that it never will count."""
-        if self.ids is not None:
-            self.ids.withdraw()
+        for writer in self._beside:
+            writer.withdraw()
 
 
 def pictures_begun(saved: checkpoints.Saved | None, schedule: Schedule) -> int:

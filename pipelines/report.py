@@ -267,7 +267,7 @@ def _next(console: Console, text: str) -> None:
 
 
 def _mlflow(console: Console, recipe: Recipe) -> None:
-    from pipelines.ledger import open_command, tracking_uri
+    from pipelines.tracking import open_command, tracking_uri
 
     command = open_command(tracking_uri(recipe))
     console.print(f"[dim]metrics in MLflow:[/] {escape(command)}", highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from typing import Any
 from droppos.errors import ConfigError, DataError
 from pipelines.facts import FIXED, FREE
 from pipelines.heard import OnEvent
-from pipelines.ledger import Ledger, local_folder, redact, tracking_uri
+from pipelines.ledger import Ledger
 from pipelines.order import Schedule
 from pipelines.pretrain import located, plan
 from pipelines.proposals import scheduler_of, source_of
@@ -26,10 +26,12 @@ from pipelines.recipe_file import flatten, to_yaml
 from pipelines.search_driver import Driver
 from pipelines.search_outcome import SearchOutcome, findings_of
 from pipelines.search_report import search_report
+from pipelines.secrets import redact
 from pipelines.shards import load_manifest
 from pipelines.sharing import Shared
 from pipelines.space import corners, grid_points, read_space
 from pipelines.storage import Place, open_place
+from pipelines.tracking import local_folder, tracking_uri
 from pipelines.trials import FILE as TABLE_FILE
 from pipelines.trials import Record, TrialTable, objective_of, require_comparable, trial_recipe
 

@@ -20,12 +20,13 @@ from pipelines.attempt import Attempt, SupersededError, claim_for_driver
 from pipelines.bell import Bell
 from pipelines.cluster import buffer_mb_of, connect
 from pipelines.heard import OnEvent
-from pipelines.ledger import Ledger, redact
+from pipelines.ledger import Ledger
 from pipelines.memory import Footprint
 from pipelines.order import Schedule
 from pipelines.proposals import Proposals, Source, scheduler_of
 from pipelines.recipe import Objective, Recipe
 from pipelines.resources import Fit
+from pipelines.secrets import redact
 from pipelines.sharing import Shared, Sharing
 from pipelines.space import read_space
 from pipelines.storage import open_place

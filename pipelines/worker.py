@@ -115,14 +115,14 @@ def _train(job: Job, pulse: Pulse) -> None:
         due = last or leave or heard[0] > saves or state.step % recipe.run.checkpoint_every == 0
         saves = max(saves, heard[0])
         if report and (due or state.step % recipe.run.log_every == 0):
-            log(job, state, report, pace, bad)
+            log(job, proof, state, report, pace, bad)
         if bad.too_many:
             break
         keeper.finish_if(-heard[2])
         metrics = {}
         if holdout and (last or at_epoch(state, recipe.measure.every_epochs)):
             pulse.now("measuring", state.step)
-            metrics = measure(job, state, holdout)
+            metrics = measure(job, proof, state, holdout)
             pace.pause()
         if due:
             pulse.now("saving", state.step)
@@ -172,7 +172,9 @@ def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:
     )
 
 
-def log(job: Job, state: TrainState, report: StepReport, pace: Pace, bad: BadSteps) -> None:
+def log(
+    job: Job, proof: Proof, state: TrainState, report: StepReport, pace: Pace, bad: BadSteps
+) -> None:
     """Average over ranks and tell the driver.
 
     The one place where a step waits for the device, and on logged steps only.
@@ -212,17 +214,17 @@ def log(job: Job, state: TrainState, report: StepReport, pace: Pace, bad: BadSte
             values["train/ignored_fraction"] = metrics["ignored"]
         # A skipped step has no loss to speak of; what it did is in train/skipped_steps.
         values = {name: value for name, value in values.items() if isfinite(value)}
-        job.events.send({"kind": "metrics", "step": state.step, "values": values})
+        proof.tell(job.events, state.step, values)
         if skipped:
             job.events.send({"kind": "bad_steps", "steps": skipped})
     pace.reset()
 
 
-def measure(job: Job, state: TrainState, holdout: Holdout) -> dict[str, float]:
+def measure(job: Job, proof: Proof, state: TrainState, holdout: Holdout) -> dict[str, float]:
     """Measure on the held-out pictures, all ranks together, and tell the driver."""
     values = holdout.measure(state.model)
     if dist.get_rank() == 0:
-        job.events.send({"kind": "metrics", "step": state.step, "values": values})
+        proof.tell(job.events, state.step, values)
     return values
 
 

@@ -15,9 +15,10 @@ from droppos.errors import DataError
 from pipelines import checkpoints, stored_state
 from pipelines.attempt import Attempt
 from pipelines.audit import audit, gaps, schedule_of
+from pipelines.beside import StepsFile, forget_after
 from pipelines.cli import main
 from pipelines.facts import facts
-from pipelines.ids import SCHEMA, IdFile, IdWriter, forget_after, id_files
+from pipelines.ids import FOLDER, SCHEMA, IdWriter, id_files, read_ids
 from pipelines.order import Schedule
 from pipelines.recipe import Data, Recipe, Run
 from pipelines.shards import MANIFEST, Manifest, Picture, ShardWriter, load_manifest
@@ -101,7 +102,7 @@ def record(home: Place, schedule: Schedule, first: int, end: int) -> None:
 def plant(run: str, lie: Lie, file: int = 0) -> None:
     """Rewrite one file of ids, as lists by column."""
     place = id_files(open_place(run))[file].place
-    columns = id_files(open_place(run))[file].read().to_pydict()
+    columns = read_ids(id_files(open_place(run))[file]).to_pydict()
     lie(columns)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=SCHEMA), sink)
@@ -202,15 +203,15 @@ def test_a_tail_that_no_checkpoint_committed_is_left_out_and_deleted(run: str) -
     record(home, schedule_of(checkpoints.at(run)), STEPS, 14)
     assert audit(run).is_exact
     assert len(id_files(home)) == 6
-    forget_after(home, STEPS)
+    forget_after(home / FOLDER, STEPS)
     assert len(id_files(home)) == 4
-    forget_after(home, 4)
+    forget_after(home / FOLDER, 4)
     assert {file.end for file in id_files(home)} == {4}
 
 
 def test_gaps_are_steps_of_which_nothing_is_kept() -> None:
     place = open_place("/nowhere")
-    files = [IdFile(place, 0, 4), IdFile(place, 0, 4), IdFile(place, 8, 12)]
+    files = [StepsFile(place, 0, 4), StepsFile(place, 0, 4), StepsFile(place, 8, 12)]
     assert gaps(files, 12) == [(4, 8)]
     assert gaps(files, 20) == [(4, 8), (12, 20)]
     assert gaps([], 3) == [(0, 3)]
@@ -246,7 +247,7 @@ def test_a_damaged_file_of_ids_is_named(run: str) -> None:
 
 
 def test_what_was_recorded_is_read_back_as_it_was(run: str) -> None:
-    tables = [file.read() for file in id_files(open_place(run))]
+    tables = [read_ids(file) for file in id_files(open_place(run))]
     epochs = np.concatenate([table["epoch"].to_numpy() for table in tables])
     rows = np.concatenate([table["row"].to_numpy() for table in tables])
     assert len(np.unique(rows[epochs == 0])) == 72

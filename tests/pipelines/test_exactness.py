@@ -28,7 +28,7 @@ from droppos.config import Compute, Method, Model, Optim
 from droppos.errors import ConfigError
 from pipelines import checkpoints
 from pipelines.audit import audit
-from pipelines.ids import id_files
+from pipelines.ids import id_files, read_ids
 from pipelines.local_s3 import S3Server
 from pipelines.news import told
 from pipelines.prepare import prepare
@@ -143,7 +143,7 @@ def committed(recipe: Recipe) -> np.ndarray:
     home = open_place(recipe.home)
     saved = checkpoints.newest(home)
     assert saved is not None
-    tables = [file.read() for file in id_files(home) if file.end <= saved.step]
+    tables = [read_ids(file) for file in id_files(home) if file.end <= saved.step]
     records = np.concatenate([np.stack([c.to_numpy() for c in t.columns], 1) for t in tables])
     return records[np.lexsort(records.T[::-1])]
 

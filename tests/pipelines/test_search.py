@@ -22,7 +22,6 @@ from rich.console import Console
 from droppos.config import Compute, Method, Model, Optim
 from droppos.errors import ConfigError
 from pipelines import checkpoints, recipe_file
-from pipelines.ledger import tracking_uri
 from pipelines.prepare import prepare
 from pipelines.pretrain import plan
 from pipelines.proposals import Proposals, scheduler_of, source_of
@@ -32,6 +31,7 @@ from pipelines.search import begin, best_recipe, check, search, shared_tracking
 from pipelines.search_screen import SearchScreen
 from pipelines.space import Point
 from pipelines.storage import open_place
+from pipelines.tracking import tracking_uri
 from pipelines.trials import Record, TrialTable, trial_recipe
 
 pytestmark = [

@@ -1,0 +1,90 @@
+"""The history: what a run measured on its way to each checkpoint, kept beside it.
+
+    HOME/history/steps-00000000-00001000.4f0c2a9e.jsonl
+        metrics from step 0 on, up to the checkpoint of step 1000, one step a line; written by group
+        4f0c2a9e before that checkpoint counts, and never deleted
+
+MLflow shows them; here is what it is made whole from when its server, or the driver with what it
+had not sent, was away. :mod:`pipelines.beside` has the way they are written.
+
+Imports no torch.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from droppos.errors import DataError
+from pipelines.beside import Beside, steps_files
+from pipelines.journal import now_ms
+from pipelines.storage import Place
+
+FOLDER = "history"
+
+
+class Logged(NamedTuple):
+    """Metrics of a step."""
+
+    step: int
+    time_ms: int
+    """When it was logged, in milliseconds since 1970."""
+    values: Mapping[str, float]
+
+
+class HistoryWriter(Beside[Logged]):
+    """Keeps metrics in memory until a checkpoint counts."""
+
+    def __init__(self, home: Place, group: str, start_step: int) -> None:
+        """Start with nothing.
+
+        Args:
+            home: Folder of the run.
+            group: Name of the group of workers.
+            start_step: Its first step.
+        """
+        super().__init__(home / FOLDER, f"{group}.jsonl", _lines, start_step)
+
+    def add(self, step: int, values: Mapping[str, float]) -> Logged:
+        """Note metrics of a step, and give them with the time."""
+        row = Logged(step, now_ms(), values)
+        self.note(row)
+        return row
+
+
+def _lines(rows: Sequence[Logged]) -> bytes:
+    return "".join(json.dumps(row._asdict()) + "\n" for row in rows).encode()
+
+
+def read(home: Place, stop_step: int, start_step: int = 0) -> Iterator[Logged]:
+    """Read what was measured on the way to a checkpoint, in the order it was.
+
+    Args:
+        home: Folder of the run.
+        stop_step: Step of the checkpoint.
+        start_step: Files that end before this step are left out.
+
+    Raises:
+        DataError: If storage refuses, or a file is damaged.
+    """
+    for file in steps_files(home / FOLDER):
+        if start_step <= file.end <= stop_step:
+            try:
+                for line in file.place.read_bytes().splitlines():
+                    yield Logged(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{file.place} is damaged: {error!r}; was it changed?") from error
+
+
+def curves(home: Place, stop_step: int) -> dict[str, list[tuple[int, float]]]:
+    """Give steps and values of each metric on the way to a checkpoint.
+
+    A step that was measured twice, by workers that went back, counts as it was the last time.
+
+    Raises:
+        DataError: As of `read`.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for row in read(home, stop_step):
+        for name, value in row.values.items():
+            found.setdefault(name, {})[row.step] = value
+    return {name: sorted(values.items()) for name, values in found.items()}

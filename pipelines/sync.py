@@ -1,0 +1,137 @@
+"""Sync: what earlier processes did not get to MLflow is sent now.
+
+From journals that nobody holds any more, on this machine; and from a run's folder, whose history
+has what was measured up to its newest checkpoint, wherever its driver ran.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from droppos.errors import ConfigError, DataError
+from pipelines import checkpoints, history
+from pipelines.journal import SUFFIX, Ended, Journal, Row, Stored, journals
+from pipelines.ledger import pointer
+from pipelines.outbox import Outbox
+from pipelines.secrets import redact
+from pipelines.storage import Place, open_place
+from pipelines.tracking import client_of, reachable
+
+PATIENCE_S = 60.0
+"""Seconds to go on trying for each run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """What became of one run's entries."""
+
+    run_name: str
+    run_id: str
+    uri: str
+    """MLflow, without secrets."""
+    source: str
+    """Journal, or folder of the run."""
+    sent: int = 0
+    """Entries that MLflow has now: it took them, or had them already."""
+    refused: int = 0
+    """Entries that it will never take; the log says why."""
+    left: int = 0
+    """Entries that still wait: it does not answer."""
+    living: bool = False
+    """Whether a process writes the run at this moment, and sends them itself."""
+
+
+def sync(where: str, patience_s: float = PATIENCE_S) -> list[Synced]:
+    """Send what waits.
+
+    Args:
+        where: Folder of runs (with a folder ``spool`` in it) or of a spool, on this machine; or
+            the folder of one run, on this machine or s3://.
+        patience_s: Seconds to go on trying for each run.
+
+    Returns:
+        What became of each run's entries; empty if nothing waits.
+
+    Raises:
+        ConfigError: If an address was kept without its password, and MLFLOW_TRACKING_URI is
+            another.
+        DataError: If there is no such folder.
+    """
+    place = open_place(where)
+    if known := pointer(place):
+        return [_sync_home(place, known, patience_s)]
+    folder = Path(place.path)
+    if place.is_s3 or not folder.is_dir():
+        raise DataError(
+            f"{where} is neither a run's folder nor a folder of this machine; name the folder of "
+            "runs whose spool holds journals (droppos-runs, say), or one run's"
+        )
+    return list(
+        _sync_spool(folder / "spool" if (folder / "spool").is_dir() else folder, patience_s)
+    )
+
+
+def _sync_spool(folder: Path, patience_s: float) -> Iterator[Synced]:
+    for path in journals(folder):
+        journal = Journal.adopt(path)
+        if journal is None:
+            run_id, _, _ = path.name.removesuffix(SUFFIX).rpartition("-")
+            yield Synced("", run_id, "", str(path), living=True)
+            continue
+        try:
+            if not _has_end(journal.pending(2**31)):  # its process was killed
+                journal.append(Ended("KILLED", int(path.stat().st_mtime * 1000)))
+            yield _send(journal, str(path), patience_s)
+        finally:
+            journal.close()
+
+
+def _has_end(entries: list[Stored]) -> bool:
+    return any(isinstance(stored.entry, Ended) for stored in entries)
+
+
+def _sync_home(home: Place, known: dict[str, str], patience_s: float) -> Synced:
+    saved = checkpoints.newest(home)
+    with TemporaryDirectory() as scratch:
+        journal = Journal.create(Path(scratch), known["uri"], known["run_id"], home.name, home.uri)
+        for row in history.read(home, saved.step) if saved else ():
+            journal.append(Row(row.step, row.time_ms, row.values))
+        synced = _send(journal, home.uri, patience_s)
+        journal.close()
+    return synced
+
+
+def _send(journal: Journal, source: str, patience_s: float) -> Synced:
+    about = journal.about
+    uri = real_uri(about.uri)
+    with reachable(uri):
+        outbox = Outbox(client_of(uri), journal, living=False)
+    outbox.close(patience_s)
+    return Synced(
+        about.run_name,
+        about.run_id,
+        about.uri,
+        source,
+        sent=outbox.sent,
+        refused=outbox.refused,
+        left=journal.left(),
+    )
+
+
+def real_uri(known: str) -> str:
+    """Find the address that was kept without its secrets.
+
+    Raises:
+        ConfigError: If it had some, and MLFLOW_TRACKING_URI is another address.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if redact(given) == known:
+        return given
+    if redact(known) != known or "***" in known:
+        raise ConfigError(
+            f"MLflow's address {known} was kept without its password; set MLFLOW_TRACKING_URI to "
+            "the whole address"
+        )
+    return known
