@@ -84,7 +84,18 @@ class About:
     home: str
     """URI of the run's folder."""
     writer: str
-    """The process that wrote the journal: a random name."""
+    """The process that wrote the journal, see `next_writer`; empty if its entries are from
+    storage."""
+
+
+def next_writer(*before: str) -> str:
+    """Name a process that writes a run; names compare like the order in which they were given.
+
+    Args:
+        before: Names of those that are known to have written it.
+    """
+    number = max((int(name[:6]) for name in before if name[:6].isdigit()), default=0)
+    return f"{number + 1:06d}-{uuid4().hex[:8]}"
 
 
 class Stored(NamedTuple):
@@ -110,15 +121,14 @@ class Journal:
         """What a full disk has not taken; it comes after all that is on disk."""
 
     @classmethod
-    def create(cls, folder: Path, uri: str, run_id: str, run_name: str, home: str) -> Self:
+    def create(cls, folder: Path, about: About) -> Self:
         """Begin a journal.
 
         Raises:
             OSError: If the folder cannot be written.
         """
-        about = About(uri, run_id, run_name, home, uuid4().hex[:8])
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{run_id}-{about.writer}{SUFFIX}"
+        path = folder / f"{about.run_id}-{about.writer}{SUFFIX}"
         file = path.open("x+b", buffering=0)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.write(_line(asdict(about)))

@@ -18,8 +18,20 @@ from typing import TYPE_CHECKING, Self
 
 from droppos.errors import ConfigError, DataError
 from pipelines.history import Logged
-from pipelines.journal import Artifact, Ended, Entry, Journal, Names, Row, Status, journals, now_ms
-from pipelines.outbox import Outbox, last_steps
+from pipelines.journal import (
+    About,
+    Artifact,
+    Ended,
+    Entry,
+    Journal,
+    Names,
+    Row,
+    Status,
+    journals,
+    next_writer,
+    now_ms,
+)
+from pipelines.outbox import Outbox, last_steps, writer_of
 from pipelines.provenance import packages, provenance
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten, to_yaml
@@ -137,12 +149,17 @@ class Ledger:
         """
         known = pointer(self._place) if self.resume else {}
         client, run = self._reach(known)
-        self.run_id = known["run_id"] if run is None else run.info.run_id
-        if run is not None:
+        before = known.get("writer", "")
+        if run is None:
+            self.run_id = known["run_id"]
+        else:
+            self.run_id = run.info.run_id
             self._params = dict(run.data.params)
             self._last, self._values = last_steps(run), dict(run.data.metrics)
-            self._point()
-        self._journal = self._begin_journal()
+            before = max(before, writer_of(run))
+        about = About(redact(self.uri), self.run_id, self.run_name, self.home, next_writer(before))
+        self._point(about)
+        self._journal = self._begin_journal(about)
         self._outbox = Outbox(client, self._journal)
         self._adopt()
         self._outbox.start()
@@ -166,23 +183,22 @@ class Ledger:
             _log.warning("%s. The run goes on, and what it logs waits in %s", error, self.spool)
             return client_of(self.uri), None
 
-    def _point(self) -> None:
+    def _point(self, about: About) -> None:
         """Have the run's folder name the MLflow run, for a start while the server is away."""
-        record = {"uri": redact(self.uri), "run_id": self.run_id}
+        record = {"uri": about.uri, "run_id": about.run_id, "writer": about.writer}
         try:
             (self._place / POINTER).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
         except DataError as error:
             _log.warning("%s was not written: %s", self._place / POINTER, error)
 
-    def _begin_journal(self) -> Journal:
-        about = (redact(self.uri), self.run_id, self.run_name, self.home)
+    def _begin_journal(self, about: About) -> Journal:
         try:
-            return Journal.create(self.spool, *about)
+            return Journal.create(self.spool, about)
         except OSError as error:  # a container's working folder may be read-only
             spool = Path(gettempdir()) / "droppos-spool"
             _log.warning("%s cannot be written (%s); taking %s", self.spool, error, spool)
             self.spool = spool
-            return Journal.create(spool, *about)
+            return Journal.create(spool, about)
 
     def _adopt(self) -> None:
         """Take over what earlier processes of this machine did not get to MLflow."""
@@ -335,7 +351,7 @@ def pointer(home: Place) -> dict[str, str]:
     """Read which MLflow run a run's folder names; nothing if it names none."""
     try:
         found = json.loads((home / POINTER).read_bytes())
-        return {name: found[name] for name in ("uri", "run_id")}
+        return {name: found[name] for name in ("uri", "run_id", "writer")}
     except (DataError, ValueError, KeyError, TypeError):
         return {}
 

@@ -6,8 +6,8 @@ entry twice does no harm: MLflow keeps one of two equal values of a metric. And 
 only grow, so what MLflow has is the beginning of what was logged: at its start the outbox asks how
 far that is, and leaves out what is not beyond.
 
-One process writes a run. The newest one puts its name into the run's tag `droppos.writer`; an
-older one finds it there and sends no more.
+One process writes a run. Their names grow (`pipelines.journal.next_writer`); the newest one puts
+its into the run's tag `droppos.writer`, an older one finds it there and sends no more.
 """
 
 import logging
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 WRITER = "droppos.writer"
 """Tag that names the process that writes the run."""
-NOBODY = "-"
-"""Its value once that process has ended the run."""
+ENDED = " ended"
+"""What is added to its value once that process has ended the run."""
 
 METRICS_PER_BATCH = 1000
 NAMES_PER_BATCH = 100
@@ -57,8 +57,8 @@ class Outbox:
         Args:
             client: Reaches the server.
             journal: What to send.
-            living: Whether this process writes the run. Otherwise what another left is sent, as
-                far as it is still true.
+            living: Whether this process writes the run. Otherwise what another left is sent, if
+                none has written the run since: a later one has gone over the same steps.
         """
         self._client = client
         self._journal = journal
@@ -106,7 +106,11 @@ class Outbox:
             self._deliver(batch)
 
     def _batches(self) -> Iterator[list[Stored]]:
-        """Cut the journal into requests: rows that follow each other, or one other entry."""
+        """Cut the journal into requests: rows that follow each other, or one other entry.
+
+        The first is empty: an older writer is to learn soon that it is none any more.
+        """
+        yield []
         while not self.superseded and time.monotonic() < self._closing_at:
             self._arrived.clear()
             found = self._journal.pending(1)
@@ -133,17 +137,18 @@ class Outbox:
                 self._look()
                 if self.superseded:
                     return
-                self._send(batch)
+                if batch:
+                    self._send(batch)
+                    self._journal.take(batch[-1].end)
                 self.failing = False
                 self.sent += len(batch)
-                self._journal.take(batch[-1].end)
                 return
             # MLflow lets boto's own errors through when its artifacts are on S3.
             except (
                 *(MlflowException, OSError, SQLAlchemyError),
                 *(Boto3Error, BotoCoreError, ClientError),
             ) as error:
-                if getattr(error, "error_code", None) in _HOPELESS:
+                if batch and getattr(error, "error_code", None) in _HOPELESS:
                     kind = type(batch[0].entry).__name__
                     _log.warning("MLflow cannot take a %s: %s", kind, redact(str(error)))
                     self.refused += len(batch)
@@ -154,36 +159,42 @@ class Outbox:
             pause = min(2 * pause, longest)
 
     def _look(self) -> None:
-        """Find out how far MLflow is, and now and then, whether this process still writes the run.
+        """Find out how far MLflow is, and now and then, whether another writes the run now.
 
         Raises:
             MlflowException: If the server is away.
         """
         if self._floor is None:
-            self._floor = self._begin()
-            self._looked_at = time.monotonic()
+            self._floor = last_steps(self._claim() if self._living else self._inherit())
         elif self._living and time.monotonic() > self._looked_at + LOOK_S:
-            self.superseded = self._writer(self._client.get_run(self._run_id)) != self._name
-            self._looked_at = time.monotonic()
+            self._judge(self._client.get_run(self._run_id))
+        else:
+            return
+        self._looked_at = time.monotonic()
 
-    def _begin(self) -> dict[str, int]:
+    def _claim(self) -> "Run":
+        run = self._inherit()
+        before = writer_of(run)
+        if self.superseded or before == self._name:
+            return run
+        self._client.set_tag(self._run_id, WRITER, self._name)
+        if before and not before.endswith(ENDED):
+            # It was killed, or writes still and is about to learn that it should not.
+            self._closing.wait(SETTLE_S)
+            run = self._client.get_run(self._run_id)
+        return run
+
+    def _inherit(self) -> "Run":
         run = self._client.get_run(self._run_id)
-        before = self._writer(run)
-        if self._living and before != self._name:
-            self._client.set_tag(self._run_id, WRITER, self._name)
-            if before != NOBODY:
-                # It was killed, or writes still and is about to learn that it should not.
-                self._closing.wait(SETTLE_S)
-                run = self._client.get_run(self._run_id)
-        return last_steps(run)
+        self._judge(run)
+        return run
+
+    def _judge(self, run: "Run") -> None:
+        self.superseded = bool(self._name) and writer_of(run).removesuffix(ENDED) > self._name
 
     @property
     def _name(self) -> str:
         return self._journal.about.writer
-
-    @staticmethod
-    def _writer(run: "Run") -> str:
-        return run.data.tags.get(WRITER, NOBODY)
 
     def _send(self, batch: Sequence[Stored]) -> None:
         client, run_id = self._client, self._run_id
@@ -192,9 +203,8 @@ class Outbox:
                 if metrics := self._metrics(batch):
                     client.log_batch(run_id, metrics=metrics, synchronous=True)
             case Names(params, tags):
-                if self._is_newest():
-                    self._send_names(params, tags)
-            case Artifact(name, content) if self._is_newest():
+                self._send_names(params, tags)
+            case Artifact(name, content):
                 folder, _, base = name.rpartition("/")
                 with TemporaryDirectory() as scratch:  # MLflow names it as it is called there
                     (Path(scratch) / base).write_bytes(content)
@@ -202,13 +212,9 @@ class Outbox:
             case Ended(status, time_ms):
                 self._looked_at = float("-inf")
                 self._look()
-                if not self.superseded and self._is_newest():
+                if not self.superseded:
                     client.set_terminated(run_id, status, time_ms)
-                    client.set_tag(run_id, WRITER, NOBODY)
-
-    def _is_newest(self) -> bool:
-        """Tell whether nobody has written the run after the writer of this journal."""
-        return self._living or self._writer(self._client.get_run(self._run_id)) == self._name
+                    client.set_tag(run_id, WRITER, self._name + ENDED)
 
     def _send_names(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -231,6 +237,11 @@ class Outbox:
             for name, value in row.values.items()
             if row.step > floor.get(name, -1)
         ]
+
+
+def writer_of(run: "Run") -> str:
+    """Name the process that writes a run, or has ended it; empty if none ever did."""
+    return run.data.tags.get(WRITER, "")
 
 
 def last_steps(run: "Run") -> dict[str, int]:

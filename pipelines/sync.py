@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints, history
-from pipelines.journal import SUFFIX, Ended, Journal, Row, Stored, journals
+from pipelines.journal import About, Ended, Journal, Row, Stored, journals
 from pipelines.ledger import pointer
 from pipelines.outbox import Outbox
 from pipelines.secrets import redact
@@ -39,6 +39,8 @@ class Synced:
     """Entries that it will never take; the log says why."""
     left: int = 0
     """Entries that still wait: it does not answer."""
+    overtaken: int = 0
+    """Entries of a past that a later process has gone over again; they are dropped."""
     living: bool = False
     """Whether a process writes the run at this moment, and sends them itself."""
 
@@ -77,8 +79,7 @@ def _sync_spool(folder: Path, patience_s: float) -> Iterator[Synced]:
     for path in journals(folder):
         journal = Journal.adopt(path)
         if journal is None:
-            run_id, _, _ = path.name.removesuffix(SUFFIX).rpartition("-")
-            yield Synced("", run_id, "", str(path), living=True)
+            yield Synced("", path.name.partition("-")[0], "", str(path), living=True)
             continue
         try:
             if not _has_end(journal.pending(2**31)):  # its process was killed
@@ -95,7 +96,8 @@ def _has_end(entries: list[Stored]) -> bool:
 def _sync_home(home: Place, known: dict[str, str], patience_s: float) -> Synced:
     saved = checkpoints.newest(home)
     with TemporaryDirectory() as scratch:
-        journal = Journal.create(Path(scratch), known["uri"], known["run_id"], home.name, home.uri)
+        about = About(known["uri"], known["run_id"], home.name, home.uri, writer="")
+        journal = Journal.create(Path(scratch), about)
         for row in history.read(home, saved.step) if saved else ():
             journal.append(Row(row.step, row.time_ms, row.values))
         synced = _send(journal, home.uri, patience_s)
@@ -109,6 +111,9 @@ def _send(journal: Journal, source: str, patience_s: float) -> Synced:
     with reachable(uri):
         outbox = Outbox(client_of(uri), journal, living=False)
     outbox.close(patience_s)
+    overtaken = journal.pending(2**31) if outbox.superseded else []
+    if overtaken:
+        journal.take(overtaken[-1].end)
     return Synced(
         about.run_name,
         about.run_id,
@@ -117,6 +122,7 @@ def _send(journal: Journal, source: str, patience_s: float) -> Synced:
         sent=outbox.sent,
         refused=outbox.refused,
         left=journal.left(),
+        overtaken=len(overtaken),
     )
 
 

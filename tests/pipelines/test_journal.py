@@ -13,13 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import journal as module
-from pipelines.journal import Artifact, Ended, Entry, Journal, Names, Row, journals
+from pipelines.journal import (
+    About,
+    Artifact,
+    Ended,
+    Entry,
+    Journal,
+    Names,
+    Row,
+    journals,
+    next_writer,
+)
 
-ABOUT = ("sqlite:///x", "run1", "a run", "/runs/a")
+ABOUT = About("sqlite:///x", "run1", "a run", "/runs/a", "000001-abc")
 
 
 def create(folder: Path) -> Journal:
-    return Journal.create(folder, *ABOUT)
+    return Journal.create(folder, ABOUT)
 
 
 def adopted(path: Path) -> closing[Journal]:
@@ -183,3 +193,11 @@ def test_a_full_disk_loses_nothing_and_raises_nothing(tmp_path: Path) -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+def test_names_of_writers_grow() -> None:
+    names = [next_writer()]
+    for _ in range(20):
+        names.append(next_writer(*names[-2:]))
+    assert names == sorted(names)
+    assert next_writer(names[-1] + " ended", "") > names[-1] + " ended"

@@ -1,11 +1,10 @@
 import json
-import logging
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread, current_thread
@@ -16,13 +15,16 @@ import requests
 import torch
 from mlflow.tracking import MlflowClient
 
-from droppos.errors import ConfigError
-from pipelines import checkpoints, stored_state
+from droppos.errors import ConfigError, DataError
+from pipelines import checkpoints, outbox, stored_state
+from pipelines.history import HistoryWriter
+from pipelines.journal import About, Artifact, Ended, Journal, Row, journals
 from pipelines.ledger import Ledger
-from pipelines.local_mlflow import free_port, mlflow_server
+from pipelines.local_mlflow import LocalMlflow, free_port, mlflow_server
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.secrets import redact
 from pipelines.storage import open_place
+from pipelines.sync import sync
 from pipelines.tracking import local_folder, open_command, tracking_uri
 
 # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
@@ -249,46 +251,203 @@ def test_an_mlflow_that_is_none_is_an_error_soon(where: Any, tmp_path: Path) -> 
     assert "hunter2" not in str(info.value)
 
 
-@pytest.mark.slow
-def test_a_server_that_stops_in_mid_run_holds_nothing_up(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_the_newest_process_writes_and_an_older_one_sends_no_more(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training goes on; what was logged meanwhile is spooled, and the run goes on later."""
-    caplog.set_level(logging.WARNING)
+    """A second driver takes the run over; what the first one still says is not doubled."""
+    monkeypatch.setattr(outbox, "LOOK_S", 0.2)
+    monkeypatch.setattr(outbox, "SETTLE_S", 1.0)
+    older = ledger(uri, tmp_path)
+    older.__enter__()
+    for step in range(5):
+        older.log(step, {"loss": step})
+    wait_for(lambda: history(uri, older.run_id, "loss") == [(i, i) for i in range(5)])
+    with ledger(uri, tmp_path, resume=True) as newer:
+        assert newer.run_id == older.run_id
+        time.sleep(1.5)  # the older one has time to look, when it next has something to send
+        for step in range(5, 20):
+            older.log(step, {"loss": -step})
+            newer.log(step, {"loss": step})
+        older.finish("FAILED")
+        assert "another process has taken the run over" in caplog.text
+        assert MlflowClient(uri).get_run(newer.run_id).info.status == "RUNNING"
+        synced, living = sorted(sync(str(tmp_path)), key=lambda one: one.living)
+        assert synced.sent == 0 < synced.overtaken
+        assert living.living
+    assert history(uri, newer.run_id, "loss") == [(step, step) for step in range(20)]
+    assert MlflowClient(uri).get_run(newer.run_id).info.status == "FINISHED"
+    assert sync(str(tmp_path)) == []
+
+
+def test_a_resumed_run_takes_over_what_a_killed_one_left(uri: str, tmp_path: Path) -> None:
+    with ledger(uri, tmp_path) as first:
+        first.log(0, {"loss": 0})
+    left = Journal.create(
+        tmp_path / "spool", About(uri, first.run_id, "a run", first.home, "000002-abc")
+    )
+    for step in range(1, 5):
+        left.append(Row(step, 1000 + step, {"loss": step}))
+    left.append(Artifact("note.txt", b"hello"))
+    left.append(Ended("KILLED", 5000))
+    left._file.close()  # as when its process is killed
+    with ledger(uri, tmp_path, resume=True) as second:
+        assert second.last_step("loss") == 4
+        for step in range(3, 8):  # from the checkpoint of step 3 on
+            second.log(step, {"loss": step})
+    run = MlflowClient(uri).get_run(first.run_id)
+    assert history(uri, first.run_id, "loss") == [(step, step) for step in range(8)]
+    assert run.info.status == "FINISHED"
+    assert [file.path for file in MlflowClient(uri).list_artifacts(first.run_id)] == ["note.txt"]
+    assert journals(tmp_path / "spool") == []
+
+
+def test_a_run_is_made_whole_from_its_history_in_storage(uri: str, tmp_path: Path) -> None:
+    """Its driver died with its machine, journal and all, and MLflow lacks what it had not sent."""
+    home = open_place(str(tmp_path / "run"))
+    writer = HistoryWriter(home, "group", 0)
+    rows = [writer.add(step, {"loss": step}) for step in range(10)]
+    with ledger(uri, tmp_path) as first:
+        first.replay(iter(rows[:4]))
+    writer.cut(10)()
+    writer.committed()
+    writer.add(10, {"loss": 10})
+    writer.cut(20)()  # of a checkpoint that does not count
+    stored_state.save(home, 10, {"model": {"w": torch.ones(2)}}, {}, checkpoints.Retention(1))
+    (synced,) = sync(home.uri)
+    assert (synced.sent, synced.left, synced.refused) == (10, 0, 0)
+    assert history(uri, first.run_id, "loss") == [(step, step) for step in range(10)]
+
+
+def test_a_journal_of_an_address_with_a_password_asks_for_it(tmp_path: Path) -> None:
+    about = About("http://***@h", "run", "a run", "/runs/a", "000001-abc")
+    with closing(Journal.create(tmp_path, about)) as left:
+        left.append(Row(1, 0, {"loss": 1}))
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        sync(str(tmp_path))
+    assert len(journals(tmp_path)) == 1
+
+
+def test_a_place_that_is_no_folder_of_runs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="name the folder of runs"):
+        sync(str(tmp_path / "missing"))
+
+
+def test_values_of_secret_variables_are_blotted_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "abcdef123456")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
+    monkeypatch.setenv("PASSWORD_FILE", "/run/secrets/password")
+    text = "run --x abcdef123456 wJalrXUtnFEMI/K7MDENG /run/secrets/password"
+    assert redact(text) == "run --x *** *** /run/secrets/password"
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def driver(uri: str, folder: str) -> None:
+    """Log a step whenever a line comes in; runs in a process of its own, to be killed."""
+    with ledger(uri, Path(folder), resume=True, patience_s=20) as ours:
+        print(ours.run_id, flush=True)
+        for line in sys.stdin:
+            ours.log(int(line), {"loss": int(line), "images_per_s": 1.0})
+            print("logged", flush=True)
+
+
+class Driver:
+    """A process that logs steps as it is told."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        code = "import sys; from tests.pipelines.test_ledger import driver; driver(*sys.argv[1:])"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code, uri, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout and self._process.stdin
+        self._said, self._told = self._process.stdout, self._process.stdin
+        self.run_id = self._said.readline().strip()
+
+    def log(self, steps: range) -> None:
+        for step in steps:
+            self._told.write(f"{step}\n")
+            self._told.flush()
+            assert self._said.readline() == "logged\n"
+
+    def end(self) -> None:
+        self._told.close()
+        self._process.wait(60)
+        self._said.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(60)
+        self._told.close()
+        self._said.close()
+
+
+@pytest.mark.slow
+def test_outages_and_kills_leave_a_whole_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server goes and comes in mid-run; the driver is killed with its journal full, twice."""
+    monkeypatch.setattr(outbox, "SETTLE_S", 0.5)
+    server = LocalMlflow(tmp_path / "server")
+    server.start()
+    try:
+        first = Driver(server.uri, tmp_path)
+        first.log(range(50))
+        wait_for(lambda: len(history(server.uri, first.run_id, "loss")) == 50)
+        server.kill()
+        first.log(range(50, 600))
+        server.start()
+        wait_for(lambda: len(history(server.uri, first.run_id, "loss")) == 600)
+        server.kill()
+        first.log(range(600, 900))
+        first.kill()
+
+        # It goes on while the server is still away, from a checkpoint at step 700, and is killed.
+        second = Driver(server.uri, tmp_path)
+        assert second.run_id == first.run_id
+        second.log(range(700, 1000))
+        second.kill()
+        server.start()
+        (synced,) = sync(str(tmp_path))
+        assert (synced.left, synced.refused) == (0, 0)
+        assert MlflowClient(server.uri).get_run(first.run_id).info.status == "KILLED"
+        assert history(server.uri, first.run_id, "loss") == [(i, i) for i in range(1000)]
+
+        third = Driver(server.uri, tmp_path)
+        third.log(range(900, 1100))
+        third.end()
+        for name, value in ("loss", None), ("images_per_s", 1.0):
+            expected = [(i, i if value is None else value) for i in range(1100)]
+            assert history(server.uri, first.run_id, name) == expected
+        assert MlflowClient(server.uri).get_run(first.run_id).info.status == "FINISHED"
+        assert journals(tmp_path / "spool") == []
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_whoever_logs_waits_for_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     send, senders = requests.Session.send, list[str]()
 
     def noted(*args: Any, **options: Any) -> requests.Response:
         senders.append(current_thread().name)
         return send(*args, **options)
 
-    def log(ours: Ledger, steps: range) -> None:
-        for step in steps:
-            ours.log(step, {"loss": step, "images_per_s": 1.0})
-            time.sleep(0.001)
-
-    port = free_port()
-    with mlflow_server(tmp_path / "server", port) as uri:
-        ours = ledger(uri, tmp_path, patience_s=3)
+    with mlflow_server(tmp_path / "server") as uri:
+        ours = ledger(uri, tmp_path)
         ours.__enter__()
         monkeypatch.setattr(requests.Session, "send", noted)
-        log(ours, range(50))
-        time.sleep(3)
-    log(ours, range(50, 2000))
-    ours.picture(Path(__file__), "test.py")
-    ours.__exit__(None, None, None)
-    # Who logs asks nothing of a server, so no server can hold it up.
-    assert set(senders) == {"ledger"}
-    monkeypatch.undo()
-    assert "did not reach MLflow" in caplog.text
-    lines = (tmp_path / "spool" / f"{ours.run_id}.jsonl").read_text().splitlines()
-    spooled = [json.loads(line) for line in lines]
-    assert [e["step"] for e in spooled if e.get("metric") == "loss"] == list(range(50, 2000))
-    assert [e["kind"] for e in spooled[-2:]] == ["File", "Ended"]
-
-    with mlflow_server(tmp_path / "server", port) as uri:
-        with ledger(uri, tmp_path, resume=True) as again:
-            assert again.run_id == ours.run_id
-            assert again.last_step == 49
-            log(again, range(40, 60))
-        assert history(uri, ours.run_id, "loss") == [(step, step) for step in range(60)]
-        assert MlflowClient(uri).get_run(ours.run_id).info.status == "FINISHED"
+        for step in range(100):
+            ours.log(step, {"loss": step})
+            ours.text("note.txt", "hello")
+        ours.finish("FINISHED")
+        monkeypatch.undo()
+        assert set(senders) == {"ledger"}
+        assert len(history(uri, ours.run_id, "loss")) == 100
