@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from droppos.errors import DataError
-from pipelines.events import Events
+from pipelines.cost import Cost
+from pipelines.events import Event, Events
 from pipelines.ledger import Ledger
+from pipelines.machine import over_nodes
 from pipelines.news import told
+from pipelines.provenance import workers_hardware
 from pipelines.skipped import FILE, Skipped
 
 _log = logging.getLogger(__name__)
@@ -19,10 +22,15 @@ OnEvent = Callable[[Mapping[str, Any]], None]
 class Heard:
     """Takes what workers say to the ledger and to whoever listens."""
 
-    def __init__(self, ledger: Ledger, skipped: Skipped, on_event: OnEvent | None) -> None:
+    def __init__(
+        self, ledger: Ledger, skipped: Skipped, cost: Cost, on_event: OnEvent | None
+    ) -> None:
         self._ledger = ledger
         self._skipped = skipped
+        self._cost = cost
         self._on_event = on_event
+        self._workers: dict[int, Event] = {}
+        self._machines: dict[str, Mapping[str, float]] = {}
         self._away = False
         self._counted = 0
         self.last: dict[str, float] = {}
@@ -48,8 +56,13 @@ class Heard:
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event."""
         match event["kind"]:
+            case "started":
+                self._begin(event)
+            case "machine":
+                self._machines[event["node"]] = event["values"]
+                return  # nobody else wants to know
             case "metrics":
-                values = {**event["values"], **self._newly_skipped(event["values"])}
+                values = {**event["values"], **self._own(event["values"])}
                 self.last |= values
                 self._ledger.log(event["step"], values, event.get("time_ms"))
             case "skipped":
@@ -61,13 +74,26 @@ class Heard:
         elif (news := told(event)) is not None:
             _log.warning("%s", news)
 
-    def _newly_skipped(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Count the skipped pictures, if there are more than when they were last counted.
+    def _begin(self, event: Event) -> None:
+        """Learn that a worker of a group is there; rank by rank, in any order."""
+        if event["rank"] in self._workers:  # of a new group
+            self._workers.clear()
+            self._machines.clear()
+        self._workers[event["rank"]] = event
+        if len(self._workers) == event["workers"]:
+            self._cost.hold(event["workers"])
+            self._ledger.tag(workers_hardware(self._workers.values()))
+
+    def _own(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Add what only the driver knows.
 
         With rank 0's metrics, whose steps only grow: what one rank tells of a step may come after
         what another tells of the next, and the ledger takes no step twice.
         """
-        if "train/loss" not in values or len(self._skipped) == self._counted:
+        if "train/loss" not in values:
             return {}
-        self._counted = len(self._skipped)
-        return {"data/pictures_skipped": self._counted}
+        own = self._cost.metrics() | over_nodes(self._machines.values())
+        if len(self._skipped) != self._counted:
+            self._counted = len(self._skipped)
+            own["data/pictures_skipped"] = self._counted
+        return own

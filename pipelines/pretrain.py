@@ -14,6 +14,7 @@ from droppos.errors import ConfigError, DataError, DropposError
 from pipelines import checkpoints, history
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import connect, gpu_workers
+from pipelines.cost import HOURS, Cost
 from pipelines.facts import check_resume
 from pipelines.gallery import draw_gallery
 from pipelines.heard import Heard, OnEvent
@@ -21,6 +22,7 @@ from pipelines.holdout import load_pictures
 from pipelines.ledger import Ledger
 from pipelines.order import Schedule
 from pipelines.passed import FILE as PASSED_FILE
+from pipelines.provenance import cluster_hardware
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import to_yaml
 from pipelines.shards import load_manifest
@@ -109,7 +111,10 @@ def pretrain(
         )
         if saved is not None:
             replay(ledger, home, saved)
-        heard = Heard(ledger, skipped, on_event)
+        ledger.tag(cluster_hardware())
+        hours = 0.0 if saved is None else ledger.last_value(HOURS)
+        cost = Cost(hours, recipe.tracking.price_per_worker_hour)
+        heard = Heard(ledger, skipped, cost, on_event)
         heard.event(
             {
                 "kind": "plan",

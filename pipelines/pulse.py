@@ -11,23 +11,30 @@ from types import TracebackType
 from typing import Self
 
 import ray
+import ray.train
 
 from pipelines.events import Events
+from pipelines.machine import SAMPLE_S, Machine
 
 EVERY_S = 0.5
 """Seconds between two beats; only changes, and one beat in twenty, are sent."""
+SAMPLES = round(SAMPLE_S / EVERY_S)
+"""Beats between two looks at the node."""
 
 
 class Pulse:
     """Sends what this worker does whenever that has changed, and a sign of life in between.
 
-    Rank 0's also asks what the driver wishes, so that no step has to.
+    Rank 0's also asks what the driver wishes, so that no step has to; the first one's of each node
+    looks how busy the node is.
     """
 
     def __init__(self, events: Events, rank: int) -> None:
         self._events = events
         self._rank = rank
         self._node = ray.get_runtime_context().get_node_id()
+        first_of_node = ray.train.get_context().get_local_rank() == 0
+        self._machine = Machine() if first_of_node else None
         self._doing = "starting"
         self._step = 0
         self._ended = threading.Event()
@@ -70,5 +77,8 @@ class Pulse:
                         "step": now[1],
                     }
                 )
+            if self._machine is not None and beats % SAMPLES == 1:
+                values = self._machine.sample()
+                self._events.send({"kind": "machine", "node": self._node, "values": values})
             if self._rank == 0:
                 self._events.ask()

@@ -216,8 +216,18 @@ class Tracking:
     run's storage, or in ./droppos-runs of the driver's machine when that is s3://."""
     experiment: str = "droppos"
     """MLflow experiment."""
+    price_per_worker_hour: float | None = None
+    """What one worker costs an hour, in any currency: its GPU and its share of the nodes that
+    decode. With it, cost/price stands beside cost/worker_hours."""
 
     def __post_init__(self) -> None:
+        require(
+            self.price_per_worker_hour is None or 0 <= self.price_per_worker_hour < float("inf"),
+            "tracking.price_per_worker_hour",
+            self.price_per_worker_hour,
+            "0 or more, or none",
+            "none leaves the price out",
+        )
         if self.uri is not None and "@" in urlsplit(self.uri).netloc:
             raise ConfigError(
                 "tracking.uri must not hold a user or password, for recipes are written to "

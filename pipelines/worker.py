@@ -23,6 +23,7 @@ from pipelines.holdout import Holdout
 from pipelines.job import Job
 from pipelines.keeper import Keeper
 from pipelines.kept_state import restore
+from pipelines.machine import device_name
 from pipelines.pace import Pace
 from pipelines.passed import PassedOver
 from pipelines.proof import Proof
@@ -71,6 +72,7 @@ def _train(job: Job, pulse: Pulse) -> None:
             "rank": dist.get_rank(),
             "workers": dist.get_world_size(),
             "pid": os.getpid(),
+            "device": device_name(state.device),
             "node": ray.get_runtime_context().get_node_id(),
         }
     )

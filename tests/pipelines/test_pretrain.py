@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from droppos.config import Compute, Method, Optim
 from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints
 from pipelines.evaluate import evaluate
 from pipelines.export import export_checkpoint
+from pipelines.history import curves
 from pipelines.holdout import measure_checkpoint
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
@@ -65,13 +67,11 @@ def recipe(bucket: str, s3_env: S3Server, ray_cluster: None, tmp_path: Path) -> 
             keep_checkpoints=2,
         ),
         measure=Measure(every_epochs=2, mask_ratio=0.25, pictures=20),
-        tracking=Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db"),
+        tracking=Tracking(uri=f"sqlite:///{tmp_path}/mlflow.db", price_per_worker_hour=2),
     )
 
 
 def history(recipe: Recipe, outcome: Outcome, metric: str) -> list[tuple[int, float]]:
-    from mlflow.tracking import MlflowClient
-
     client = MlflowClient(tracking_uri=recipe.tracking.uri)
     found = client.get_metric_history(outcome.tracking_run, metric)
     return sorted((point.step, point.value) for point in found)
@@ -98,6 +98,13 @@ def test_from_pictures_to_a_backbone_over_s3(recipe: Recipe, tmp_path: Path, buc
         "reassembly.png", "confusion.png", "curves.png"
     }  # fmt: skip
     assert not any((tmp_path / "mlruns").glob("*"))
+    assert curves(home, STEPS)["train/loss"] == history(recipe, outcome, "train/loss")
+    recorded = MlflowClient(tracking_uri=recipe.tracking.uri).get_run(outcome.tracking_run).data
+    assert recorded.tags["hardware.workers"].startswith("2 x ")
+    assert float(recorded.tags["hardware.cpus"]) > 0
+    assert "command" in recorded.tags
+    assert 0 < recorded.metrics["system/cpu_percent"] <= 100
+    assert recorded.metrics["cost/price"] == 2 * recorded.metrics["cost/worker_hours"] > 0
 
     report = export_checkpoint(recipe.home, str(tmp_path / "backbone"))
     assert report.largest_difference <= 1e-5
