@@ -19,13 +19,15 @@ from rich.markup import escape
 
 from droppos.errors import ConfigError, DropposError
 from pipelines import recipe_file
-from pipelines.recipe import Measure, Recipe
+from pipelines.recipe import Measure, Recipe, Run, Tracking
 
 if TYPE_CHECKING:
     from pipelines.search_outcome import SearchOutcome
     from pipelines.search_screen import SearchScreen
 
 DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."
+
+STORAGE, EXPERIMENT = Run().storage, Tracking().experiment
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
@@ -98,6 +100,73 @@ def pretrain(
     show_outcome(console, recipe, outcome)
     if not outcome.finished:
         sys.exit(130)
+
+
+def resume(
+    run: tyro.conf.Positional[str],
+    allow_changes: bool = False,
+    uri: str | None = None,
+    experiment: str = EXPERIMENT,
+    storage: str = STORAGE,
+) -> None:
+    """Go on with a pre-training run, found by its name in MLflow, as its recipe says.
+
+    Args:
+        run: Name of the run, or its id.
+        allow_changes: Go on even if the data differ from the checkpoint's.
+        uri: MLflow server or database, where runs of `storage` are tracked when not given.
+        experiment: MLflow experiment.
+        storage: Folder of runs.
+    """
+    from pipelines.runs import Registry, recipe_of
+
+    recipe = recipe_of(Registry(uri, experiment, storage).run(run))
+    pretrain("", resume=True, allow_changes=allow_changes, recipe=recipe)
+
+
+def runs(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    uri: str | None = None,
+    experiment: str = EXPERIMENT,
+    storage: str = STORAGE,
+    most: int = 20,
+) -> None:
+    """List runs, show one, or compare several.
+
+    Args:
+        names: Names or ids of runs; without any, the newest are listed.
+        uri: MLflow server or database, where runs of `storage` are tracked when not given.
+        experiment: MLflow experiment.
+        storage: Folder of runs.
+        most: Runs to list.
+    """
+    from pipelines import runs_report
+    from pipelines.runs import Registry
+
+    registry = Registry(uri, experiment, storage)
+    match names:
+        case ():
+            runs_report.show_runs(console, registry.newest(most))
+        case (name,):
+            runs_report.show_run(console, registry.run(name))
+        case _:
+            runs_report.show_comparison(console, registry.compare(names))
+
+
+def sync(where: tyro.conf.Positional[str] = STORAGE) -> None:
+    """Send to MLflow what killed processes, or an outage, left behind.
+
+    Args:
+        where: Folder of runs, or of one run (s3:// too).
+    """
+    from pipelines.runs_report import show_synced
+    from pipelines.sync import sync as job
+
+    with console.status("sending"):
+        synced = job(where)
+    show_synced(console, synced)
+    if any(one.left for one in synced):
+        sys.exit(1)
 
 
 def search(
@@ -310,6 +379,9 @@ COMMANDS = {
     "drill": drill,
     "prepare": prepare,
     "pretrain": pretrain,
+    "resume": resume,
+    "runs": runs,
+    "sync": sync,
     "search": search,
     "export": export,
     "evaluate": evaluate,

@@ -6,6 +6,7 @@ The jobs are named for their types only: `droppos prepare` should not wait for t
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -246,7 +247,7 @@ def show_demo(console: Console, report: DemoReport) -> None:
     _mlflow(console, report.recipe)
 
 
-def print_table(console: Console, title: str, rows: list[Row]) -> None:
+def print_table(console: Console, title: str, rows: Sequence[Row]) -> None:
     """Print names and values; paths below, in one piece, to be copied."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
     table.add_column(style="dim")

@@ -1,0 +1,204 @@
+"""Runs as MLflow knows them: which there are, what one did, and how two differ."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import yaml
+
+from droppos.errors import ConfigError, DataError
+from pipelines.ledger import HOME
+from pipelines.recipe import Recipe, Run, Tracking
+from pipelines.recipe_file import flatten, from_dict
+from pipelines.storage import open_place
+from pipelines.tracking import client_of, reachable, sqlite_file, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
+    from mlflow.tracking import MlflowClient
+
+RECIPE = "recipe.yaml"
+"""File of a run's folder with its recipe."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """One run."""
+
+    run_id: str
+    name: str
+    status: str
+    """MLflow's word: RUNNING (or killed with nobody to say so), FINISHED, FAILED, KILLED."""
+    home: str
+    """URI of the run's folder; empty if droppos did not make the run."""
+    parent: str
+    """Id of the search or run it is a part of; empty if of none."""
+    started: datetime
+    seconds: float
+    """From its start to its end, or until now; pauses between starts count."""
+    step: int
+    """Last step that was logged; -1 if none was."""
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Last value of each."""
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """Fields that differ from the defaults, as the run has them now."""
+        defaults = {name: str(value) for name, value in flatten(Recipe()).items()}
+        return {
+            name: value for name, value in self.fields.items() if value != defaults.get(name, value)
+        }
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """All fields, those that a resume changed as they were changed to."""
+        later = {
+            name.removeprefix("changed."): value
+            for name, value in self.tags.items()
+            if name.startswith("changed.")
+        }
+        return {**self.params, **later}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Runs side by side."""
+
+    runs: Sequence[RunFacts]
+    fields: Mapping[str, Sequence[str]]
+    """Fields in which they differ, with each run's value; "-" where a run has none."""
+    metrics: Mapping[str, Sequence[float | None]]
+    """Each metric's last value in each run."""
+
+
+class Registry:
+    """The runs of one MLflow experiment."""
+
+    def __init__(self, uri: str | None, experiment: str, storage: str = Run().storage) -> None:
+        """Reach MLflow.
+
+        Args:
+            uri: Tracking server or database; where runs of ``storage`` are tracked if not given.
+            experiment: Its experiment.
+            storage: Folder of runs.
+
+        Raises:
+            ConfigError: If MLflow cannot be reached.
+            DataError: If there is no database, or no such experiment.
+        """
+        recipe = Recipe(run=Run(storage=storage), tracking=Tracking(uri=uri))
+        self.uri = tracking_uri(recipe)
+        file = sqlite_file(self.uri)
+        if file is not None and not file.exists():
+            raise DataError(
+                f"there are no runs: {file} does not exist; name the server or database with "
+                "--uri (or MLFLOW_TRACKING_URI), or the folder of runs with --storage"
+            )
+        with reachable(self.uri):
+            self._client: MlflowClient = client_of(self.uri)
+            experiments = {each.name: each for each in self._client.search_experiments()}
+        if experiment not in experiments:
+            raise DataError(
+                f"MLflow has no experiment {experiment!r}; it has {', '.join(sorted(experiments))}: "
+                "name one with --experiment"
+            )
+        self._experiment = experiments[experiment].experiment_id
+
+    def newest(self, most: int) -> list[RunFacts]:
+        """List the newest runs, the newest first, trials of searches left out."""
+        return list(self._found("", most, parts=False))
+
+    def run(self, name: str) -> RunFacts:
+        """Find a run by its name (the newest of that name), its id, or the id's beginning.
+
+        Raises:
+            DataError: If there is none, or an id's beginning fits several.
+        """
+        quote = '"' if "'" in name else "'"
+        for run in self._found(f"attributes.run_name = {quote}{name}{quote}", 1, parts=True):
+            return run
+        fitting = [run for run in self._found("", 1000, parts=True) if run.run_id.startswith(name)]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise DataError(f"{len(fitting)} runs have an id that begins with {name}; write more")
+        known = ", ".join(run.name for run in self.newest(5)) or "none"
+        raise DataError(f"MLflow at {self.uri} has no run {name!r}; the newest are: {known}")
+
+    def compare(self, names: Sequence[str]) -> Comparison:
+        """Put runs side by side.
+
+        Raises:
+            DataError: As of `run`.
+        """
+        runs = [self.run(name) for name in names]
+        fields = {
+            name: [run.fields.get(name, "-") for run in runs]
+            for name in sorted({name for run in runs for name in run.fields})
+        }
+        metrics = {
+            name: [run.metrics.get(name) for run in runs]
+            for name in sorted({name for run in runs for name in run.metrics})
+        }
+        differing = {name: values for name, values in fields.items() if len(set(values)) > 1}
+        return Comparison(runs, differing, metrics)
+
+    def _found(self, condition: str, most: int, *, parts: bool) -> Iterator[RunFacts]:
+        """Search, the newest first, page by page."""
+        token: str | None = None
+        while most > 0:
+            with reachable(self.uri):
+                page = self._client.search_runs(
+                    [self._experiment],
+                    filter_string=condition,
+                    order_by=["attributes.start_time DESC"],
+                    max_results=min(max(most, 50), 1000),
+                    page_token=token,
+                )
+            for run in page:
+                facts = facts_of(run)
+                if (parts or not facts.parent) and most > 0:
+                    most -= 1
+                    yield facts
+            token = page.token
+            if not token:
+                return
+
+
+def facts_of(run: "MlflowRun") -> RunFacts:
+    """Read one of MLflow's runs."""
+    began, ended = run.info.start_time, run.info.end_time
+    until = datetime.now(UTC).timestamp() * 1000 if ended is None else ended
+    steps = [metric.step for metric in run.data.to_proto().metrics]
+    return RunFacts(
+        run_id=run.info.run_id,
+        name=run.info.run_name or "",
+        status=run.info.status,
+        home=run.data.tags.get(HOME, ""),
+        parent=run.data.tags.get("mlflow.parentRunId", ""),
+        started=datetime.fromtimestamp(began / 1000, UTC),
+        seconds=(until - began) / 1000,
+        step=max(steps, default=-1),
+        params=dict(run.data.params),
+        tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics),
+    )
+
+
+def recipe_of(run: RunFacts) -> Recipe:
+    """Read the recipe of a run from its folder, to go on with it.
+
+    Raises:
+        ConfigError: If the recipe is of another version of droppos.
+        DataError: If the run has no folder, or that has no recipe.
+    """
+    if not run.home:
+        raise DataError(f"run {run.name} ({run.run_id}) names no folder; droppos did not make it")
+    try:
+        content = yaml.safe_load((open_place(run.home) / RECIPE).read_bytes())
+        return from_dict(content)
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigError(f"{run.home}/{RECIPE} is no recipe: {error}") from error
