@@ -55,7 +55,7 @@ def draw_gallery(
         )
     files = [folder / f"{name}.png" for name in ("reassembly", "confusion", "curves")]
     draw_reassembly(rows, model.grid, counts.chance, files[0])
-    draw_confusion(report.offsets, files[1])
+    draw_confusion(report.offsets, report.beside_chance, files[1])
     draw_curves(
         series(history, train="train/position_loss_nats", holdout=None),
         series(history, train="train/position_accuracy", holdout="holdout/position/accuracy"),

@@ -155,6 +155,11 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
             ("  against chance", f"{times:.1f} times {position.chance:.2%}"),
             ("placed within one cell", str(position.near)),
         ]
+        if position.beside is not None:
+            rows += [
+                ("wrong ones beside the cell", str(position.beside)),
+                ("  looking at nothing", f"{position.beside_chance:.1%}"),
+            ]
     if evaluation.knn is not None:
         rows.append(("20 nearest neighbours", str(evaluation.knn)))
     if evaluation.probe is not None:
