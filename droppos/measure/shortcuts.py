@@ -106,15 +106,25 @@ class CueReport:
         return self.is_there and self.is_used
 
     @property
-    def sentence(self) -> str:
-        """Tell the evidence in words."""
-        tells = f"{NAMES[self.cue]}: tell the cell {self.probe.times_chance:.1f} times chance"
+    def name(self) -> str:
+        """What people call it."""
+        return NAMES[self.cue]
+
+    @property
+    def verdict(self) -> str:
+        """Tell in a word or two."""
+        if not self.is_there:
+            return "not there"
+        if self.carried is None:
+            return "there"
+        return "shortcut" if self.is_used else "there, not used"
+
+    @property
+    def weight(self) -> float:
+        """Share of the skill that rests on it, by the stronger of two measurements."""
         if self.carried is None or self.missed is None:
-            return f"{tells}; {'there' if self.is_there else 'not there'}"
-        carry = f"carry {self.carried} of the skill; {self.missed} is lost without"
-        if self.is_shortcut:
-            return f"SHORTCUT {tells}, {carry}"
-        return f"{tells}, {carry}; {'there, not used' if self.is_there else 'not there'}"
+            return 0.0
+        return max(self.carried.value, self.missed.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,24 +140,18 @@ class ShortcutReport:
     @property
     def found(self) -> tuple[CueReport, ...]:
         """The shortcuts, the heaviest first."""
-        weight = {
-            cue.cue: max(cue.carried.value, cue.missed.value)
-            for cue in self.cues
-            if (cue.carried is not None and cue.missed is not None)
-        }
-        return tuple(
-            sorted((cue for cue in self.cues if cue.is_shortcut), key=lambda cue: -weight[cue.cue])
-        )
+        shortcuts = [cue for cue in self.cues if cue.is_shortcut]
+        return tuple(sorted(shortcuts, key=lambda cue: -cue.weight))
 
     @property
     def verdict(self) -> str:
         """Tell in a sentence whether the task is solved by content."""
-        there = " and ".join(NAMES[cue.cue] for cue in self.cues if cue.is_there)
+        there = " and ".join(cue.name for cue in self.cues if cue.is_there)
         if self.survives is None:
             have = f", though the pictures have {there}" if there else ""
             return f"the model places nothing yet, so takes no shortcut{have}"
         if self.found:
-            names = " and ".join(NAMES[cue.cue] for cue in self.found)
+            names = " and ".join(cue.name for cue in self.found)
             return (
                 f"shortcut: {names}; {self.survives} of the skill survives without a scene. "
                 "Crop, mask or re-encode the pictures so that it goes, and train again"
