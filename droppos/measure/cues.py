@@ -178,7 +178,7 @@ def _marks(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Float[Ten
     """Take a patch's pixels, without mean and slope: a mark is the same in each picture."""
     cells = _cells(pictures, grid)
     grey = cells.mean(dim=2)
-    side = [min(PIXELS, length) for length in grey.shape[2:]]
+    side = (min(PIXELS, grey.shape[2]), min(PIXELS, grey.shape[3]))
     detail = _detail(F.adaptive_avg_pool2d(grey, side)).flatten(2)
     contrast = detail.abs().mean(dim=2, keepdim=True)
     return _silent_at_borders(detail / (contrast + 1), cells)
