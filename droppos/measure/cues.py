@@ -94,7 +94,7 @@ def _probe(cue: Cue, pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) ->
     upright = STATISTICS[cue](pictures, grid)
     turned = STATISTICS[cue](pictures.flip(1, 2), grid) if cue in LENS else upright
     asks = ~upright.isnan().any(dim=2).all(dim=0)
-    cells = int(asks.sum())
+    cells = int(asks.sum()) or grid.cells  # where all is silent, every answer is missing
     hits = torch.zeros(len(pictures), dtype=torch.int64)
     for half in (0, 1):
         known, asked = slice(half, None, 2), slice(1 - half, None, 2)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from droppos.config import Counts, Grid
@@ -210,7 +210,7 @@ def measure_shortcuts(
         )
     probes = probe_cues(pictures, grid)
 
-    def hits(edited: Tensor) -> Int[np.ndarray, " P"]:
+    def hits(edited: Tensor) -> Float[np.ndarray, " P"]:
         return _hits(predict, edited, counts, seed, batch)
 
     whole, mixed = hits(pictures), hits(chimera(pictures, grid, seed))
@@ -245,7 +245,7 @@ def _edits(seed: int) -> dict[Cue, Callable[[Tensor], Tensor]]:
 @torch.no_grad()
 def _hits(
     predict: Predict, pictures: Tensor, counts: Counts, seed: int, batch: int
-) -> Int[np.ndarray, " P"]:
+) -> Float[np.ndarray, " P"]:
     """Count the patches of each picture that are put into exactly their cell."""
     found = []
     for first in range(0, len(pictures), batch):
@@ -253,7 +253,7 @@ def _hits(
         draw = protocol_draw(counts, range(first, first + len(part)), seed)
         logits = predict(part, draw).cpu()
         found.append((logits.argmax(dim=2) == draw.asked).sum(dim=1))
-    return torch.cat(found).numpy()
+    return torch.cat(found).double().numpy()
 
 
 def _shares(

