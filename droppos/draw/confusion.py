@@ -32,8 +32,8 @@ def draw_confusion(
     if beside_chance is not None:
         beside = 100 * (around - right) / (1 - right)
         words += (
-            f"\nOf the wrong ones, {beside:.0f} % are beside the true cell; "
-            f"{100 * beside_chance:.0f} % would be, looking at nothing."
+            f"\nOf the wrong ones, {beside:.0f} % are beside the true cell "
+            f"(by guessing {100 * beside_chance:.0f} %)."
         )
 
     layout = ConstrainedLayoutEngine(w_pad=0.25, h_pad=0.2)
@@ -57,7 +57,7 @@ def draw_confusion(
         fontweight="bold",
         pad=52,
     )
-    axes.annotate(
+    caption = axes.annotate(
         words,
         (0, 1),
         xycoords="axes fraction",
@@ -67,6 +67,7 @@ def draw_confusion(
         fontsize=12,
         linespacing=1.4,
     )
+    caption.set_in_layout(False)  # or the map would give way to a long line
     axes.set_xlabel("cells to the right of the true one (negative: left)", color=SOFT, fontsize=12)
     axes.set_ylabel("cells below the true one (negative: above)", color=SOFT, fontsize=12)
     axes.spines[:].set_visible(False)
