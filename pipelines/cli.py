@@ -252,6 +252,28 @@ def evaluate(
     show_evaluation(console, evaluation)
 
 
+def look(
+    backbone: tyro.conf.Positional[str],
+    data: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[Path],
+    measure: MeasureFlags = Measure(pictures=256),  # noqa: B008 - frozen
+) -> None:
+    """Draw what a backbone sees and answers, and tell whether it takes shortcuts.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run.
+        data: Prepared data set that it was not trained on.
+        out: Folder of the PNGs.
+        measure: Protocol of position accuracy; so many pictures are looked at.
+    """
+    from pipelines.look import look as job
+    from pipelines.report import show_look
+
+    with console.status("looking"):
+        found = job(backbone, data, out, measure=measure)
+    show_look(console, found)
+
+
 def doctor(
     data: tyro.conf.Positional[str],
     gpus: int | None = None,
@@ -385,6 +407,7 @@ COMMANDS = {
     "search": search,
     "export": export,
     "evaluate": evaluate,
+    "look": look,
     "doctor": doctor,
     "audit": audit,
 }

@@ -52,13 +52,16 @@ class Pictures:
     classes: tuple[str, ...] | None
 
 
-def load_pictures(uri: str, size: tuple[int, int], limit: int | None = None) -> Pictures:
+def load_pictures(
+    uri: str, size: tuple[int, int], limit: int | None = None, *, ratio: float = 224 / 256
+) -> Pictures:
     """Decode the centres of pictures of a prepared data set.
 
     Args:
         uri: The data set.
         size: Height and width of the result, in pixels.
         limit: Pictures to take, from row groups all over the data set; all when not given.
+        ratio: Side of what is cut out over that of the largest crop that fits.
 
     Raises:
         DataError: If there are none, or one that was good when prepared is no longer.
@@ -68,7 +71,7 @@ def load_pictures(uri: str, size: tuple[int, int], limit: int | None = None) -> 
     rows = list(_some(place, manifest, limit or manifest.rows))
     if not rows:
         raise DataError(f"{uri} holds no picture; prepare a folder that has some")
-    pixels = np.stack([center_crop(row.image, size) for row in rows])
+    pixels = np.stack([center_crop(row.image, size, ratio=ratio) for row in rows])
     labels = [row.label for row in rows if row.label is not None]
     return Pictures(
         torch.from_numpy(pixels),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipelines.demo import DemoReport
     from pipelines.drill import DrillReport
     from pipelines.evaluate import Evaluation
+    from pipelines.look import Look
     from pipelines.prepare import PrepareReport
     from pipelines.pretrain import Outcome
     from pipelines.recipe import Recipe
@@ -156,12 +157,42 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
             ("  against chance", f"{times:.1f} times {position.chance:.2%}"),
             ("placed within one cell", str(position.near)),
         ]
+        if position.beside is not None:
+            rows += [
+                ("wrong ones beside the cell", str(position.beside)),
+                ("  looking at nothing", f"{position.beside_chance:.1%}"),
+            ]
     if evaluation.knn is not None:
         rows.append(("20 nearest neighbours", str(evaluation.knn)))
     if evaluation.probe is not None:
         rows.append(("linear probe", str(evaluation.probe)))
     rank = f"{evaluation.effective_rank:.1f} of {evaluation.width}"
     return [*rows, ("effective rank of features", rank)]
+
+
+def show_look(console: Console, found: Look) -> None:
+    """Tell what was drawn, and whether the task is solved by content."""
+    print_table(console, "Pictures", [("picture", picture) for picture in found.pictures])
+    if found.shortcuts is not None:
+        report = found.shortcuts
+        table = Table(title="Cues of the frame", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("cue")
+        for column in ("times chance", "carried", "missed"):
+            table.add_column(column, justify="right")
+        table.add_column("verdict")
+        for cue in report.cues:
+            shares = (str(share or "-") for share in (cue.carried, cue.missed))
+            table.add_row(cue.name, f"{cue.probe.times_chance:.1f}", *shares, cue.verdict)
+        console.print(table, highlight=False)
+        console.print(
+            "[dim]times chance: how far the cue alone tells a patch's cell; carried: share of the "
+            "skill that it gives without a scene; missed: share that is lost without it[/]",
+            highlight=False,
+        )
+        style = "bold red" if report.found else "green"
+        console.print(f"[{style}]{escape(report.verdict)}[/]", highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"[dim]not looked at: {escape(note)}[/]", highlight=False)
 
 
 def show_audit(console: Console, audit: Audit) -> None:

@@ -12,18 +12,29 @@ from matplotlib.patches import Rectangle
 INK, SOFT = "#1D1F24", "#6B7079"
 
 
-def draw_confusion(offsets: Int[np.ndarray, "down right"], path: Path) -> None:
+def draw_confusion(
+    offsets: Int[np.ndarray, "down right"], beside_chance: float | None, path: Path
+) -> None:
     """Draw how far answers lie from the truth, as a map around the true cell.
 
     Args:
         offsets: Scored patches by (predicted - true) row and column, the centre being right,
             as `droppos.measure.position.PositionReport` has it. At least one patch.
+        beside_chance: Share of the wrong answers that would fall beside the true cell if they
+            looked at nothing; None if no answer is wrong.
         path: PNG to write.
     """
     rows, columns = (offsets.shape[0] + 1) // 2, (offsets.shape[1] + 1) // 2
     share = offsets / offsets.sum()
     around = share[max(rows - 2, 0) : rows + 1, max(columns - 2, 0) : columns + 1].sum()
     right = share[rows - 1, columns - 1]
+    words = f"How far {int(offsets.sum()):,} answers lie from the truth (framed: right)."
+    if beside_chance is not None:
+        beside = 100 * (around - right) / (1 - right)
+        words += (
+            f"\nOf the wrong ones, {beside:.0f} % are beside the true cell "
+            f"(by guessing {100 * beside_chance:.0f} %)."
+        )
 
     layout = ConstrainedLayoutEngine(w_pad=0.25, h_pad=0.2)
     figure = Figure(figsize=(9, 8.6), dpi=160, layout=layout, facecolor="white")
@@ -44,17 +55,19 @@ def draw_confusion(offsets: Int[np.ndarray, "down right"], path: Path) -> None:
         color=INK,
         fontsize=16,
         fontweight="bold",
-        pad=36,
+        pad=52,
     )
-    axes.annotate(
-        f"How far {int(offsets.sum()):,} answers lie from the truth (framed: right)",
+    caption = axes.annotate(
+        words,
         (0, 1),
         xycoords="axes fraction",
         xytext=(0, 14),
         textcoords="offset points",
         color=SOFT,
         fontsize=12,
+        linespacing=1.4,
     )
+    caption.set_in_layout(False)  # or the map would give way to a long line
     axes.set_xlabel("cells to the right of the true one (negative: left)", color=SOFT, fontsize=12)
     axes.set_ylabel("cells below the true one (negative: above)", color=SOFT, fontsize=12)
     axes.spines[:].set_visible(False)

@@ -71,6 +71,29 @@ class PositionReport:
     """Accuracy of the best guess that looks at no picture: any cell not already taken."""
     offsets: Int[np.ndarray, "down right"]
     """Scored patches by (predicted - true) row and column; the centre is right."""
+    wrong: Int[np.ndarray, "rows columns"]
+    """Wrong answers by true cell."""
+
+    @property
+    def beside(self) -> Proportion | None:
+        """Wrong answers that fall on a cell which touches the true one; None if none is wrong."""
+        total, hits = self.accuracy.total, self.accuracy.hits
+        if hits == total:
+            return None
+        return Proportion(self.near.hits - hits, total - hits, self.accuracy.design_effect)
+
+    @property
+    def beside_chance(self) -> float | None:
+        """Share of ``beside`` if each wrong answer were any other cell, looking at nothing.
+
+        Exact for these wrong answers: a corner has 3 neighbours, an edge 5, the inside 8. Leaving
+        out cells that are taken would change nothing, as they are taken at random.
+        """
+        wrong = int(self.wrong.sum())
+        if not wrong:
+            return None
+        expected = (self.wrong * neighbours(Grid(*self.wrong.shape))).sum()
+        return float(expected / wrong / (self.wrong.size - 1))
 
     @property
     def skill(self) -> float:
@@ -80,7 +103,7 @@ class PositionReport:
     def metrics(self) -> dict[str, float]:
         """Name the figures for a ledger."""
         low, high = self.accuracy.interval
-        return {
+        figures = {
             "position/accuracy": self.accuracy.value,
             "position/accuracy_low_95": low,
             "position/accuracy_high_95": high,
@@ -89,6 +112,18 @@ class PositionReport:
             "position/cross_entropy_nats": self.cross_entropy,
             "position/chance": self.chance,
         }
+        if self.beside is not None and self.beside_chance is not None:
+            figures["position/wrong_beside"] = self.beside.value
+            figures["position/wrong_beside_chance"] = self.beside_chance
+        return figures
+
+
+def neighbours(grid: Grid) -> Int[np.ndarray, "rows columns"]:
+    """Count the cells that touch each cell, corners included."""
+    down, across = (
+        1 + (np.arange(length) > 0) + (np.arange(length) < length - 1) for length in grid
+    )
+    return np.outer(down, across) - 1
 
 
 class PositionMeter:
@@ -112,6 +147,7 @@ class PositionMeter:
         self.grid, self.counts = grid, counts
         shape = (2 * grid.rows - 1, 2 * grid.columns - 1)
         self.offsets = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.wrong = torch.zeros(grid.cells, dtype=torch.int64, device=device)
         self.hits_squared = torch.zeros((), dtype=torch.int64, device=device)
         """Sum over pictures of (right patches)², for the spread between pictures."""
         self.nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -119,7 +155,7 @@ class PositionMeter:
     @property
     def state(self) -> list[Tensor]:
         """The tensors to add up over ranks."""
-        return [self.offsets, self.hits_squared, self.nats]
+        return [self.offsets, self.wrong, self.hits_squared, self.nats]
 
     def update(self, logits: Float[Tensor, "B S N"], draw: Draw) -> None:
         """Count a batch."""
@@ -130,7 +166,9 @@ class PositionMeter:
         right = predicted % columns - true % columns + columns - 1
         flat = (down * (2 * columns - 1) + right).flatten()
         self.offsets += torch.bincount(flat, minlength=self.offsets.numel()).view_as(self.offsets)
-        self.hits_squared += (predicted == true).sum(dim=1).square().sum()
+        hit = predicted == true
+        self.wrong.index_add_(0, true.flatten(), (~hit).flatten().to(self.wrong.dtype))
+        self.hits_squared += hit.sum(dim=1).square().sum()
         self.nats += F.cross_entropy(
             logits.flatten(0, 1).float(), true.flatten(), reduction="sum"
         ).double()
@@ -154,7 +192,8 @@ class PositionMeter:
                 f"cross-entropy of positions is {nats} over {total} patches; the model diverged: "
                 "go back to an earlier checkpoint and lower optim.lr_per_256"
             )
-        return PositionReport(accuracy, nearby, nats, self.counts.chance, offsets)
+        wrong = self.wrong.view(*self.grid).cpu().numpy()
+        return PositionReport(accuracy, nearby, nats, self.counts.chance, offsets, wrong)
 
     def _design_effect(self, hits: int, total: int) -> float:
         """Compare the spread of right answers between pictures with independent patches'."""

@@ -2,11 +2,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from droppos.config import Grid, Method
+from droppos.draw.attention import draw_attention
 from droppos.draw.confusion import draw_confusion
 from droppos.draw.curves import Series, draw_curves
+from droppos.draw.features import draw_features
 from droppos.draw.reassembly import Reassembly, draw_reassembly
 
 GRID = Grid(3, 4)
@@ -77,12 +80,41 @@ def test_curves_are_drawn(tmp_path: Path, points: int) -> None:
 def test_confusion_is_drawn(tmp_path: Path, grid: Grid) -> None:
     shape = (2 * grid.rows - 1, 2 * grid.columns - 1)
     offsets = np.random.default_rng(0).poisson(3, shape)
-    draw_confusion(offsets, tmp_path / "confusion.png")
+    draw_confusion(offsets, 0.2, tmp_path / "confusion.png")
     assert size_of_drawing(tmp_path / "confusion.png") == (1440, 1376)
 
 
 def test_confusion_of_answers_that_are_all_right_is_drawn(tmp_path: Path) -> None:
     offsets = np.zeros((5, 5), dtype=np.int64)
     offsets[2, 2] = 40
-    draw_confusion(offsets, tmp_path / "confusion.png")
+    draw_confusion(offsets, None, tmp_path / "confusion.png")
     assert size_of_drawing(tmp_path / "confusion.png") == (1440, 1376)
+
+
+@pytest.mark.parametrize(("photographs", "heads"), [(1, 3), (4, 16)])
+def test_attention_is_drawn(tmp_path: Path, photographs: int, heads: int) -> None:
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (photographs, 48, 64, 3), dtype=np.uint8)
+    looks = random.dirichlet(np.ones(13), (photographs, heads))
+    draw_attention(pictures, looks, GRID, tmp_path / "attention.png")
+    width, height = size_of_drawing(tmp_path / "attention.png")
+    assert width > 1800 and height > 160 * photographs
+
+
+def test_an_even_look_is_drawn_in_the_colour_of_one(tmp_path: Path) -> None:
+    pictures = np.full((1, 48, 64, 3), 255, np.uint8)
+    draw_attention(pictures, np.full((1, 2, 13), 1 / 13), GRID, tmp_path / "even.png")
+    with Image.open(tmp_path / "even.png") as drawing:
+        pixels = np.asarray(drawing.convert("RGB")).reshape(-1, 3)
+    # The scale ends at 1 where nothing is above it: the colour map's end, over white.
+    end = np.array(colormaps["YlOrRd"](1.0)[:3]) * 255
+    assert (np.abs(pixels - end).max(axis=1) < 2).mean() > 0.2
+
+
+@pytest.mark.parametrize("photographs", [1, 2, 7])
+def test_features_are_drawn(tmp_path: Path, photographs: int) -> None:
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (photographs, 48, 64, 3), dtype=np.uint8)
+    colours = random.random((photographs, 12, 3))
+    draw_features(pictures, colours, (0.4, 0.2, 0.1), 0.3, GRID, tmp_path / "features.png")
+    assert min(size_of_drawing(tmp_path / "features.png")) > 300

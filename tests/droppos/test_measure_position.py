@@ -3,6 +3,8 @@ from math import log
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +16,7 @@ from droppos.measure.position import (
     PositionReport,
     Predict,
     measure_positions,
+    neighbours,
     position_predictor,
     protocol_draw,
 )
@@ -54,6 +57,8 @@ def test_a_random_guess_of_a_free_cell_has_no_skill() -> None:
 def test_a_perfect_answer_has_full_skill() -> None:
     report = score(lambda _, draw: one_hot(draw.asked))
     assert report.accuracy.value == report.near.value == report.skill == 1
+    assert report.beside is None and report.beside_chance is None
+    assert "position/wrong_beside" not in report.metrics()
     assert report.cross_entropy == pytest.approx(0, abs=1e-6)
 
 
@@ -64,10 +69,45 @@ def test_a_neighbour_is_near_but_not_right() -> None:
 
     report = score(beside)
     assert (report.accuracy.value, report.near.value) == (0, 1)
+    assert report.beside is not None and report.beside.value == 1
     assert report.skill < 0
     centre = (GRID.rows - 1, GRID.columns - 1)
     assert report.offsets[centre[0], centre[1] + 1] > report.offsets[centre[0], centre[1] - 1] > 0
     assert report.offsets.sum() == 300 * COUNTS.scored
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_neighbours_are_the_cells_that_touch(rows: int, columns: int) -> None:
+    cells = [divmod(cell, columns) for cell in range(rows * columns)]
+    touching = [
+        sum(max(abs(r - other_r), abs(c - other_c)) == 1 for other_r, other_c in cells)
+        for r, c in cells
+    ]
+    assert neighbours(Grid(rows, columns)).flatten().tolist() == touching
+
+
+def test_wrong_answers_at_random_fall_beside_as_often_as_chance_says() -> None:
+    def anywhere_else(_: Tensor, draw: Draw) -> Tensor:
+        shift = torch.randint(1, GRID.cells, draw.asked.shape)
+        return one_hot((draw.asked + shift) % GRID.cells)
+
+    torch.manual_seed(0)
+    report = score(anywhere_else, pictures=3000)
+    assert report.beside is not None and report.beside_chance is not None
+    low, high = report.beside.interval
+    assert low - 0.005 < report.beside_chance < high + 0.005
+    assert report.beside.total == report.wrong.sum() == 3000 * COUNTS.scored
+
+
+def test_chance_beside_is_of_the_cells_that_went_wrong() -> None:
+    corner = torch.tensor([0])
+
+    def wrong_in_the_corner(_: Tensor, draw: Draw) -> Tensor:
+        return one_hot(torch.where(draw.asked == corner, GRID.cells - 1, draw.asked))
+
+    report = score(wrong_in_the_corner)
+    assert report.beside is not None and report.beside.hits == 0
+    assert report.beside_chance == pytest.approx(3 / (GRID.cells - 1))
 
 
 def test_offsets_count_predicted_minus_true() -> None:
@@ -111,6 +151,7 @@ def test_states_of_ranks_add_up_to_the_whole() -> None:
         mine += theirs
     expected, report = whole.report(), ranks[0].report()
     assert report.accuracy == expected.accuracy
+    assert report.beside == expected.beside and report.beside_chance == expected.beside_chance
     assert report.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
     np.testing.assert_array_equal(report.offsets, expected.offsets)
     assert 0 < expected.skill < 1
