@@ -56,6 +56,10 @@ FOREIGN_PARTS = {
 """What other kinds of vision transformer have, by a part of the names of their weights."""
 
 
+_OF_TORN_PICKLES = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+"""What torch raises, too, for bytes that are no pickle."""
+
+
 def read_weights(name: str, data: bytes) -> dict[str, Tensor]:
     """Read a file of weights; nothing in it is run.
 
@@ -76,7 +80,7 @@ def read_weights(name: str, data: bytes) -> dict[str, Tensor]:
             # Training scripts keep their arguments beside the weights.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 found = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, *_OF_TORN_PICKLES) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name} cannot be read as weights ({first}); expected a state dict written by "

@@ -81,17 +81,17 @@ def from_checkpoint(saved: checkpoints.Saved) -> Backbone:
 
 
 def _export(place: Place) -> Backbone:
-    digest = (
-        hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest()
-        if (place / WEIGHTS).exists()
-        else ""
-    )
     if not place.is_s3:
-        return _named(load_export(Path(place.path)), place.uri, digest)
+        return _load(Path(place.path), place.uri)
     with TemporaryDirectory() as folder:
         for name in place.children():
             (Path(folder) / name).write_bytes((place / name).read_bytes())
-        return _named(load_export(Path(folder)), place.uri, digest)
+        return _load(Path(folder), place.uri)
+
+
+def _load(folder: Path, uri: str) -> Backbone:
+    trained = load_export(folder)
+    return _named(trained, uri, hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest())
 
 
 def _foreign(place: Place, file: Place, heads: Heads) -> Backbone:
