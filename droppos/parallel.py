@@ -4,7 +4,7 @@ The same model code serves all strategies. They are applied in this order: activ
 checkpointing (inside a block), compilation (of a block), sharding or replication (around it).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import gcd
 from typing import cast
@@ -12,6 +12,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -164,6 +165,18 @@ def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
     local = isinstance(model, DistributedDataParallel) and not last
     with cast(DistributedDataParallel, model).no_sync() if local else nullcontext():
         yield
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights into a model that may be spread; every rank calls this with the same.
+
+    Args:
+        model: Of :func:`build`.
+        weights: By the names of :class:`DropPos`; those that are left out keep their values.
+    """
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    unknown = set_model_state_dict(model, dict(weights), options=options).unexpected_keys
+    assert not unknown, unknown
 
 
 def unwrap(model: nn.Module) -> DropPos:

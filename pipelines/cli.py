@@ -79,6 +79,7 @@ def pretrain(
     file: RecipeName = "",
     resume: bool = False,
     allow_changes: bool = False,
+    init_from: str | None = None,
     recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
 ) -> None:
     """Pre-train a vision transformer; Ctrl-C saves a last checkpoint and ends.
@@ -87,9 +88,12 @@ def pretrain(
         file: A YAML file, or the name of a recipe that is shipped.
         resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
         allow_changes: Resume even if data or recipe differ from the checkpoint's.
+        init_from: Trained weights to begin with, in place of run.init_from.
         recipe: Fields given here override the file's.
     """
     _refuse_late(file, "pretrain")
+    if init_from is not None:
+        recipe = replace(recipe, run=replace(recipe.run, init_from=init_from))
     _announce()
     from pipelines.pretrain import pretrain as job
     from pipelines.report import show_outcome
