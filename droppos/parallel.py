@@ -12,7 +12,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -167,6 +167,7 @@ def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put whole weights into a model that may be spread; every rank calls this with the same.
 
@@ -174,9 +175,16 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         model: Of :func:`build`.
         weights: By the names of :class:`DropPos`; those that are left out keep their values.
     """
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    unknown = set_model_state_dict(model, dict(weights), options=options).unexpected_keys
-    assert not unknown, unknown
+    state = unwrap(model).state_dict()
+    assert weights.keys() <= state.keys(), weights.keys() - state.keys()
+    for name, whole in weights.items():
+        held = state[name]
+        whole = whole.to(held.device, held.dtype)
+        if isinstance(held, DTensor):
+            # Each rank cuts its own shard. torch's set_model_state_dict would scatter them from
+            # rank 0, in the order of a set of names: another one in each process.
+            whole = distribute_tensor(whole, held.device_mesh, held.placements, src_data_rank=None)
+        held.copy_(whole)
 
 
 def unwrap(model: nn.Module) -> DropPos:

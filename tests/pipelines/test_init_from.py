@@ -71,6 +71,7 @@ def home(tmp_path: Path) -> Place:
     return open_place(str(tmp_path / "home"))
 
 
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_every_strategy_starts_with_the_very_weights(
     tmp_path: Path, home: Place, one_rank: None, strategy: Any
