@@ -158,6 +158,16 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """Attention heads of another project's weights, whose shapes don't tell them."""
+
+    encoder: int | None = None
+    """Of the encoder's blocks; the standard size's when not given."""
+    decoder: int | None = None
+    """Of the decoder's blocks; 16 for 512 channels when not given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
     """The pre-text task: what is hidden, what is asked, how an answer is scored."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from jaxtyping import Float, Int
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -121,6 +122,19 @@ def sincos_positions(grid: Grid, width: int) -> Float[Tensor, "1 T width"]:
         [encode((cell % grid.columns).double()), encode((cell // grid.columns).double())], dim=1
     )
     return torch.cat([torch.zeros(1, width), cells.float()])[None]
+
+
+def resample_positions(
+    table: Float[Tensor, "1 old D"], old: Grid, new: Grid
+) -> Float[Tensor, "1 new D"]:
+    """Stretch positions from one grid over another, as timm does (bicubic, antialiased).
+
+    Args:
+        table: Row 0 is the class token's, which stays.
+        old: Grid that the other rows are of.
+        new: Grid to stretch them over; the same one changes nothing.
+    """
+    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=1)
 
 
 def timm_arguments(config: Model) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ The same model code serves all strategies. They are applied in this order: activ
 checkpointing (inside a block), compilation (of a block), sharding or replication (around it).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import gcd
 from typing import cast
@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -164,6 +165,26 @@ def gradient_sync(model: nn.Module, last: bool) -> Iterator[None]:
     local = isinstance(model, DistributedDataParallel) and not last
     with cast(DistributedDataParallel, model).no_sync() if local else nullcontext():
         yield
+
+
+@torch.no_grad()
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put whole weights into a model that may be spread; every rank calls this with the same.
+
+    Args:
+        model: Of :func:`build`.
+        weights: By the names of :class:`DropPos`; those that are left out keep their values.
+    """
+    state = unwrap(model).state_dict()
+    assert weights.keys() <= state.keys(), weights.keys() - state.keys()
+    for name, whole in weights.items():
+        held = state[name]
+        whole = whole.to(held.device, held.dtype)
+        if isinstance(held, DTensor):
+            # Each rank cuts its own shard. torch's set_model_state_dict would scatter them from
+            # rank 0, in the order of a set of names: another one in each process.
+            whole = distribute_tensor(whole, held.device_mesh, held.placements, src_data_rank=None)
+        held.copy_(whole)
 
 
 def unwrap(model: nn.Module) -> DropPos:

@@ -17,7 +17,9 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from droppos.config import Heads
 from droppos.errors import ConfigError, DropposError
+from droppos.export import FormatName
 from pipelines import recipe_file
 from pipelines.recipe import Measure, Recipe, Run, Tracking
 
@@ -79,6 +81,7 @@ def pretrain(
     file: RecipeName = "",
     resume: bool = False,
     allow_changes: bool = False,
+    init_from: str | None = None,
     recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
 ) -> None:
     """Pre-train a vision transformer; Ctrl-C saves a last checkpoint and ends.
@@ -87,9 +90,12 @@ def pretrain(
         file: A YAML file, or the name of a recipe that is shipped.
         resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
         allow_changes: Resume even if data or recipe differ from the checkpoint's.
+        init_from: Trained weights to begin with, in place of run.init_from.
         recipe: Fields given here override the file's.
     """
     _refuse_late(file, "pretrain")
+    if init_from is not None:
+        recipe = replace(recipe, run=replace(recipe.run, init_from=init_from))
     _announce()
     from pipelines.pretrain import pretrain as job
     from pipelines.report import show_outcome
@@ -215,17 +221,30 @@ def _conclude_search(recipe: Recipe, outcome: "SearchOutcome", line: str = "") -
         sys.exit(1)
 
 
-def export(checkpoint: tyro.conf.Positional[str], out: tyro.conf.Positional[str]) -> None:
-    """Write a backbone that timm loads, compared with the trained model before it says done.
+def export(
+    checkpoint: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[str],
+    format: FormatName = "timm",
+    image_size: tuple[int, int] | None = None,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+) -> None:
+    """Write a backbone that others load, compared with the trained model before it says done.
 
     Args:
-        checkpoint: Folder of a checkpoint, or of a run (its newest).
+        checkpoint: Folder of a checkpoint, of a run (its newest) or of an export to timm; or a file
+            of weights of the DropPos reference, MAE or timm.
         out: Folder to write; path or s3:// URI.
+        format: Whose format. torchvision and detectron2 know square pictures only; detectron2 and
+            mmseg are written without those projects, and compared by mapping their names back.
+        image_size: Height and width of the pictures it will be given: positions are resampled, and
+            the position head is left out. The model's own when not given.
+        heads: For a file of weights.
     """
     from pipelines.export import export_checkpoint
     from pipelines.report import show_export
 
-    show_export(console, export_checkpoint(checkpoint, out), out)
+    report = export_checkpoint(checkpoint, out, format, image_size, heads)
+    show_export(console, report, out)
 
 
 def evaluate(
@@ -234,21 +253,24 @@ def evaluate(
     train: str | None = None,
     pictures: int | None = None,
     measure: MeasureFlags = Measure(),  # noqa: B008 - frozen
+    heads: Heads = Heads(),  # noqa: B008 - frozen
 ) -> None:
     """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
 
     Args:
-        backbone: Folder of an export, of a checkpoint, or of a run.
+        backbone: Folder of an export to timm, of a checkpoint, or of a run; a file of weights of
+            the DropPos reference, MAE or timm; or timm:NAME, which timm downloads.
         data: Prepared data set to measure on.
         train: Labelled data set to learn from; without it four fifths of `data`.
         pictures: Pictures to take of each data set, from all over it; all when not given.
         measure: Protocol of position accuracy.
+        heads: For a file of weights.
     """
     from pipelines.evaluate import evaluate as job
     from pipelines.report import show_evaluation
 
     with console.status("measuring"):
-        evaluation = job(backbone, data, train=train, measure=measure, limit=pictures)
+        evaluation = job(backbone, data, train=train, measure=measure, limit=pictures, heads=heads)
     show_evaluation(console, evaluation)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
 
-from droppos.export.timm_vit import ExportReport
+from droppos.export.flow import ExportReport
 from pipelines.demo_pictures import write_demo_pictures
 from pipelines.evaluate import Evaluation, evaluate
 from pipelines.export import export_checkpoint

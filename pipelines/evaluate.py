@@ -10,6 +10,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from droppos.config import Heads
 from droppos.errors import DataError
 from droppos.measure.features import Features, extract_features
 from droppos.measure.intervals import Proportion
@@ -55,21 +56,23 @@ def evaluate(
     train: str | None = None,
     measure: Measure,
     limit: int | None = None,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
 ) -> Evaluation:
     """Measure a backbone on a prepared data set.
 
     Args:
-        backbone: Export, checkpoint or run.
+        backbone: What :func:`open_backbone` opens.
         data: Prepared data set to measure on.
         train: Labelled data set for k-NN and probe to learn from; without it four fifths of
             ``data``, chosen by the hash of each picture's key.
         measure: The protocol of position accuracy; so many ``pictures`` are asked.
         limit: Pictures to take of each data set, from all over it; all when not given.
+        heads: Attention heads, for weights of another project that don't tell.
 
     Raises:
         DataError: If backbone or data cannot be read, or their classes differ.
     """
-    trained = open_backbone(backbone)
+    trained = open_backbone(backbone, heads)
     pictures = load_pictures(data, trained.model.image_size, limit)
     features = extract_features(trained.encoder, pictures.pixels)
     notes: list[str] = []

@@ -1,32 +1,71 @@
-"""Export: from a checkpoint to a backbone that timm loads."""
+"""Export: from a checkpoint to a backbone in the format that its users load."""
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from droppos.export.timm_vit import ExportReport, export
+from droppos.config import Heads
+from droppos.export import FormatName
+from droppos.export.flow import ExportReport, export
+from droppos.export.folder import OWN_CONFIG, refuse_foreign
+from droppos.export.formats import FORMATS
+from droppos.export.sizes import at_size
 from pipelines.backbone import open_backbone
-from pipelines.storage import open_place
+from pipelines.storage import Place, open_place
 
 
-def export_checkpoint(checkpoint: str, out: str) -> ExportReport:
-    """Write the encoder of a checkpoint (or of a run's newest one) as a timm folder.
+def export_checkpoint(
+    checkpoint: str,
+    out: str,
+    form: FormatName = "timm",
+    image_size: tuple[int, int] | None = None,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+) -> ExportReport:
+    """Write the encoder of a checkpoint (or of a run's newest one) in a format.
 
     Args:
-        checkpoint: Folder of a checkpoint, or of a run.
+        checkpoint: What :func:`open_backbone` opens: a checkpoint, a run, an export to timm, or
+            another project's weights.
         out: Folder to write, path or s3:// URI.
+        form: Whose format.
+        image_size: Height and width of the pictures it will be given; those it was trained on when
+            not given.
+        heads: Attention heads, for weights of another project that don't tell.
 
     Raises:
         DataError: If there is no checkpoint.
-        ConfigError: If a local ``out`` holds anything but a previous export.
+        ConfigError: If ``out`` holds anything but a previous export, or the format cannot express
+            the model.
         TrainingError: If what was written does not compute what was trained.
     """
-    backbone = open_backbone(checkpoint)
-    model = backbone.whole
     place = open_place(out)
+    trained = open_backbone(checkpoint, heads)
+    if image_size is not None:
+        trained = at_size(trained, image_size)
     if not place.is_s3:
-        return export(model, backbone.model, Path(place.path))
+        return export(trained, Path(place.path), FORMATS[form])
+    previous = _names(place)
     with TemporaryDirectory() as folder:
-        report = export(model, backbone.model, Path(folder) / "export")
-        for file in sorted(report.path.iterdir()):
-            (place / file.name).write_bytes(file.read_bytes())
-    return report
+        # What S3 holds is loaded from a copy of the folder, under its own name.
+        report = export(trained, Path(folder) / "export", FORMATS[form], shown=place.name)
+        _put(report.path, place, previous)
+    return replace(report, path=Path(place.name))
+
+
+def _names(place: Place) -> list[str]:
+    """List a previous export on S3; refuse what is none."""
+    names = place.children()
+    own = (place / OWN_CONFIG).read_bytes() if OWN_CONFIG in names else None
+    refuse_foreign(place.uri, names, own)
+    return names
+
+
+def _put(folder: Path, place: Place, previous: list[str]) -> None:
+    """Copy to S3, which renames no folders: droppos.json goes first and comes last."""
+    (place / OWN_CONFIG).delete()
+    new = sorted(file.name for file in folder.iterdir() if file.name != OWN_CONFIG)
+    for name in new:
+        (place / name).write_bytes((folder / name).read_bytes())
+    for name in set(previous) - {*new, OWN_CONFIG}:
+        (place / name).delete()
+    (place / OWN_CONFIG).write_bytes((folder / OWN_CONFIG).read_bytes())

@@ -24,6 +24,7 @@ FIXED = (
     "data.flip",
     "data.scaled_decoding",
     "run.seed",
+    "run.init_from",
 )
 """What must not change under a resumed run, or it is another run."""
 
@@ -31,13 +32,22 @@ FREE = {"optim.accumulate"}
 """Of those, what gives the same steps: half the workers may take twice the micro-batches."""
 
 
-def facts(recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
-    """Tell what a checkpoint depends on: a resumed run must agree, and export reads the model."""
+def facts(
+    recipe: Recipe, manifest: Manifest, init_from: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Tell what a checkpoint depends on: a resumed run must agree, and export reads the model.
+
+    Args:
+        recipe: The run.
+        manifest: Of its data set.
+        init_from: `uri` and `sha256` of the weights it was started from, if it was.
+    """
     return {
         "recipe": asdict(recipe),
         "manifest": manifest.digest,
         "data": data_facts(manifest),
         "order": VERSION,
+        "init_from": None if init_from is None else dict(init_from),
     }
 
 

@@ -1,5 +1,6 @@
 """A run's checkpoints as its loop sees them: begun, finished, and told of."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from time import perf_counter
 
@@ -18,11 +19,14 @@ from pipelines.saver import Done, Saver
 class Keeper:
     """Makes a run's checkpoints, and tells the driver of each when it counts."""
 
-    def __init__(self, job: Job, state: TrainState, proof: Proof) -> None:
+    def __init__(
+        self, job: Job, state: TrainState, proof: Proof, init_from: Mapping[str, str] | None
+    ) -> None:
         run = job.recipe.run
         self._job = job
         self._state = state
         self._proof = proof
+        self._init_from = init_from
         self._blocked = 0.0
         self._saver = Saver(
             job.home,
@@ -55,7 +59,7 @@ class Keeper:
             kept_state(state),
             {
                 "cursor": {**cursor, "pictures": pictures},
-                **facts(job.recipe, job.schedule.manifest),
+                **facts(job.recipe, job.schedule.manifest, self._init_from),
                 "metrics": metrics,
                 "world_size": dist.get_world_size(),
                 "random_states": dist.get_world_size(),

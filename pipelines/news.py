@@ -9,6 +9,8 @@ def told(event: Mapping[str, Any]) -> str | None:
     match event["kind"]:
         case "lost":
             return f"workers lost: {event['error']}; going on from step {event['step']}"
+        case "started_from":
+            return event["said"]
         case "notice":
             return f"{len(event['nodes'])} nodes are about to go: saving a checkpoint"
         case "leave":

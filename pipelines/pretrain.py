@@ -29,6 +29,7 @@ from pipelines.shards import load_manifest
 from pipelines.sharing import Sharing
 from pipelines.skipped import Skipped
 from pipelines.source import join
+from pipelines.start import keep_start, located_start
 from pipelines.storage import Place, open_place
 from pipelines.supervisor import Supervisor
 from pipelines.tracking import local_folder
@@ -96,7 +97,9 @@ def pretrain(
     home.check_reachable()
     saved = checkpoints.newest(home)
     check_resume(recipe, schedule, saved, resume=resume, allow_changes=allow_changes)
+    started = None
     if saved is None:
+        started = keep_start(recipe, home)
         (home / PASSED_FILE).delete()  # of an earlier try, that another learning rate may mend
     (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())
     connect(recipe)
@@ -123,6 +126,8 @@ def pretrain(
                 "tracking_run": ledger.run_id,
             }
         )
+        if started is not None:
+            heard.event({"kind": "started_from", "said": started})
         if saved is None or saved.step < schedule.steps:
             on_gpu = gpu_workers(recipe)
             # Decided once, here: a worker that sees a GPU it was not given must leave it alone.
@@ -149,7 +154,11 @@ def located(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         data=replace(recipe.data, path=spelt(recipe.data.path), holdout=spelt(recipe.data.holdout)),
-        run=replace(recipe.run, storage=open_place(recipe.run.storage).uri),
+        run=replace(
+            recipe.run,
+            storage=open_place(recipe.run.storage).uri,
+            init_from=located_start(recipe.run.init_from),
+        ),
     )
 
 

@@ -91,6 +91,11 @@ class Run:
     """Folder or s3:// URI below which runs keep their checkpoints."""
     seed: int = 0
     """Seed of weights, order, crops and masks."""
+    init_from: str | None = None
+    """Trained weights to begin with, in place of new ones: a checkpoint, a run, an export to timm,
+    a file of weights of timm, MAE or the DropPos reference (path or s3:// URI), or timm:NAME, which
+    timm downloads. The whole encoder must be there; decoders are taken if they fit. `--init-from`
+    is short for it. A run that is resumed goes on from its checkpoint."""
     workers: int = 1
     """Training workers; on a GPU cluster, one each GPU."""
     min_workers: int | None = None

@@ -18,7 +18,7 @@ from rich.table import Table
 from pipelines.screen import clock
 
 if TYPE_CHECKING:
-    from droppos.export.timm_vit import ExportReport
+    from droppos.export.flow import ExportReport
     from pipelines.audit import Audit
     from pipelines.copies import Bounded
     from pipelines.demo import DemoReport
@@ -126,15 +126,17 @@ def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> Non
 def show_export(console: Console, report: ExportReport, out: str) -> None:
     """Tell what was written, and how to load it."""
     print_table(console, "Backbone", [*export_rows(report), ("folder", out)])
-    if str(report.path) == out:
-        _next(console, report.command)
+    _next(console, report.command)
 
 
 def export_rows(report: ExportReport) -> list[Row]:
     """Write the facts of an export."""
     return [
+        ("format", report.format),
         ("architecture", report.architecture),
         ("parameters", f"{report.parameters / 1e6:,.2f} million"),
+        ("pictures of", f"{report.image_size[0]} x {report.image_size[1]} pixels"),
+        ("verified", report.verified),
         ("difference from the trained model", f"{report.largest_difference:.1e} at most"),
     ]
 

@@ -29,6 +29,7 @@ from pipelines.passed import PassedOver
 from pipelines.proof import Proof
 from pipelines.pulse import Pulse
 from pipelines.recipe import Recipe
+from pipelines.start import load_start, started_from
 from pipelines.stream import Batch, batches
 from pipelines.terminate import asked_to_terminate
 
@@ -60,11 +61,14 @@ def _train(job: Job, pulse: Pulse) -> None:
     attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
     saved = checkpoints.newest(job.home)
     pace = Pace(recipe.optim.global_batch, step_flops(recipe.model, recipe.method), peak_of(state))
+    init_from = started_from(saved, job.home)
+    if saved is None and init_from is not None:
+        load_start(state, job.home)
     restore(state, saved)
     passed = PassedOver.read(job.home, schedule)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
     agreement = Agreement(3, recipe.run.hang_timeout_s)
-    keeper = Keeper(job, state, proof)
+    keeper = Keeper(job, state, proof, init_from)
     job.events.send(
         {
             "kind": "started",

@@ -10,9 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from droppos.config import Method, Model
 from droppos.errors import ConfigError, DataError, TrainingError
-from droppos.export.timm_vit import export, load_export
+from droppos.export.flow import ExportReport
+from droppos.export.flow import export as export_as
+from droppos.export.timm_vit import TIMM, load_export
 from droppos.measure.position import protocol_draw
 from droppos.model import DropPos
+from droppos.trained import Trained
 
 SMALL = Model(
     size="tiny",
@@ -34,6 +37,10 @@ def pretrained(model: Model = SMALL, method: Method | None = None) -> DropPos:
         for weight in droppos.parameters():
             weight += 0.02 * torch.randn_like(weight)
     return droppos
+
+
+def export(droppos: DropPos, model: Model, out: Path) -> ExportReport:
+    return export_as(Trained(droppos.encoder, model, droppos), out, TIMM)
 
 
 def test_timm_computes_what_was_trained_both_ways(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ def masks(method: Method, images: int = 3, config: Model = TINY) -> Draw:
 
 def test_importing_the_method_imports_no_pipeline() -> None:
     probe = (
-        "import sys, droppos.step, droppos.measure.position, droppos.export.timm_vit; "
-        "print(*sorted({'ray', 'mlflow', 'pyarrow', 'pipelines'} & set(sys.modules)))"
+        "import sys, droppos.step, droppos.measure.position, droppos.export.formats; "
+        "import droppos.foreign; "
+        "others = {'ray', 'mlflow', 'pyarrow', 'pipelines', 'transformers', 'onnx'}; "
+        "print(*sorted(others & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""

@@ -8,6 +8,7 @@ import torch
 
 from droppos.config import Grid, Method, Model, Optim
 from droppos.encoder import encode
+from droppos.foreign import our_name, our_names
 from droppos.loss import Metrics, pretraining_loss
 from droppos.masking import Draw, draw_patches
 from droppos.model import DropPos, Prediction
@@ -36,28 +37,18 @@ CASES = {
 RELATIVE = 1e-5
 
 
-def our_name(theirs: str) -> str:
-    for prefix, ours in (
-        ("aux_decoder_pred", "pixel_decoder.head"),
-        ("aux_decoder_", "pixel_decoder."),
-        ("mask_token", "pixel_decoder.mask_token"),
-        ("mask_pos_token", "dropped_token"),
-        ("decoder_pred", "position_decoder.head"),
-        ("decoder_", "position_decoder."),
-    ):
-        if theirs.startswith(prefix):
-            return ours + theirs.removeprefix(prefix)
-    return f"encoder.{theirs}"
+def reference_weights() -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("weight/"): torch.from_numpy(GOLDEN[name]).double()
+        for name in GOLDEN.files
+        if name.startswith("weight/")
+    }
 
 
 def golden_model(method: Method) -> DropPos:
     model = DropPos(MODEL, method).double()
     ours = set(model.state_dict())
-    weights = {
-        our_name(name.removeprefix("weight/")): torch.from_numpy(GOLDEN[name]).double()
-        for name in GOLDEN.files
-        if name.startswith("weight/")
-    }
+    weights, _ = our_names(reference_weights())
     weights = {name: value for name, value in weights.items() if name in ours}
     if method.dropped_token == "zeros":
         weights["dropped_token"] = torch.zeros_like(weights["dropped_token"])
@@ -126,7 +117,7 @@ def test_case_is_the_reference(case: str) -> None:
 
     metrics.loss.backward()
     norms = {
-        our_name(name.split("grad_norm/")[1]): GOLDEN[name]
+        our_name(name.split("grad_norm/")[1], reference_weights()): GOLDEN[name]
         for name in GOLDEN.files
         if name.startswith(f"{case}/grad_norm/")
     }
