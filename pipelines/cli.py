@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -19,7 +19,8 @@ from rich.markup import escape
 
 from droppos.errors import ConfigError, DropposError
 from pipelines import recipe_file
-from pipelines.recipe import Measure, Recipe
+from pipelines.recipe import Measure, Recipe, Tracking
+from pipelines.spread import Spread
 
 if TYPE_CHECKING:
     from pipelines.search_outcome import SearchOutcome
@@ -29,6 +30,7 @@ DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
+SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
 
 console = Console(stderr=True)
@@ -164,7 +166,11 @@ def evaluate(
     data: tyro.conf.Positional[str],
     train: str | None = None,
     pictures: int | None = None,
+    probe: Literal["auto", "lbfgs", "sgd", "lars"] = "auto",
+    track: bool = False,
+    spread: SpreadFlags = Spread(cache="droppos-runs/features"),  # noqa: B008 - frozen
     measure: MeasureFlags = Measure(),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
 ) -> None:
     """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
 
@@ -173,14 +179,24 @@ def evaluate(
         data: Prepared data set to measure on.
         train: Labelled data set to learn from; without it four fifths of `data`.
         pictures: Pictures to take of each data set, from all over it; all when not given.
+        probe: How the linear probe is fitted. lbfgs: exactly, in memory. sgd, lars: over a grid of
+            rates, as the field does on a million pictures. auto: lbfgs where it fits.
+        track: Write the figures to MLflow: to the run that made the backbone, if it is known.
+        spread: Who takes the features, and where they are kept.
         measure: Protocol of position accuracy.
+        tracking: Where MLflow is.
     """
     from pipelines.evaluate import evaluate as job
+    from pipelines.evaluate import track as write
     from pipelines.report import show_evaluation
 
     with console.status("measuring"):
-        evaluation = job(backbone, data, train=train, measure=measure, limit=pictures)
+        evaluation = job(
+            backbone, data, train=train, measure=measure, limit=pictures, probe=probe, spread=spread
+        )
     show_evaluation(console, evaluation)
+    if track:
+        print(write(evaluation, tracking))
 
 
 def doctor(

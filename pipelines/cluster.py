@@ -3,10 +3,13 @@
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from psutil import virtual_memory
+from ray.exceptions import RayTaskError
 
+from droppos.errors import DropposError
 from pipelines.machines import read_cluster
 from pipelines.memory import SHARE, Footprint, decode_tasks
 from pipelines.recipe import Recipe
@@ -91,6 +94,16 @@ def start_private(cpus: int, held: int, runs: int = 1) -> None:
         logging_level=logging.ERROR,
         _system_config={"worker_maximum_startup_concurrency": at_once},
     )
+
+
+def result_of(refs: Any) -> Any:
+    """Wait for tasks; what they raise for a person is raised as it was."""
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        if isinstance(error.cause, DropposError):
+            raise error.cause from error
+        raise
 
 
 def buffer_mb_of(recipe: Recipe, at_once: int = 1) -> float | None:

@@ -5,10 +5,12 @@ Axes in this file
     D  channels of a token
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from droppos.config import Compute, Method
 from droppos.errors import DataError
 from droppos.measure.features import patch_mean
 from droppos.measure.knn import can_leave_one_out, knn_leave_one_out
-from droppos.measure.position import PositionMeter, measure_positions
+from droppos.measure.position import PositionMeter, PositionReport, measure_positions
 from droppos.measure.rank import effective_rank
 from droppos.model import normalise
 from droppos.parallel import precision, unwrap
@@ -30,7 +32,7 @@ from droppos.pictures import center_crop
 from pipelines.backbone import from_checkpoint
 from pipelines.checkpoints import Saved
 from pipelines.recipe import Measure, Recipe
-from pipelines.shards import Manifest, Picture, load_manifest, read_row_group
+from pipelines.shards import Group, Manifest, Picture, load_manifest, read_row_group
 from pipelines.storage import Place, open_place
 
 BATCH = 32
@@ -52,6 +54,14 @@ class Pictures:
     classes: tuple[str, ...] | None
 
 
+class Chosen(NamedTuple):
+    """Some rows of a row group."""
+
+    group: Group
+    rows: tuple[int, ...]
+    """Their indices in the group."""
+
+
 def load_pictures(uri: str, size: tuple[int, int], limit: int | None = None) -> Pictures:
     """Decode the centres of pictures of a prepared data set.
 
@@ -65,9 +75,10 @@ def load_pictures(uri: str, size: tuple[int, int], limit: int | None = None) -> 
     """
     place = open_place(uri)
     manifest = load_manifest(place)
-    rows = list(_some(place, manifest, limit or manifest.rows))
-    if not rows:
+    chosen = choose(manifest, limit)
+    if not chosen:
         raise DataError(f"{uri} holds no picture; prepare a folder that has some")
+    rows = [row for part in chosen for row in read_chosen(place, manifest, part)]
     pixels = np.stack([center_crop(row.image, size) for row in rows])
     labels = [row.label for row in rows if row.label is not None]
     return Pictures(
@@ -78,25 +89,32 @@ def load_pictures(uri: str, size: tuple[int, int], limit: int | None = None) -> 
     )
 
 
-def _some(place: Place, manifest: Manifest, limit: int) -> Iterator[Picture]:
-    """Read evenly spaced pictures of evenly spaced row groups.
+def choose(manifest: Manifest, limit: int | None = None) -> list[Chosen]:
+    """Choose evenly spaced pictures of evenly spaced row groups; all when there is no limit.
 
     A few dozen of each group it touches: taking one of every group would read the whole data set.
     """
-    limit = min(limit, manifest.rows)
+    limit = min(limit or manifest.rows, manifest.rows)
     wanted = ceil(limit / GROUP_SHARE)
-    chosen = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
-    while sum(group.rows for group in chosen) < limit:  # short groups: take more of them
+    groups = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
+    while sum(group.rows for group in groups) < limit:  # short groups: take more of them
         wanted *= 2
-        chosen = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
-    rows = spread(sum(group.rows for group in chosen), limit)
-    start = 0
-    for group in chosen:
-        own = [row - start for row in rows if start <= row < start + group.rows]
-        if own:
-            table = read_row_group(place, manifest.shards[group.shard], group.group).take(own)
-            yield from (Picture(**row) for row in table.to_pylist())
+        groups = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
+    rows = spread(sum(group.rows for group in groups), limit)
+    chosen, start = [], 0
+    for group in groups:
+        first, last = bisect_left(rows, start), bisect_left(rows, start + group.rows)
+        if first < last:
+            chosen.append(Chosen(group, tuple(row - start for row in rows[first:last])))
         start += group.rows
+    return chosen
+
+
+def read_chosen(place: Place, manifest: Manifest, chosen: Chosen) -> list[Picture]:
+    """Read the pictures, still encoded."""
+    group, rows = chosen
+    table = read_row_group(place, manifest.shards[group.shard], group.group).take(list(rows))
+    return [Picture(**row) for row in table.to_pylist()]
 
 
 def spread(total: int, wanted: int) -> list[int]:
@@ -146,7 +164,9 @@ class Holdout:
         training = model.training
         model.eval()
         try:
-            figures = self._position_figures(model) | self._feature_figures(model)
+            positions = self.positions(model)
+            figures = {} if positions is None else positions.metrics()
+            figures |= self._feature_figures(model)
         finally:
             model.train(training)
         # Every rank has summed up the same, but perhaps on another processor: one rank's word goes.
@@ -155,11 +175,15 @@ class Holdout:
             dist.broadcast(values, src=0)
         return dict(zip([f"holdout/{name}" for name in figures], values.tolist(), strict=True))
 
-    def _position_figures(self, model: nn.Module) -> dict[str, float]:
-        """Ask for positions under the protocol."""
+    def positions(self, model: nn.Module) -> PositionReport | None:
+        """Ask a model in eval mode for positions under the protocol; None without a position head.
+
+        Args:
+            model: As of `measure`.
+        """
         whole = unwrap(model)
         if not whole.method.predicts_positions:
-            return {}
+            return None
         counts = protocol(self._measure).counts(whole.grid)
         meter = PositionMeter(whole.grid, counts, self._device)
         idle = PositionMeter(whole.grid, counts, self._device)
@@ -174,7 +198,7 @@ class Holdout:
         if _world() > 1:
             for total in meter.state:
                 dist.all_reduce(total)
-        return meter.report().metrics()
+        return meter.report()
 
     def _feature_figures(self, model: nn.Module) -> dict[str, float]:
         """Judge features of whole pictures, outside of autocast, which would round similarities."""

@@ -314,14 +314,30 @@ class Ledger:
         return {HOME: self.home, **nested}
 
     def _find(self, experiment_id: str) -> "Run | None":
-        quote = '"' if "'" in self.home else "'"
-        runs = self._client.search_runs(
-            [experiment_id],
-            filter_string=f"tags.`{HOME}` = {quote}{self.home}{quote}",
-            order_by=["attributes.start_time DESC"],
-            max_results=1,
-        )
-        return runs[0] if runs else None
+        return run_of(self._client, experiment_id, self.home)
+
+
+def run_of(client: "MlflowClient", experiment_id: str, home: str) -> "Run | None":
+    """Find the newest MLflow run of a run's folder."""
+    quote = '"' if "'" in home else "'"
+    runs = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{HOME}` = {quote}{redact(home)}{quote}",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return runs[0] if runs else None
+
+
+def open_experiment(uri: str, name: str) -> "tuple[MlflowClient, str]":
+    """Reach MLflow, and find or make an experiment, for who writes a few figures at once.
+
+    Raises:
+        ConfigError: If MLflow cannot be reached, or the experiment was deleted.
+    """
+    with _reachable(uri):
+        client = _connect(uri)
+        return client, _experiment(client, uri, name)
 
 
 def _now_ms() -> int:

@@ -141,7 +141,7 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Tell what a backbone is worth, with what could not be measured."""
     print_table(console, "Evaluation", evaluation_rows(evaluation))
     for note in evaluation.notes:
-        console.print(f"[dim]not measured: {escape(note)}[/]", highlight=False)
+        console.print(f"[dim]note: {escape(note)}[/]", highlight=False)
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Row]:
@@ -158,7 +158,10 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
     if evaluation.knn is not None:
         rows.append(("20 nearest neighbours", str(evaluation.knn)))
     if evaluation.probe is not None:
-        rows.append(("linear probe", str(evaluation.probe)))
+        probe = evaluation.probe
+        rows.append(("linear probe", f"{probe.accuracy}, by {probe.solver}"))
+        if probe.top_5 is not None:
+            rows.append(("  among the first five", str(probe.top_5)))
     rank = f"{evaluation.effective_rank:.1f} of {evaluation.width}"
     return [*rows, ("effective rank of features", rank)]
 

@@ -66,6 +66,11 @@ class Proportion:
         """
         return 0.0 if chance == 1 else (self.value - chance) / (1 - chance)
 
+    def metrics(self, name: str) -> dict[str, float]:
+        """Name value and interval for a ledger, where numbers stand alone."""
+        low, high = self.interval
+        return {name: self.value, f"{name}_low_95": low, f"{name}_high_95": high}
+
     def __str__(self) -> str:
         low, high = self.interval
         return f"{100 * self.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
