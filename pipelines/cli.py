@@ -17,9 +17,11 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from droppos.config import Compute
 from droppos.errors import ConfigError, DropposError
+from droppos.measure.finetune_recipe import Finetune
 from pipelines import recipe_file
-from pipelines.recipe import Measure, Recipe, Tracking
+from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
 from pipelines.spread import Spread
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
+FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
 SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
 
@@ -199,6 +202,55 @@ def evaluate(
         print(write(evaluation, tracking))
 
 
+def finetune(
+    backbone: tyro.conf.Positional[str],
+    data: tyro.conf.Positional[str],
+    holdout: str,
+    resume: bool = False,
+    precision: Literal["float32", "bf16"] = "bf16",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    decode_cpus: int | None = None,
+    window: int = 1024,
+    recipe: FinetuneFlags = Finetune(),  # noqa: B008 - frozen
+    run: Run = Run(name="finetune"),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
+) -> None:
+    """Fine-tune a backbone on labelled pictures by the published recipe, and classify others.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run.
+        data: Labelled prepared data set to train on.
+        holdout: Labelled prepared data set to classify at the end.
+        resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
+        precision: Arithmetic of forward and backward; weights stay float32.
+        device: auto takes a GPU for each worker if the cluster has as many.
+        decode_cpus: CPUs that read, decode and augment; all that training leaves when not given.
+        window: Images that are shuffled together.
+        recipe: How it is fine-tuned.
+        run: Name, storage and workers.
+        tracking: Where MLflow is.
+    """
+    _announce()
+    from pipelines.finetune import finetune as job
+    from pipelines.report import show_finetuned
+    from pipelines.screen import Screen
+
+    compute = Compute(strategy="ddp", precision=precision, device=device)
+    told = Data(path=data, holdout=holdout, decode_cpus=decode_cpus, window=window)
+    with Screen(Recipe(run=run), console) as screen:
+        done = job(
+            backbone,
+            told,
+            recipe,
+            run=run,
+            compute=compute,
+            tracking=tracking,
+            resume=resume,
+            on_event=screen.event,
+        )
+    show_finetuned(console, done)
+
+
 def doctor(
     data: tyro.conf.Positional[str],
     gpus: int | None = None,
@@ -329,6 +381,7 @@ COMMANDS = {
     "search": search,
     "export": export,
     "evaluate": evaluate,
+    "finetune": finetune,
     "doctor": doctor,
     "audit": audit,
 }

@@ -5,7 +5,6 @@ With a position head: position accuracy under the fixed protocol.
 """
 
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Literal
 
 import torch
@@ -21,14 +20,12 @@ from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.extraction import Extracted, extract
-from pipelines.holdout import Holdout, load_pictures
+from pipelines.holdout import Holdout, in_known_share, load_pictures
 from pipelines.recipe import Measure, Tracking
 from pipelines.scores import track_figures
 from pipelines.spread import Spread
 from pipelines.storage import open_place
 
-KNOWN_SHARE = 0.8
-"""Of a labelled data set that comes alone: what k-NN and probe may learn from."""
 EXACT_VALUES = 2**27
 """Largest number of features and logits for which the exact probe is taken: 1 GiB each of float64,
 several times over while it solves."""
@@ -221,7 +218,7 @@ def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str])
 
 
 def _part(pictures: Extracted) -> tuple[_Labelled, _Labelled]:
-    """Split by the hash of each key: the same pictures whatever their number or order."""
+    """Part a data set that comes alone."""
     known = in_known_share(pictures.keys)
     if known.all() or not known.any():
         raise DataError(
@@ -230,12 +227,6 @@ def _part(pictures: Extracted) -> tuple[_Labelled, _Labelled]:
         )
     both = _Labelled.of(pictures)
     return both.where(known), both.where(~known)
-
-
-def in_known_share(keys: list[str]) -> Tensor:
-    """Tell which pictures k-NN and probe may learn from, if a data set comes alone."""
-    digests = [blake2b(key.encode(), digest_size=4).digest() for key in keys]
-    return torch.tensor([int.from_bytes(d, "big") / 2**32 < KNOWN_SHARE for d in digests])
 
 
 def _require_same_classes(train: str, known: Extracted, data: str, asked: Extracted) -> None:

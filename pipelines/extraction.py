@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from ray.exceptions import RayActorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -43,7 +43,7 @@ from pipelines.cluster import result_of, start_private
 from pipelines.holdout import Chosen, choose, read_chosen
 from pipelines.machines import read_cluster
 from pipelines.resources import Demand
-from pipelines.shards import Manifest, load_manifest
+from pipelines.shards import Manifest, Picture, load_manifest
 from pipelines.spread import Spread
 from pipelines.storage import Place, open_place
 
@@ -97,7 +97,7 @@ def extract(
     """
     place = open_place(uri)
     manifest = load_manifest(place)
-    pieces = _pieces(choose(manifest, limit))
+    pieces = pieces_of(choose(manifest, limit))
     if not pieces:
         raise DataError(f"{uri} holds no picture; prepare a folder that has some")
     kept = None
@@ -114,7 +114,7 @@ def extract(
     return _joined([found[number] for number in range(len(pieces))], manifest)
 
 
-def _pieces(chosen: Sequence[Chosen]) -> list[Piece]:
+def pieces_of(chosen: Sequence[Chosen]) -> list[Piece]:
     """Put row groups together until they are worth a task."""
     pieces: list[Piece] = []
     for part in chosen:
@@ -174,6 +174,19 @@ def _read_kept(kept: Place, pieces: Sequence[Piece]) -> dict[int, Columns]:
     return found
 
 
+def decode(
+    place: Place,
+    manifest: Manifest,
+    piece: Piece,
+    size: tuple[int, int],
+    threads: ThreadPoolExecutor,
+) -> tuple[list[Picture], UInt8[Tensor, "P rows columns 3"]]:
+    """Read a piece and cut the centres of its pictures, in several threads."""
+    rows = [row for part in piece for row in read_chosen(place, manifest, part)]
+    crops = threads.map(lambda row: center_crop(row.image, size), rows)
+    return rows, torch.from_numpy(np.stack(list(crops)))
+
+
 class _Extractor:
     """Takes features, in the process and on the device where it was made."""
 
@@ -192,9 +205,7 @@ class _Extractor:
 
     def part(self, piece: Piece) -> Columns:
         """Read, decode and encode one piece."""
-        rows = [row for part in piece for row in read_chosen(self._place, self._manifest, part)]
-        crops = self._decoders.map(lambda row: center_crop(row.image, self._size), rows)
-        pixels = torch.from_numpy(np.stack(list(crops)))
+        rows, pixels = decode(self._place, self._manifest, piece, self._size, self._decoders)
         labels = [-1 if row.label is None else row.label for row in rows]
         return {
             "features": extract_features(self._encoder, pixels).patch_mean.numpy(),

@@ -9,13 +9,14 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from math import ceil
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -25,6 +26,7 @@ from droppos.errors import DataError
 from droppos.measure.features import patch_mean
 from droppos.measure.knn import can_leave_one_out, knn_leave_one_out
 from droppos.measure.position import PositionMeter, PositionReport, measure_positions
+from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from droppos.model import normalise
 from droppos.parallel import precision, unwrap
@@ -34,6 +36,9 @@ from pipelines.checkpoints import Saved
 from pipelines.recipe import Measure, Recipe
 from pipelines.shards import Group, Manifest, Picture, load_manifest, read_row_group
 from pipelines.storage import Place, open_place
+
+KNOWN_SHARE = 0.8
+"""Of labelled pictures that come alone: what a classifier may learn from."""
 
 BATCH = 32
 """Pictures of a forward pass: the model's own batch may be too large beside its gradients. The same
@@ -123,6 +128,12 @@ def spread(total: int, wanted: int) -> list[int]:
     return [i * total // wanted for i in range(wanted)]
 
 
+def in_known_share(keys: list[str]) -> Bool[Tensor, "P"]:
+    """Part pictures by the hash of each key: the same ones whatever their number or order."""
+    digests = [blake2b(key.encode(), digest_size=4).digest() for key in keys]
+    return torch.tensor([int.from_bytes(d, "big") / 2**32 < KNOWN_SHARE for d in digests])
+
+
 def protocol(measure: Measure) -> Method:
     """Make the method that draws the protocol's masks."""
     return Method(mask_ratio=measure.mask_ratio, position_mask_ratio=measure.position_mask_ratio)
@@ -138,6 +149,7 @@ class Holdout:
         self._pictures = pictures.pixels
         labels = None if pictures.labels is None else torch.tensor(pictures.labels)
         self._labels = labels if labels is not None and can_leave_one_out(labels) else None
+        self._known = in_known_share(pictures.keys)
 
     @classmethod
     def open(cls, recipe: Recipe, device: torch.device) -> "Holdout | None":
@@ -148,15 +160,16 @@ class Holdout:
         pictures = load_pictures(recipe.data.holdout, recipe.model.image_size, limit)
         return cls(recipe.measure, recipe.compute, pictures, device)
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
+    def measure(self, model: nn.Module, *, probe: bool = False) -> dict[str, float]:
         """Measure a model in the precision it trains in; with ranks collective, equal on all.
 
         Args:
             model: A DropPos, however it is spread, on the device.
+            probe: Also fit a linear probe: seconds, which nobody should wait for.
 
         Returns:
             By name, all that begin with ``holdout/``: position figures if it has a position head,
-            effective rank, and k-NN figures if the pictures have labels that allow it.
+            effective rank, and those of k-NN and probe if the pictures have labels that allow it.
 
         Raises:
             TrainingError: If the model diverged.
@@ -166,7 +179,11 @@ class Holdout:
         try:
             positions = self.positions(model)
             figures = {} if positions is None else positions.metrics()
-            figures |= self._feature_figures(model)
+            # Outside of autocast, which would round similarities.
+            features = self._features(model).cpu()
+            figures |= self._feature_figures(features)
+            if probe:
+                figures |= self._probe_figures(features)
         finally:
             model.train(training)
         # Every rank has summed up the same, but perhaps on another processor: one rank's word goes.
@@ -200,13 +217,20 @@ class Holdout:
                 dist.all_reduce(total)
         return meter.report()
 
-    def _feature_figures(self, model: nn.Module) -> dict[str, float]:
-        """Judge features of whole pictures, outside of autocast, which would round similarities."""
-        features = self._features(model).cpu()
+    def _feature_figures(self, features: Float[Tensor, "P D"]) -> dict[str, float]:
+        """Judge features of whole pictures."""
         figures = {"features/effective_rank": effective_rank(features)}
         if self._labels is not None:
             figures |= knn_leave_one_out(features, self._labels).metrics()
         return figures
+
+    def _probe_figures(self, features: Float[Tensor, "P D"]) -> dict[str, float]:
+        """Have four fifths of the pictures classify the others; nothing where those are too few."""
+        known, labels = self._known, self._labels
+        if labels is None or known.sum() < 5 or known.all() or len(labels[known].unique()) < 2:
+            return {}
+        learnt, asked = (features[known], labels[known]), (features[~known], labels[~known])
+        return linear_probe(*learnt, *asked).accuracy.metrics("features/probe_accuracy")
 
     @torch.no_grad()
     def _features(self, model: nn.Module) -> Float[Tensor, "P D"]:
@@ -251,11 +275,21 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def measure_checkpoint(recipe: Recipe, saved: Saved) -> dict[str, float]:
+def measure_checkpoint(
+    recipe: Recipe, saved: Saved, *, device: str = "cpu", probe: bool = False
+) -> dict[str, float]:
     """Measure a checkpoint, in this process, as its run measures itself.
+
+    Args:
+        recipe: Of the run.
+        saved: The checkpoint.
+        device: Where it is measured.
+        probe: See `Holdout.measure`.
 
     Returns:
         As of `Holdout.measure`; nothing if the recipe names no held-out pictures.
     """
-    holdout = Holdout.open(recipe, torch.device("cpu"))
-    return {} if holdout is None else holdout.measure(from_checkpoint(saved).whole)
+    holdout = Holdout.open(recipe, torch.device(device))
+    if holdout is None:
+        return {}
+    return holdout.measure(from_checkpoint(saved).whole.to(device), probe=probe)

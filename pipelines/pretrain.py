@@ -12,6 +12,7 @@ from pathlib import Path
 
 from droppos.errors import ConfigError, DropposError
 from pipelines import checkpoints
+from pipelines.aside import Aside
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import connect, gpu_workers
 from pipelines.facts import check_resume
@@ -106,7 +107,8 @@ def pretrain(
             recipe.data.skip_limit,
             resumed=saved is not None and saved.record["manifest"] == schedule.manifest.digest,
         )
-        heard = Heard(ledger, skipped, on_event)
+        aside = Aside(recipe, schedule) if recipe.aside_cpus else None
+        heard = Heard(ledger, skipped, on_event, aside)
         heard.event(
             {
                 "kind": "plan",
@@ -115,6 +117,8 @@ def pretrain(
                 "tracking_run": ledger.run_id,
             }
         )
+        if aside is not None and saved is not None:
+            aside.offer(saved)  # an earlier driver may have ended before it was measured
         if saved is None or saved.step < schedule.steps:
             on_gpu = gpu_workers(recipe)
             # Decided once, here: a worker that sees a GPU it was not given must leave it alone.
@@ -124,10 +128,11 @@ def pretrain(
                 join(sharing, recipe, schedule)
             Supervisor(sized, schedule, heard, on_gpu=on_gpu, stop=stop, sharing=sharing).run()
         newest = checkpoints.newest(home)
+        finished = newest is not None and newest.step == schedule.steps
+        heard.conclude(wait=finished)
         pictures = draw_run(recipe, newest, ledger) if newest else []
         for picture in pictures:
             ledger.picture(picture, f"pictures/{picture.name}")
-        finished = newest is not None and newest.step == schedule.steps
         ledger.finish("FINISHED" if finished else "KILLED")
     return Outcome(recipe.home, newest, schedule.steps, heard.last, pictures, ledger.run_id)
 

@@ -84,7 +84,8 @@ def _train(job: Job, pulse: Pulse) -> None:
         stop_step=schedule.steps,
         accumulate=recipe.optim.accumulate,
     )
-    holdout = Holdout.open(recipe, state.device)
+    aside = recipe.aside_cpus > 0  # then the driver has each such checkpoint measured
+    holdout = None if aside else Holdout.open(recipe, state.device)
     pace.reset()
     bad = BadSteps(recipe.run.bad_steps)
     saves = 0
@@ -112,7 +113,9 @@ def _train(job: Job, pulse: Pulse) -> None:
         heard = agreement.settle(wish.saves, wished_leave, -keeper.ended)
         last = state.step == schedule.steps
         leave = heard[1] > 1
+        measured = last or at_epoch(state, recipe.measure.every_epochs)
         due = last or leave or heard[0] > saves or state.step % recipe.run.checkpoint_every == 0
+        due |= aside and measured
         saves = max(saves, heard[0])
         if report and (due or state.step % recipe.run.log_every == 0):
             log(job, state, report, pace, bad)
@@ -120,7 +123,7 @@ def _train(job: Job, pulse: Pulse) -> None:
             break
         keeper.finish_if(-heard[2])
         metrics = {}
-        if holdout and (last or at_epoch(state, recipe.measure.every_epochs)):
+        if holdout and measured:
             pulse.now("measuring", state.step)
             metrics = measure(job, state, holdout)
             pace.pause()

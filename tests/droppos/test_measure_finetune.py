@@ -13,7 +13,6 @@ from droppos.config import Compute, Optim
 from droppos.encoder import build_encoder
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.measure.finetune import (
-    Finetune,
     FinetuneState,
     Labelled,
     _drawing,
@@ -21,6 +20,7 @@ from droppos.measure.finetune import (
     count_right,
     finetune_step,
 )
+from droppos.measure.finetune_recipe import Finetune
 from droppos.model import normalise
 from tests.droppos.tiny import TINY
 
@@ -198,6 +198,7 @@ def test_counting_leaves_the_mode_and_knows_the_five_likeliest() -> None:
         {"label_smoothing": 1.5},
         {"random_erasing": -0.1},
         {"crop_scale": (0.5, 0.2)},
+        {"augment": "augmix-m5"},
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:

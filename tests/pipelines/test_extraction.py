@@ -73,7 +73,7 @@ def test_what_is_chosen_is_spread_and_each_picture_once(data: str, limit: int | 
 
 def test_pieces_end_with_a_row_group_and_hold_each_one_once(data: str) -> None:
     chosen = choose(load_manifest(open_place(data)))
-    pieces = extraction._pieces(chosen)
+    pieces = extraction.pieces_of(chosen)
     assert [part for piece in pieces for part in piece] == chosen
     sizes = [sum(len(part.rows) for part in piece) for piece in pieces]
     assert all(size >= 10 for size in sizes[:-1]) and max(sizes) < 16
@@ -150,7 +150,7 @@ def test_workers_find_what_one_process_finds_and_keep_it(
     one = extract(encoder, data, SIZE)
     assert many.keys == one.keys
     torch.testing.assert_close(many.features, one.features)
-    assert len(kept(tmp_path)) == len(extraction._pieces(choose(load_manifest(open_place(data)))))
+    assert len(kept(tmp_path)) == len(extraction.pieces_of(choose(load_manifest(open_place(data)))))
 
     with pytest.raises(ConfigError, match=r"--workers 7.* room for 6"):
         extract(encoder, data, SIZE, spread=Spread(workers=7, device="cpu"))
