@@ -75,7 +75,7 @@ def tune(
 def blocks(data: Data, start: int = 0, **told: Any) -> list[Mapping[str, np.ndarray]]:
     """Read the first window of an epoch, augmented or not."""
     place = open_place(str(data.path))
-    schedule = Schedule(load_manifest(place), seed=3, global_batch=12, window=24, epochs=2)
+    schedule = Schedule(manifest=load_manifest(place), seed=3, global_batch=12, window=24, epochs=2)
     window = next(iter(schedule.windows(0)))
     crop = CropOptions((32, 48), (0.08, 1.0), True)
     read = partial(read_augmented, **told) if told else read_window
