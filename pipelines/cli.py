@@ -17,11 +17,11 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from droppos.config import Compute
 from droppos.errors import ConfigError, DropposError
 from droppos.measure.finetune_recipe import Finetune
 from pipelines import recipe_file
-from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
+from pipelines.finetune_run import FinetuneRun
+from pipelines.recipe import Measure, Recipe, Tracking
 from pipelines.spread import Spread
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
 FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
+FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
 SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
 
@@ -207,12 +208,8 @@ def finetune(
     data: tyro.conf.Positional[str],
     holdout: str,
     resume: bool = False,
-    precision: Literal["float32", "bf16"] = "bf16",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    decode_cpus: int | None = None,
-    window: int = 1024,
     recipe: FinetuneFlags = Finetune(),  # noqa: B008 - frozen
-    run: Run = Run(name="finetune"),  # noqa: B008 - frozen
+    run: FinetuneRunFlags = FinetuneRun(),  # noqa: B008 - frozen
     tracking: Tracking = Tracking(),  # noqa: B008 - frozen
 ) -> None:
     """Fine-tune a backbone on labelled pictures by the published recipe, and classify others.
@@ -221,11 +218,7 @@ def finetune(
         backbone: Folder of an export, of a checkpoint, or of a run.
         data: Labelled prepared data set to train on.
         holdout: Labelled prepared data set to classify at the end.
-        resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
-        precision: Arithmetic of forward and backward; weights stay float32.
-        device: auto takes a GPU for each worker if the cluster has as many.
-        decode_cpus: CPUs that read, decode and augment; all that training leaves when not given.
-        window: Images that are shuffled together.
+        resume: Go on from the newest checkpoint of --storage/--name, if there is one.
         recipe: How it is fine-tuned.
         run: Name, storage and workers.
         tracking: Where MLflow is.
@@ -235,15 +228,13 @@ def finetune(
     from pipelines.report import show_finetuned
     from pipelines.screen import Screen
 
-    compute = Compute(strategy="ddp", precision=precision, device=device)
-    told = Data(path=data, holdout=holdout, decode_cpus=decode_cpus, window=window)
-    with Screen(Recipe(run=run), console) as screen:
+    with Screen(Recipe(), console) as screen:
         done = job(
             backbone,
-            told,
+            data,
+            holdout,
             recipe,
-            run=run,
-            compute=compute,
+            run,
             tracking=tracking,
             resume=resume,
             on_event=screen.event,

@@ -128,7 +128,7 @@ def evaluate(
         knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
         found = _probe(*pair, probe, notes)
     return Evaluation(
-        backbone=trained.uri if "://" in trained.uri else open_place(trained.uri).uri,
+        backbone=trained.uri,
         data=open_place(data).uri,
         train=None if train is None else open_place(train).uri,
         pictures=len(asked.keys),

@@ -275,19 +275,21 @@ def _extractors(
     pieces: int,
 ) -> Iterator[_Extractor | _Crew]:
     """Make what takes features; a cluster that was joined or started for it is left after."""
-    cpus = spread.cpus_per_worker
     if spread.workers is None and "RAY_ADDRESS" not in os.environ:
-        yield _Extractor(encoder, place, manifest, size, _own_device(spread), cpus)
-        encoder.cpu()
+        cpus = spread.cpus_per_worker or os.cpu_count() or 1
+        try:
+            yield _Extractor(encoder, place, manifest, size, _own_device(spread), cpus)
+        finally:
+            encoder.cpu()
         return
     joined = not ray.is_initialized()
     if joined and "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
     elif joined:
         pixels = 3 * prod(size) * PIECE
-        start_private((spread.workers or 1) * cpus, held=pixels)
+        start_private((spread.workers or 1) * (spread.cpus_per_worker or 1), held=pixels)
     try:
-        workers, gpu = _room(spread, pieces)
+        workers, cpus, gpu = _room(spread, pieces)
         held = [ray.put((encoder, place, manifest))]
         actor = ray.remote(_Worker).options(
             num_cpus=cpus,
@@ -310,25 +312,27 @@ def _own_device(spread: Spread) -> str:
     return spread.device
 
 
-def _room(spread: Spread, pieces: int) -> tuple[int, bool]:
-    """Choose how many workers, and whether each has a GPU.
+def _room(spread: Spread, pieces: int) -> tuple[int, int, bool]:
+    """Choose how many workers, the CPUs of each, and whether it has a GPU.
 
     Raises:
         ConfigError: If so many will never have room.
     """
     has = ray.cluster_resources()
     gpu = spread.device == "cuda" or (spread.device == "auto" and has.get("GPU", 0) >= 1)
-    demand = Demand(cpus_per_worker=spread.cpus_per_worker, gpu=gpu)
     cluster = read_cluster()
+    shares = [machine.cpus // machine.gpus for machine in cluster.machines if machine.gpus]
+    cpus = spread.cpus_per_worker or max(1, min(shares, default=1) if gpu else 1)
+    demand = Demand(cpus_per_worker=cpus, gpu=gpu)
     now, most = (
         sum(machine.count * demand.bundles(machine) for machine in machines)
         for machines in (cluster.standing, cluster.machines)
     )
     workers = spread.workers or now or 1
     if workers > most:
-        each = f"{spread.cpus_per_worker} CPU" + (" and a GPU" if gpu else "")
+        each = f"{cpus} CPU" + (" and a GPU" if gpu else "")
         raise ConfigError(
             f"--workers {workers}, each with {each}: the cluster has room for {most} at its "
             "largest; take fewer, or fewer --cpus-per-worker"
         )
-    return min(workers, pieces), gpu
+    return min(workers, pieces), cpus, gpu

@@ -21,7 +21,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
-from droppos.config import Compute
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
@@ -31,12 +30,13 @@ from pipelines.backbone import Backbone, open_backbone
 from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
 from pipelines.crew import worker_resources
 from pipelines.events import Events
+from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import FinetuneJob, finetune_worker
 from pipelines.heard import Heard, OnEvent
 from pipelines.ledger import Ledger
 from pipelines.order import Schedule
 from pipelines.pretrain import located, plan
-from pipelines.recipe import Data, Recipe, Run, Tracking
+from pipelines.recipe import Recipe, Tracking
 from pipelines.shards import Manifest, load_manifest, read_row_group
 from pipelines.skipped import Skipped
 from pipelines.source import Remaining, data_config
@@ -71,11 +71,11 @@ class Finetuned:
 
 def finetune(
     backbone: str,
-    data: Data,
+    data: str,
+    holdout: str,
     recipe: Finetune,
+    run: FinetuneRun,
     *,
-    run: Run,
-    compute: Compute,
     tracking: Tracking,
     resume: bool = False,
     on_event: OnEvent | None = None,
@@ -84,11 +84,10 @@ def finetune(
 
     Args:
         backbone: Export, checkpoint or run.
-        data: Labelled pictures to train on and held-out ones (``holdout``) to classify; its crops
-            are those of ``recipe``.
+        data: Labelled prepared data set to train on.
+        holdout: Labelled prepared data set to classify at the end.
         recipe: How it is fine-tuned.
         run: Name, storage and workers.
-        compute: Precision and device; the strategy is always ddp.
         tracking: Where MLflow is.
         resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
         on_event: Hears of progress.
@@ -104,9 +103,9 @@ def finetune(
             model=trained.model,
             method=trained.method,
             optim=recipe.optim,
-            compute=replace(compute, strategy="ddp", shard_ranks=None),
-            data=replace(data, crop_scale=recipe.crop_scale),
-            run=run,
+            compute=run.compute,
+            data=run.data(data, holdout, recipe.crop_scale),
+            run=run.run,
             tracking=tracking,
         )
     )
@@ -122,7 +121,8 @@ def finetune(
     with Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger:
         described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
         ledger.describe(whole, {**described, "finetune.backbone": trained.uri})
-        skipped = Skipped(home, schedule.manifest.rows, data.skip_limit, resumed=saved is not None)
+        limit = whole.data.skip_limit
+        skipped = Skipped(home, schedule.manifest.rows, limit, resumed=saved is not None)
         heard = Heard(ledger, skipped, on_event)
         heard.event(
             {
@@ -223,11 +223,7 @@ def _labels(recipe: Recipe, manifest: Manifest) -> tuple[Int64[Tensor, " rows"],
     Raises:
         DataError: If some have none, or the held-out pictures have other classes.
     """
-    assert recipe.data.path is not None
-    if recipe.data.holdout is None:
-        raise ConfigError(
-            "there are no held-out pictures to classify; name a prepared data set with --holdout"
-        )
+    assert recipe.data.path is not None and recipe.data.holdout is not None
     held_out = load_manifest(open_place(recipe.data.holdout))
     if not manifest.classes or len(manifest.classes) < 2 or manifest.classes != held_out.classes:
         raise DataError(
@@ -292,12 +288,12 @@ def _check_resume(
     if not resume:
         raise ConfigError(
             f"run {recipe.home} already has a checkpoint at step {saved.step}; add --resume to go "
-            "on with it, or choose another run.name"
+            "on with it, or choose another --name"
         )
     theirs = saved.record.get("finetune")
     if theirs is None:
         raise ConfigError(
-            f"run {recipe.home} is a pre-training, not a fine-tuning; choose another run.name"
+            f"run {recipe.home} is a pre-training, not a fine-tuning; choose another --name"
         )
     changed = [name for name, value in facts.items() if theirs.get(name) != value]
     if changed:
@@ -307,5 +303,5 @@ def _check_resume(
         )
         raise ConfigError(
             f"run {recipe.home} was made with other settings; {told}; put them back, or choose "
-            "another run.name"
+            "another --name"
         )

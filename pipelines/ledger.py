@@ -329,15 +329,20 @@ def run_of(client: "MlflowClient", experiment_id: str, home: str) -> "Run | None
     return runs[0] if runs else None
 
 
-def open_experiment(uri: str, name: str) -> "tuple[MlflowClient, str]":
+@contextmanager
+def open_experiment(uri: str, name: str) -> "Iterator[tuple[MlflowClient, str]]":
     """Reach MLflow, and find or make an experiment, for who writes a few figures at once.
 
+    Yields:
+        A client, and the experiment's identifier.
+
     Raises:
-        ConfigError: If MLflow cannot be reached, or the experiment was deleted.
+        ConfigError: If MLflow cannot be reached, also inside the block, or the experiment was
+            deleted.
     """
     with _reachable(uri):
         client = _connect(uri)
-        return client, _experiment(client, uri, name)
+        yield client, _experiment(client, uri, name)
 
 
 def _now_ms() -> int:

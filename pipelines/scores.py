@@ -1,4 +1,4 @@
-"""Scores: what an evaluation or a fine-tuning found, in MLflow.
+"""Scores: what an evaluation found, in MLflow.
 
 They belong to the run that made the backbone, if MLflow knows it: its folder is told by a
 checkpoint's place. Figures of a data set are `evaluation/<data set>/...` there, at the step of the
@@ -64,22 +64,23 @@ def track_figures(
     recipe = Recipe(tracking=tracking)
     if origin.storage is not None:
         recipe = replace(recipe, run=replace(recipe.run, storage=origin.storage))
-    client, experiment = open_experiment(tracking_uri(recipe), tracking.experiment)
     name = re.sub(r"[^\w.-]", "_", data.rstrip("/").rsplit("/", 1)[-1])
-    known = None if origin.home is None else run_of(client, experiment, origin.home)
-    run = known or client.create_run(experiment, run_name=f"evaluate {name}", tags=provenance())
     now = time.time_ns() // 1_000_000
     tags = {"backbone": backbone, "data": data, **facts}
-    client.log_batch(
-        run.info.run_id,
-        metrics=[
-            Metric(f"evaluation/{name}/{metric}", value, now, origin.step)
-            for metric, value in metrics.items()
-        ],
-        tags=[
-            RunTag(f"evaluation.{name}.{tag}", redact(value)[:5000]) for tag, value in tags.items()
-        ],
-    )
-    if known is None:
-        client.set_terminated(run.info.run_id)
+    with open_experiment(tracking_uri(recipe), tracking.experiment) as (client, experiment):
+        known = None if origin.home is None else run_of(client, experiment, origin.home)
+        run = known or client.create_run(experiment, run_name=f"evaluate {name}", tags=provenance())
+        client.log_batch(
+            run.info.run_id,
+            metrics=[
+                Metric(f"evaluation/{name}/{metric}", value, now, origin.step)
+                for metric, value in metrics.items()
+            ],
+            tags=[
+                RunTag(f"evaluation.{name}.{tag}", redact(value)[:5000])
+                for tag, value in tags.items()
+            ],
+        )
+        if known is None:
+            client.set_terminated(run.info.run_id)
     return run.info.run_id

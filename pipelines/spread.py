@@ -13,8 +13,9 @@ class Spread:
     workers: int | None = None
     """Processes of Ray; none takes as many as the cluster of RAY_ADDRESS has GPUs (CPUs where it
     has none), and without RAY_ADDRESS does all in this process."""
-    cpus_per_worker: int = 1
-    """CPUs of each, to read and decode with; on a GPU they are what it waits for."""
+    cpus_per_worker: int | None = None
+    """CPUs of each, to read and decode with: what a GPU waits for. None takes each GPU's part of
+    its machine's CPUs; without a GPU 1, and in this process all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes GPUs if there are any now; a cluster that scales them from zero shows none."""
     cache: str | None = None

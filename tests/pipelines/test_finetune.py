@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from droppos.config import Compute, Method, Optim
+from droppos.config import Method, Optim
 from droppos.errors import ConfigError, DataError
 from droppos.export.timm_vit import export
 from droppos.measure.finetune_recipe import Finetune
@@ -18,10 +18,11 @@ from droppos.model import DropPos
 from pipelines import checkpoints, stored_state
 from pipelines.augmented import read_augmented
 from pipelines.finetune import Finetuned, finetune
+from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import labelled
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
-from pipelines.recipe import Data, Run, Tracking
+from pipelines.recipe import Tracking
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch
@@ -39,15 +40,14 @@ RECIPE = Finetune(
     mixup=0.2,
     cutmix=0.2,
 )
-FLOAT = Compute(strategy="ddp", precision="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def data(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """72 pictures in six classes, to learn and to be asked."""
     folder = str(tmp_path_factory.mktemp("finetune") / "data")
     prepare(str(photographs), folder, group_rows=10)
-    return Data(path=folder, holdout=folder, window=24, decode_cpus=2)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +59,37 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def tune(
-    backbone: str, data: Data, folder: Path, recipe: Finetune = RECIPE, **told: Any
+    backbone: str,
+    data: str,
+    folder: Path,
+    recipe: Finetune = RECIPE,
+    holdout: str | None = None,
+    **told: Any,
 ) -> Finetuned:
+    run = FinetuneRun(
+        name="tuned",
+        storage=str(folder),
+        workers=2,
+        decode_cpus=2,
+        window=24,
+        log_every=1,
+        precision="float32",
+        device="cpu",
+    )
     return finetune(
         backbone,
         data,
+        holdout or data,
         recipe,
-        run=Run(name="tuned", storage=str(folder), workers=2, log_every=1),
-        compute=FLOAT,
+        run,
         tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
         **told,
     )
 
 
-def blocks(data: Data, start: int = 0, **told: Any) -> list[Mapping[str, np.ndarray]]:
+def blocks(data: str, start: int = 0, **told: Any) -> list[Mapping[str, np.ndarray]]:
     """Read the first window of an epoch, augmented or not."""
-    place = open_place(str(data.path))
+    place = open_place(data)
     schedule = Schedule(manifest=load_manifest(place), seed=3, global_batch=12, window=24, epochs=2)
     window = next(iter(schedule.windows(0)))
     crop = CropOptions((32, 48), (0.08, 1.0), True)
@@ -87,7 +102,7 @@ def blocks(data: Data, start: int = 0, **told: Any) -> list[Mapping[str, np.ndar
     return found
 
 
-def test_crops_are_augmented_and_all_else_stays(data: Data) -> None:
+def test_crops_are_augmented_and_all_else_stays(data: str) -> None:
     plain, strong = blocks(data), blocks(data, augment="rand-m9-mstd0.5-inc1")
     for one, other in zip(plain, strong, strict=True):
         for name in ("row", "step", "mirrored"):
@@ -97,7 +112,7 @@ def test_crops_are_augmented_and_all_else_stays(data: Data) -> None:
         assert changed.mean() > 0.5
 
 
-def test_a_picture_is_augmented_alike_wherever_a_task_starts(data: Data) -> None:
+def test_a_picture_is_augmented_alike_wherever_a_task_starts(data: str) -> None:
     whole = blocks(data, augment="rand-m9-mstd0.5-inc1")
     rest = blocks(data, start=12, augment="rand-m9-mstd0.5-inc1")
     assert (rest[0]["row"] == whole[1]["row"]).all()
@@ -126,46 +141,61 @@ def test_one_that_stands_in_brings_its_own_label() -> None:
 
 
 def test_what_cannot_be_learnt_or_asked_is_refused(
-    backbone: str, data: Data, photographs: Path, tmp_path: Path
+    backbone: str, data: str, photographs: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--holdout"):
-        tune(backbone, replace(data, holdout=None), tmp_path)
     odd = replace(RECIPE, optim=replace(RECIPE.optim, global_batch=6))
     with pytest.raises(ConfigError, match="in pairs, but a worker's micro-batch has 3"):
         tune(backbone, data, tmp_path, odd)
     prepare(str(photographs / "cat"), str(tmp_path / "cats"))
     with pytest.raises(DataError, match="must have the same two or more"):
-        tune(backbone, replace(data, holdout=str(tmp_path / "cats")), tmp_path)
+        tune(backbone, data, tmp_path, holdout=str(tmp_path / "cats"))
+    with pytest.raises(ConfigError, match=r"run\.workers"):
+        FinetuneRun(workers=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(backbone: str, data: str, folder: Path, ray_cluster: None) -> Finetuned:
+    """A run of three epochs of six steps, from its first step to its last."""
+    return tune(backbone, data, folder)
 
 
 @pytest.mark.slow
-def test_a_run_that_resumes_ends_where_the_whole_one_did(
-    backbone: str, data: Data, tmp_path: Path, ray_cluster: None
+def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
+    whole: Finetuned, backbone: str, data: str, folder: Path
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    whole = tune(backbone, data, tmp_path)
     assert whole.steps == 18 and whole.top_1.total == 72
     assert whole.top_5 is not None and whole.top_5.hits >= whole.top_1.hits
     assert whole.top_1.interval[0] > 1 / 6  # more than a guess, of pictures it has learnt
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
     run = client.get_run(whole.tracking_run)
     assert run.data.metrics["finetune/accuracy"] == whole.top_1.value
     assert run.data.metrics["finetune/accuracy_low_95"] == whole.top_1.interval[0]
     losses = client.get_metric_history(whole.tracking_run, "train/loss")
     assert [point.step for point in losses] == list(range(1, 19))
 
+    with pytest.raises(ConfigError, match="--resume"):
+        tune(backbone, data, folder)
+    with pytest.raises(ConfigError, match=r"layer_decay: 0\.75 in the checkpoint, 0\.5 now"):
+        tune(backbone, data, folder, replace(RECIPE, layer_decay=0.5), resume=True)
+
+
+@pytest.mark.long
+def test_a_run_that_resumes_ends_where_the_whole_one_did(
+    whole: Finetuned, backbone: str, data: str, folder: Path
+) -> None:
     home = open_place(whole.home)
     saved = checkpoints.newest(home)
     assert saved is not None and saved.step == 18
     weights = stored_state.load_full(saved, {"model"})["model"]
-    with pytest.raises(ConfigError, match="--resume"):
-        tune(backbone, data, tmp_path)
-    with pytest.raises(ConfigError, match=r"layer_decay: 0\.75 in the checkpoint, 0\.5 now"):
-        tune(backbone, data, tmp_path, replace(RECIPE, layer_decay=0.5), resume=True)
-
     saved.place.delete()  # as if it had been killed within the last epoch
-    again = tune(backbone, data, tmp_path, resume=True)
+    again = tune(backbone, data, folder, resume=True)
     assert again.tracking_run == whole.tracking_run
     saved = checkpoints.newest(home)
     assert saved is not None and saved.step == 18
