@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
+from droppos.errors import DataError
 from droppos.measure.finetune import (
     FinetuneState,
     Labelled,
@@ -32,11 +33,12 @@ from pipelines.extraction import decode, pieces_of
 from pipelines.holdout import choose
 from pipelines.order import Schedule
 from pipelines.pace import Pace
+from pipelines.parts import DamagedError
 from pipelines.recipe import Recipe
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch, batches
-from pipelines.worker import FLUSH_S, grouped
+from pipelines.worker import FLUSH_S, grouped, tell_skipped
 
 TEST_BATCH = 64
 """Pictures of a forward pass."""
@@ -80,6 +82,7 @@ def finetune_worker(job: FinetuneJob) -> None:
     for group in grouped(stream, recipe.optim.accumulate):
         loss = finetune_step(state, [labelled(batch, labels) for batch in group])
         pace.count(group)
+        tell_skipped(job.events, group)
         ended = state.step % schedule.steps_per_epoch == 0
         if ended or state.step % recipe.run.log_every == 0:
             _log(job, state, loss, pace)
@@ -94,11 +97,20 @@ def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
     """Give a batch its labels.
 
     Another picture stands in for one that could not be had, under the number of that one: its label
-    would be wrong. The next good one of the batch takes the place, with its own.
+    would be wrong. Another good one of the batch takes the place, with its own.
+
+    Raises:
+        DataError: If none of its pictures could be had.
     """
     good = [i for i, row in enumerate(batch.rows.tolist()) if row not in batch.problems]
-    if len(good) == len(batch.rows) or not good:
+    if len(good) == len(batch.rows):
         return Labelled(batch.images, labels[batch.rows], batch.mirrored)
+    if not good:
+        raise DataError(
+            f"none of the {len(batch.rows)} pictures of a micro-batch can be had; the first of "
+            f"them: {next(iter(batch.problems.values()))}; restore the shards, or prepare the data "
+            "set again"
+        )
     taken = torch.arange(len(batch.rows))
     for place, row in enumerate(batch.rows.tolist()):
         if row in batch.problems:
@@ -126,7 +138,12 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     if saved is None:
         return
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    stored_state.load(saved, {"model": model, "optimizer": optimizer})
+    try:
+        stored_state.load(saved, {"model": model, "optimizer": optimizer})
+    except DamagedError as error:  # on all ranks: the next group starts from an older one
+        if dist.get_rank() == 0:
+            checkpoints.set_aside(saved, str(error))
+        raise
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     state.step = saved.step
 

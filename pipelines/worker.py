@@ -19,6 +19,7 @@ from pipelines import checkpoints
 from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
+from pipelines.events import Events
 from pipelines.holdout import Holdout
 from pipelines.job import Job
 from pipelines.keeper import Keeper
@@ -101,7 +102,7 @@ def _train(job: Job, pulse: Pulse) -> None:
             report = train_step(state, [micro_batch(batch) for batch in group])
             bad.note(state.step - 1, report.skipped)
         pace.count(group)
-        tell_skipped(job, group)
+        tell_skipped(job.events, group)
 
         if asked_to_terminate() and not told_to_go:
             told_to_go = True
@@ -155,12 +156,12 @@ def micro_batch(batch: Batch) -> MicroBatch:
     return MicroBatch(batch.images, batch.slots, batch.mirrored)
 
 
-def tell_skipped(job: Job, group: list[Batch]) -> None:
+def tell_skipped(events: Events, group: list[Batch]) -> None:
     """Tell the driver of pictures that another stood in for; there are none on most steps."""
     for batch in group:
         if batch.problems:
             event = {"kind": "skipped", "step": batch.step + 1, "problems": batch.problems}
-            job.events.send(event)
+            events.send(event)
 
 
 def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:

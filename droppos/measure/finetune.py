@@ -163,7 +163,7 @@ class FinetuneState:
             steps_per_epoch=steps_per_epoch,
             device=device,
             model=model,
-            optimizer=torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas),
+            optimizer=torch.optim.AdamW(groups, lr=optim.peak_lr, betas=optim.betas, fused=True),
             mix=mix,
             erase=RandomErasing(finetune.random_erasing, mode="pixel", device=str(device)),
             loss=LabelSmoothingCrossEntropy(smoothing) if mix is None else SoftTargetCrossEntropy(),

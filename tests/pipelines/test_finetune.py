@@ -136,6 +136,8 @@ def test_one_that_stands_in_brings_its_own_label() -> None:
     assert found.labels.tolist() == [10 * int(image[0, 0, 0]) for image in found.images]
     assert not set(found.labels.tolist()) & {20, 0}
     assert found.mirrored is not None and found.mirrored.tolist()[0]
+    with pytest.raises(DataError, match=r"none of the 4 pictures .* gone"):
+        labelled(replace(batch, problems=dict.fromkeys((5, 2, 7, 0), "gone")), labels)
     whole = replace(batch, problems={})
     assert labelled(whole, labels).labels.tolist() == [50, 20, 70, 0]
 
