@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -20,8 +20,11 @@ from rich.markup import escape
 from droppos.config import Heads
 from droppos.errors import ConfigError, DropposError
 from droppos.export import FormatName
+from droppos.measure.finetune_recipe import Finetune
 from pipelines import recipe_file
+from pipelines.finetune_run import FinetuneRun
 from pipelines.recipe import Measure, Recipe, Run, Tracking
+from pipelines.spread import Spread
 
 if TYPE_CHECKING:
     from pipelines.search_outcome import SearchOutcome
@@ -33,6 +36,9 @@ STORAGE, EXPERIMENT = Run().storage, Tracking().experiment
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
+FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
+FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
+SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
 
 console = Console(stderr=True)
@@ -252,8 +258,12 @@ def evaluate(
     data: tyro.conf.Positional[str],
     train: str | None = None,
     pictures: int | None = None,
+    probe: Literal["auto", "lbfgs", "sgd", "lars"] = "auto",
+    track: bool = False,
+    spread: SpreadFlags = Spread(cache="droppos-runs/features"),  # noqa: B008 - frozen
     measure: MeasureFlags = Measure(),  # noqa: B008 - frozen
     heads: Heads = Heads(),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
 ) -> None:
     """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
 
@@ -263,15 +273,71 @@ def evaluate(
         data: Prepared data set to measure on.
         train: Labelled data set to learn from; without it four fifths of `data`.
         pictures: Pictures to take of each data set, from all over it; all when not given.
+        probe: How the linear probe is fitted. lbfgs: exactly, in memory. sgd, lars: over a grid of
+            rates, as the field does on a million pictures. auto: lbfgs where it fits.
+        track: Write the figures to MLflow: to the run that made the backbone, if it is known.
+        spread: Who takes the features, and where they are kept.
         measure: Protocol of position accuracy.
         heads: For a file of weights.
+        tracking: Where MLflow is.
     """
     from pipelines.evaluate import evaluate as job
+    from pipelines.evaluate import track as write
     from pipelines.report import show_evaluation
 
     with console.status("measuring"):
-        evaluation = job(backbone, data, train=train, measure=measure, limit=pictures, heads=heads)
+        evaluation = job(
+            backbone,
+            data,
+            train=train,
+            measure=measure,
+            limit=pictures,
+            probe=probe,
+            spread=spread,
+            heads=heads,
+        )
     show_evaluation(console, evaluation)
+    if track:
+        print(write(evaluation, tracking))
+
+
+def finetune(
+    backbone: tyro.conf.Positional[str],
+    data: tyro.conf.Positional[str],
+    holdout: str,
+    resume: bool = False,
+    recipe: FinetuneFlags = Finetune(),  # noqa: B008 - frozen
+    run: FinetuneRunFlags = FinetuneRun(),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
+) -> None:
+    """Fine-tune a backbone on labelled pictures by the published recipe, and classify others.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run.
+        data: Labelled prepared data set to train on.
+        holdout: Labelled prepared data set to classify at the end.
+        resume: Go on from the newest checkpoint of --storage/--name, if there is one.
+        recipe: How it is fine-tuned.
+        run: Name, storage and workers.
+        tracking: Where MLflow is.
+    """
+    _announce()
+    from pipelines.finetune import finetune as job
+    from pipelines.report import show_finetuned
+    from pipelines.screen import Screen
+
+    with Screen(Recipe(), console) as screen:
+        done = job(
+            backbone,
+            data,
+            holdout,
+            recipe,
+            run,
+            tracking=tracking,
+            resume=resume,
+            on_event=screen.event,
+        )
+    show_finetuned(console, done)
 
 
 def look(
@@ -430,6 +496,7 @@ COMMANDS = {
     "export": export,
     "evaluate": evaluate,
     "look": look,
+    "finetune": finetune,
     "doctor": doctor,
     "audit": audit,
 }

@@ -3,10 +3,13 @@
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from psutil import virtual_memory
+from ray.exceptions import RayTaskError
 
+from droppos.errors import DropposError
 from pipelines.machines import read_cluster
 from pipelines.memory import SHARE, Footprint, decode_tasks
 from pipelines.recipe import Recipe
@@ -32,7 +35,8 @@ def group_share(recipe: Recipe) -> Share:
     What is lost is waited for, so this refuses nothing.
     """
     training = recipe.run.workers * recipe.run.cpus_per_worker
-    return Share(training, recipe.data.decode_cpus or max(_most_cpus() - training, 1))
+    left = _most_cpus() - training - recipe.aside_cpus
+    return Share(training, recipe.data.decode_cpus or max(left, 1))
 
 
 def connect(recipe: Recipe, at_once: int = 1, *, shared_decoding: bool = False) -> Fit:
@@ -59,13 +63,14 @@ def connect(recipe: Recipe, at_once: int = 1, *, shared_decoding: bool = False) 
 
 
 def _start_private(recipe: Recipe, at_once: int, shared_decoding: bool) -> None:
-    training = at_once * recipe.run.workers * recipe.run.cpus_per_worker
+    held_by_run = recipe.run.workers * recipe.run.cpus_per_worker + recipe.aside_cpus
+    held_cpus = at_once * held_by_run
     streams = 1 if shared_decoding else at_once
-    spare = ((os.cpu_count() or 1) - training) // streams
+    spare = ((os.cpu_count() or 1) - held_cpus) // streams
     decoding = recipe.data.decode_cpus or max(1, spare)
     footprint = Footprint.of(recipe)
     held = streams * decoding * footprint.window + at_once * footprint.ahead
-    start_private(training + streams * decoding, held, runs=at_once)
+    start_private(held_cpus + streams * decoding, held, runs=at_once)
 
 
 def start_private(cpus: int, held: int, runs: int = 1) -> None:
@@ -91,6 +96,16 @@ def start_private(cpus: int, held: int, runs: int = 1) -> None:
         logging_level=logging.ERROR,
         _system_config={"worker_maximum_startup_concurrency": at_once},
     )
+
+
+def result_of(refs: Any) -> Any:
+    """Wait for tasks; what they raise for a person is raised as it was."""
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        if isinstance(error.cause, DropposError):
+            raise error.cause from error
+        raise
 
 
 def buffer_mb_of(recipe: Recipe, at_once: int = 1) -> float | None:

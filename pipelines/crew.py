@@ -56,7 +56,7 @@ class Room:
         )
 
     def workers(self, recipe: Recipe, gpu: bool) -> int:
-        """Count the workers that fit, with a CPU left over to decode for them.
+        """Count the workers that fit, with CPUs left over to decode for them and to measure.
 
         Args:
             recipe: Tells the CPUs of a worker.
@@ -68,7 +68,7 @@ class Room:
             for has in self.nodes.values()
         )
         all_cpus = int(sum(has.get("CPU", 0) for has in self.nodes.values()))
-        return max(0, min(fit, (all_cpus - 1) // cpus))
+        return max(0, min(fit, (all_cpus - 1 - recipe.aside_cpus) // cpus))
 
 
 def worker_resources(recipe: Recipe, gpu: bool) -> dict[str, float]:

@@ -16,11 +16,11 @@ from statistics import fmean
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
 from droppos.draw.ingest import draw_ingest
-from droppos.errors import ConfigError, DataError, DropposError
-from pipelines.cluster import start_private
+from droppos.errors import ConfigError, DataError
+from pipelines.cluster import result_of, start_private
 from pipelines.diagnosis import Diagnosis, bars, diagnose
 from pipelines.gauges import look_and_decode, read_and_crop
 from pipelines.memory import AHEAD, Footprint
@@ -121,7 +121,7 @@ def _measure(
     data, shards = ray.put(place), ray.put(manifest)
 
     say("reading and decoding, one process")
-    contents, alone, decoding = _result(
+    contents, alone, decoding = result_of(
         _task(look_and_decode).remote(data, shards, crop, ALONE * seconds)
     )
     say(f"reading and decoding, {site.decode_cpus} processes")
@@ -155,7 +155,7 @@ def _together(
     work = _task(read_and_crop)
     # Processes start one after another: a first short round waits until all are there.
     for duration in (0.0, seconds):
-        found: list[tuple[Reading, Cropping]] = _result(
+        found: list[tuple[Reading, Cropping]] = result_of(
             [work.remote(data, shards, crop, duration, seed) for seed in range(processes)]
         )
     readings, croppings = [reading for reading, _ in found], [cropping for _, cropping in found]
@@ -175,16 +175,6 @@ def _together(
 def _task(work: Callable[..., Any]) -> Any:
     """Make a task of one CPU, on whichever node, that fails at once instead of trying again."""
     return ray.remote(num_cpus=1, max_retries=0, scheduling_strategy="SPREAD")(work)
-
-
-def _result(refs: Any) -> Any:
-    """Wait for tasks; what they raise for a person is raised as it was."""
-    try:
-        return ray.get(refs)
-    except RayTaskError as error:
-        if isinstance(error.cause, DropposError):
-            raise error.cause from error
-        raise
 
 
 @contextmanager

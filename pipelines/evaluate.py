@@ -5,40 +5,59 @@ With a position head: position accuracy under the fixed protocol.
 """
 
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from droppos.config import Heads
+from droppos.config import Compute, Heads
 from droppos.errors import DataError
-from droppos.measure.features import Features, extract_features
 from droppos.measure.intervals import Proportion
 from droppos.measure.knn import knn_accuracy
-from droppos.measure.position import (
-    PositionMeter,
-    PositionReport,
-    measure_positions,
-    position_predictor,
-)
+from droppos.measure.linear import LARS, LinearRecipe, sgd_probe
+from droppos.measure.position import PositionReport
 from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
-from pipelines.backbone import open_backbone
-from pipelines.holdout import Pictures, load_pictures, protocol
-from pipelines.recipe import Measure
+from pipelines.backbone import Backbone, open_backbone
+from pipelines.extraction import Extracted, extract
+from pipelines.holdout import Holdout, in_known_share, load_pictures
+from pipelines.recipe import Measure, Tracking
+from pipelines.scores import track_figures
+from pipelines.spread import Spread
+from pipelines.storage import open_place
 
-KNOWN_SHARE = 0.8
-"""Of a labelled data set that comes alone: what k-NN and probe may learn from."""
+EXACT_VALUES = 2**27
+"""Largest number of features and logits for which the exact probe is taken: 1 GiB each of float64,
+several times over while it solves."""
+
+Solver = Literal["auto", "lbfgs", "sgd", "lars"]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a linear probe found."""
+
+    accuracy: Proportion
+    top_5: Proportion | None
+    """The class is among the five likeliest; None where there are not more than five."""
+    solver: str
+    """How it was fitted, with what was chosen: `lbfgs, l2 0.01`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """The figures; None where the data or the backbone does not allow one."""
 
+    backbone: str
+    """Place of the export or checkpoint that was measured."""
+    data: str
+    """The data set it was measured on."""
+    train: str | None
+    """The data set that k-NN and probe learnt from; None if that was a part of ``data``."""
     pictures: int
     knn: Proportion | None
     """Of 20 nearest neighbours."""
-    probe: Proportion | None
+    probe: Probe | None
     """Of a linear classifier on frozen features."""
     position: PositionReport | None
     effective_rank: float
@@ -46,7 +65,18 @@ class Evaluation:
     width: int
     """Channels of the features."""
     notes: list[str] = field(default_factory=list)
-    """What could not be measured, and why."""
+    """What could not be measured, or should be known of what was, and why."""
+
+    def metrics(self) -> dict[str, float]:
+        """Name the figures for a ledger, each accuracy with its 95 % interval."""
+        figures = {} if self.position is None else self.position.metrics()
+        if self.knn is not None:
+            figures |= self.knn.metrics("features/knn_accuracy")
+        if self.probe is not None:
+            figures |= self.probe.accuracy.metrics("features/probe_accuracy")
+            if self.probe.top_5 is not None:
+                figures |= self.probe.top_5.metrics("features/probe_top_5_accuracy")
+        return figures | {"features/effective_rank": self.effective_rank}
 
 
 def evaluate(
@@ -56,6 +86,8 @@ def evaluate(
     train: str | None = None,
     measure: Measure,
     limit: int | None = None,
+    probe: Solver = "auto",
+    spread: Spread = Spread(),  # noqa: B008 - frozen
     heads: Heads = Heads(),  # noqa: B008 - frozen
 ) -> Evaluation:
     """Measure a backbone on a prepared data set.
@@ -67,49 +99,86 @@ def evaluate(
             ``data``, chosen by the hash of each picture's key.
         measure: The protocol of position accuracy; so many ``pictures`` are asked.
         limit: Pictures to take of each data set, from all over it; all when not given.
+        probe: How the linear probe is fitted: lbfgs exactly, sgd or lars as the field does on a
+            million pictures; auto takes the exact one where it fits into memory.
+        spread: Who takes the features, and where they are kept.
         heads: Attention heads, for weights of another project that don't tell.
 
     Raises:
+        ConfigError: If workers have no room.
         DataError: If backbone or data cannot be read, or their classes differ.
     """
     trained = open_backbone(backbone, heads)
-    pictures = load_pictures(data, trained.model.image_size, limit)
-    features = extract_features(trained.encoder, pictures.pixels)
+    size = trained.model.image_size
+    asked = extract(trained.encoder, data, size, limit=limit, spread=spread)
     notes: list[str] = []
-
-    position = None
-    if trained.droppos is None:
+    position = _positions(trained, data, measure)
+    if position is None:
         notes.append("position accuracy: this backbone has no position head")
-    else:
-        meter = PositionMeter(trained.model.grid, protocol(measure).counts(trained.model.grid))
-        predict = position_predictor(trained.droppos)
-        # The pictures that a run is measured on while it trains, so the figures are the same.
-        held = load_pictures(data, trained.model.image_size, measure.pictures).pixels
-        position = measure_positions(predict, held, meter, seed=measure.seed).report()
 
-    knn = probe = None
-    if pictures.labels is None:
+    knn = found = None
+    if asked.labels is None:
         notes.append("k-NN and linear probe: the data set has no labels")
     else:
         if train is None:
-            known, asked = _part(pictures, features)
+            known, asked_labelled = _part(asked)
         else:
-            other = load_pictures(train, trained.model.image_size, limit)
-            _require_same_classes(train, other, data, pictures)
-            learnt = extract_features(trained.encoder, other.pixels)
-            known = _Labelled.of(learnt, other)
-            asked = _Labelled.of(features, pictures)
-        knn = knn_accuracy(known.features, known.labels, asked.features, asked.labels)
-        probe = linear_probe(known.features, known.labels, asked.features, asked.labels).accuracy
+            learnt = extract(trained.encoder, train, size, limit=limit, spread=spread)
+            _require_same_classes(train, learnt, data, asked)
+            known, asked_labelled = _Labelled.of(learnt), _Labelled.of(asked)
+        pair = known.on(device()), asked_labelled.on(device())
+        knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
+        found = _probe(*pair, probe, notes)
     return Evaluation(
-        pictures=len(pictures.pixels),
+        backbone=trained.uri,
+        data=open_place(data).uri,
+        train=None if train is None else open_place(train).uri,
+        pictures=len(asked.keys),
         knn=knn,
-        probe=probe,
+        probe=found,
         position=position,
-        effective_rank=effective_rank(features.patch_mean),
-        width=features.patch_mean.shape[1],
+        effective_rank=effective_rank(asked.features),
+        width=asked.features.shape[1],
         notes=notes,
     )
+
+
+def track(evaluation: Evaluation, tracking: Tracking) -> str:
+    """Write an evaluation to MLflow; return the run's identifier (:mod:`pipelines.scores`).
+
+    Raises:
+        ConfigError: If MLflow cannot be reached.
+    """
+    facts = {"pictures": str(evaluation.pictures)}
+    if evaluation.train is not None:
+        facts["train"] = evaluation.train
+    if evaluation.probe is not None:
+        facts["probe"] = evaluation.probe.solver
+    return track_figures(
+        evaluation.metrics(),
+        backbone=evaluation.backbone,
+        data=evaluation.data,
+        facts=facts,
+        tracking=tracking,
+    )
+
+
+def device() -> torch.device:
+    """Choose where this process measures."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _positions(trained: Backbone, data: str, measure: Measure) -> PositionReport | None:
+    """Ask for positions just as a run does while it trains: of the same pictures."""
+    if trained.droppos is None:
+        return None
+    pictures = load_pictures(data, trained.model.image_size, measure.pictures)
+    exactly = Compute(strategy="single", precision="float32")
+    holdout = Holdout(measure, exactly, pictures, device())
+    try:
+        return holdout.positions(trained.droppos.to(device()))
+    finally:
+        trained.droppos.cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,30 +187,58 @@ class _Labelled:
     labels: Tensor
 
     @classmethod
-    def of(cls, features: Features, pictures: Pictures) -> "_Labelled":
-        # The mean of the patches: DropPos trains every token, the class token only as a guide.
-        return cls(features.patch_mean, torch.tensor(pictures.labels))
+    def of(cls, extracted: Extracted) -> "_Labelled":
+        assert extracted.labels is not None
+        return cls(extracted.features, extracted.labels)
 
     def where(self, chosen: Tensor) -> "_Labelled":
         return _Labelled(self.features[chosen], self.labels[chosen])
 
+    def on(self, device: torch.device) -> "_Labelled":
+        return _Labelled(self.features.to(device), self.labels.to(device))
 
-def _part(pictures: Pictures, features: Features) -> tuple[_Labelled, _Labelled]:
-    """Split by the hash of each key: the same pictures whatever their number or order."""
-    digests = [blake2b(key.encode(), digest_size=4).digest() for key in pictures.keys]
-    known = torch.tensor([int.from_bytes(d, "big") / 2**32 < KNOWN_SHARE for d in digests])
+
+def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str]) -> Probe:
+    """Fit a linear classifier by the solver that was asked for."""
+    classes = int(known.labels.max()) + 1
+    if solver == "auto":
+        values = len(known.features) * (known.features.shape[1] + classes)
+        solver = "lbfgs" if values <= EXACT_VALUES else "sgd"
+    four = known.features, known.labels, asked.features, asked.labels
+    if solver == "lbfgs":
+        exact = linear_probe(*four)
+        top_5 = exact.top_5 if classes > 5 else None
+        return Probe(exact.accuracy, top_5, f"lbfgs, l2 {exact.l2:g}")
+    found = sgd_probe(*four, LARS if solver == "lars" else LinearRecipe(), device=device())
+    if found.at_edge:
+        notes.append(
+            f"linear probe: rate {found.rate:g} is at the end of {solver}'s grid, a better one may "
+            "lie outside"
+        )
+    top_5 = found.top_5 if classes > 5 else None
+    return Probe(found.accuracy, top_5, f"{solver}, rate {found.rate:g}")
+
+
+def _part(pictures: Extracted) -> tuple[_Labelled, _Labelled]:
+    """Part a data set that comes alone."""
+    known = in_known_share(pictures.keys)
     if known.all() or not known.any():
         raise DataError(
             f"{len(known)} pictures are too few to part for k-NN and probe; "
             "give a larger data set, or another one with --train"
         )
-    both = _Labelled.of(features, pictures)
+    both = _Labelled.of(pictures)
     return both.where(known), both.where(~known)
 
 
-def _require_same_classes(train: str, known: Pictures, data: str, asked: Pictures) -> None:
+def _require_same_classes(train: str, known: Extracted, data: str, asked: Extracted) -> None:
     if known.classes != asked.classes:
         raise DataError(
             f"{train} has classes {known.classes}, {data} has {asked.classes}; "
             "they must be the same, in the same order, for labels to mean the same"
+        )
+    if known.labels is None:
+        raise DataError(
+            f"some pictures of {train} have no label, so nothing can be learnt from it; prepare it "
+            "from a folder with a sub-folder per class"
         )

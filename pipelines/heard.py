@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from droppos.errors import DataError
+from pipelines.aside import Aside
 from pipelines.cost import Cost
 from pipelines.events import Event, Events
 from pipelines.ledger import Ledger
@@ -23,14 +24,29 @@ class Heard:
     """Takes what workers say to the ledger and to whoever listens."""
 
     def __init__(
-        self, ledger: Ledger, skipped: Skipped, cost: Cost, on_event: OnEvent | None
+        self,
+        ledger: Ledger,
+        skipped: Skipped,
+        cost: Cost,
+        on_event: OnEvent | None,
+        aside: Aside | None = None,
     ) -> None:
+        """Listen; nothing is asked of anybody yet.
+
+        Args:
+            ledger: Keeps the metrics.
+            skipped: Keeps the pictures that were skipped.
+            cost: Counts the time that workers are held.
+            on_event: Told of each event, too.
+            aside: Measures checkpoints; None where the workers do.
+        """
         self._ledger = ledger
         self._skipped = skipped
         self._cost = cost
         self._on_event = on_event
         self._workers: dict[int, Event] = {}
         self._machines: dict[str, Mapping[str, float]] = {}
+        self._aside = aside
         self._away = False
         self._counted = 0
         self.last: dict[str, float] = {}
@@ -50,8 +66,17 @@ class Heard:
         if self._ledger.away != self._away:
             self._away = self._ledger.away
             self.event({"kind": "ledger_away" if self._away else "ledger_back"})
+        if self._aside is not None:
+            for event in self._aside.look():
+                self.event(event)
         if self._skipped.write():
             self._ledger.text(FILE, self._skipped.text())
+
+    def conclude(self, wait: bool) -> None:
+        """End measuring aside: after the last checkpoint is measured, or at once."""
+        if self._aside is not None:
+            for event in self._aside.finish() if wait else self._aside.cancel():
+                self.event(event)
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event."""
@@ -69,6 +94,8 @@ class Heard:
                 self._skipped.add(event["step"], event["problems"])
             case "checkpoint":
                 self._ledger.checkpoint(event["saved"])
+                if self._aside is not None:
+                    self._aside.offer(event["saved"])
         if self._on_event is not None:
             self._on_event(event)
         elif (news := told(event)) is not None:

@@ -5,15 +5,18 @@ Axes in this file
     D  channels of a token
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from math import ceil
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -22,7 +25,8 @@ from droppos.config import Compute, Method
 from droppos.errors import DataError
 from droppos.measure.features import patch_mean
 from droppos.measure.knn import can_leave_one_out, knn_leave_one_out
-from droppos.measure.position import PositionMeter, measure_positions
+from droppos.measure.position import PositionMeter, PositionReport, measure_positions
+from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from droppos.model import normalise
 from droppos.parallel import precision, unwrap
@@ -30,8 +34,11 @@ from droppos.pictures import center_crop
 from pipelines.backbone import from_checkpoint
 from pipelines.checkpoints import Saved
 from pipelines.recipe import Measure, Recipe
-from pipelines.shards import Manifest, Picture, load_manifest, read_row_group
+from pipelines.shards import Group, Manifest, Picture, load_manifest, read_row_group
 from pipelines.storage import Place, open_place
+
+KNOWN_SHARE = 0.8
+"""Of labelled pictures that come alone: what a classifier may learn from."""
 
 BATCH = 32
 """Pictures of a forward pass: the model's own batch may be too large beside its gradients. The same
@@ -52,6 +59,14 @@ class Pictures:
     classes: tuple[str, ...] | None
 
 
+class Chosen(NamedTuple):
+    """Some rows of a row group."""
+
+    group: Group
+    rows: tuple[int, ...]
+    """Their indices in the group."""
+
+
 def load_pictures(
     uri: str, size: tuple[int, int], limit: int | None = None, *, ratio: float = 224 / 256
 ) -> Pictures:
@@ -68,9 +83,10 @@ def load_pictures(
     """
     place = open_place(uri)
     manifest = load_manifest(place)
-    rows = list(_some(place, manifest, limit or manifest.rows))
-    if not rows:
+    chosen = choose(manifest, limit)
+    if not chosen:
         raise DataError(f"{uri} holds no picture; prepare a folder that has some")
+    rows = [row for part in chosen for row in read_chosen(place, manifest, part)]
     pixels = np.stack([center_crop(row.image, size, ratio=ratio) for row in rows])
     labels = [row.label for row in rows if row.label is not None]
     return Pictures(
@@ -81,31 +97,44 @@ def load_pictures(
     )
 
 
-def _some(place: Place, manifest: Manifest, limit: int) -> Iterator[Picture]:
-    """Read evenly spaced pictures of evenly spaced row groups.
+def choose(manifest: Manifest, limit: int | None = None) -> list[Chosen]:
+    """Choose evenly spaced pictures of evenly spaced row groups; all when there is no limit.
 
     A few dozen of each group it touches: taking one of every group would read the whole data set.
     """
-    limit = min(limit, manifest.rows)
+    limit = min(limit or manifest.rows, manifest.rows)
     wanted = ceil(limit / GROUP_SHARE)
-    chosen = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
-    while sum(group.rows for group in chosen) < limit:  # short groups: take more of them
+    groups = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
+    while sum(group.rows for group in groups) < limit:  # short groups: take more of them
         wanted *= 2
-        chosen = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
-    rows = spread(sum(group.rows for group in chosen), limit)
-    start = 0
-    for group in chosen:
-        own = [row - start for row in rows if start <= row < start + group.rows]
-        if own:
-            table = read_row_group(place, manifest.shards[group.shard], group.group).take(own)
-            yield from (Picture(**row) for row in table.to_pylist())
+        groups = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
+    rows = spread(sum(group.rows for group in groups), limit)
+    chosen, start = [], 0
+    for group in groups:
+        first, last = bisect_left(rows, start), bisect_left(rows, start + group.rows)
+        if first < last:
+            chosen.append(Chosen(group, tuple(row - start for row in rows[first:last])))
         start += group.rows
+    return chosen
+
+
+def read_chosen(place: Place, manifest: Manifest, chosen: Chosen) -> list[Picture]:
+    """Read the pictures, still encoded."""
+    group, rows = chosen
+    table = read_row_group(place, manifest.shards[group.shard], group.group).take(list(rows))
+    return [Picture(**row) for row in table.to_pylist()]
 
 
 def spread(total: int, wanted: int) -> list[int]:
     """Choose evenly spaced indices of a sequence; all of it when that is asked."""
     wanted = min(wanted, total)
     return [i * total // wanted for i in range(wanted)]
+
+
+def in_known_share(keys: list[str]) -> Bool[Tensor, "P"]:
+    """Part pictures by the hash of each key: the same ones whatever their number or order."""
+    digests = [blake2b(key.encode(), digest_size=4).digest() for key in keys]
+    return torch.tensor([int.from_bytes(d, "big") / 2**32 < KNOWN_SHARE for d in digests])
 
 
 def protocol(measure: Measure) -> Method:
@@ -123,6 +152,7 @@ class Holdout:
         self._pictures = pictures.pixels
         labels = None if pictures.labels is None else torch.tensor(pictures.labels)
         self._labels = labels if labels is not None and can_leave_one_out(labels) else None
+        self._known = in_known_share(pictures.keys)
 
     @classmethod
     def open(cls, recipe: Recipe, device: torch.device) -> "Holdout | None":
@@ -133,15 +163,16 @@ class Holdout:
         pictures = load_pictures(recipe.data.holdout, recipe.model.image_size, limit)
         return cls(recipe.measure, recipe.compute, pictures, device)
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
+    def measure(self, model: nn.Module, *, probe: bool = False) -> dict[str, float]:
         """Measure a model in the precision it trains in; with ranks collective, equal on all.
 
         Args:
             model: A DropPos, however it is spread, on the device.
+            probe: Also fit a linear probe: seconds, which nobody should wait for.
 
         Returns:
             By name, all that begin with ``holdout/``: position figures if it has a position head,
-            effective rank, and k-NN figures if the pictures have labels that allow it.
+            effective rank, and those of k-NN and probe if the pictures have labels that allow it.
 
         Raises:
             TrainingError: If the model diverged.
@@ -149,7 +180,13 @@ class Holdout:
         training = model.training
         model.eval()
         try:
-            figures = self._position_figures(model) | self._feature_figures(model)
+            positions = self.positions(model)
+            figures = {} if positions is None else positions.metrics()
+            # Outside of autocast, which would round similarities.
+            features = self._features(model).cpu()
+            figures |= self._feature_figures(features)
+            if probe:
+                figures |= self._probe_figures(features)
         finally:
             model.train(training)
         # Every rank has summed up the same, but perhaps on another processor: one rank's word goes.
@@ -158,11 +195,15 @@ class Holdout:
             dist.broadcast(values, src=0)
         return dict(zip([f"holdout/{name}" for name in figures], values.tolist(), strict=True))
 
-    def _position_figures(self, model: nn.Module) -> dict[str, float]:
-        """Ask for positions under the protocol."""
+    def positions(self, model: nn.Module) -> PositionReport | None:
+        """Ask a model in eval mode for positions under the protocol; None without a position head.
+
+        Args:
+            model: As of `measure`.
+        """
         whole = unwrap(model)
         if not whole.method.predicts_positions:
-            return {}
+            return None
         counts = protocol(self._measure).counts(whole.grid)
         meter = PositionMeter(whole.grid, counts, self._device)
         idle = PositionMeter(whole.grid, counts, self._device)
@@ -177,15 +218,22 @@ class Holdout:
         if _world() > 1:
             for total in meter.state:
                 dist.all_reduce(total)
-        return meter.report().metrics()
+        return meter.report()
 
-    def _feature_figures(self, model: nn.Module) -> dict[str, float]:
-        """Judge features of whole pictures, outside of autocast, which would round similarities."""
-        features = self._features(model).cpu()
+    def _feature_figures(self, features: Float[Tensor, "P D"]) -> dict[str, float]:
+        """Judge features of whole pictures."""
         figures = {"features/effective_rank": effective_rank(features)}
         if self._labels is not None:
             figures |= knn_leave_one_out(features, self._labels).metrics()
         return figures
+
+    def _probe_figures(self, features: Float[Tensor, "P D"]) -> dict[str, float]:
+        """Have four fifths of the pictures classify the others; nothing where those are too few."""
+        known, labels = self._known, self._labels
+        if labels is None or known.sum() < 5 or known.all() or len(labels[known].unique()) < 2:
+            return {}
+        learnt, asked = (features[known], labels[known]), (features[~known], labels[~known])
+        return linear_probe(*learnt, *asked).accuracy.metrics("features/probe_accuracy")
 
     @torch.no_grad()
     def _features(self, model: nn.Module) -> Float[Tensor, "P D"]:
@@ -230,11 +278,21 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def measure_checkpoint(recipe: Recipe, saved: Saved) -> dict[str, float]:
+def measure_checkpoint(
+    recipe: Recipe, saved: Saved, *, device: str = "cpu", probe: bool = False
+) -> dict[str, float]:
     """Measure a checkpoint, in this process, as its run measures itself.
+
+    Args:
+        recipe: Of the run.
+        saved: The checkpoint.
+        device: Where it is measured.
+        probe: See `Holdout.measure`.
 
     Returns:
         As of `Holdout.measure`; nothing if the recipe names no held-out pictures.
     """
-    holdout = Holdout.open(recipe, torch.device("cpu"))
-    return {} if holdout is None else holdout.measure(from_checkpoint(saved).whole)
+    holdout = Holdout.open(recipe, torch.device(device))
+    if holdout is None:
+        return {}
+    return holdout.measure(from_checkpoint(saved).whole.to(device), probe=probe)

@@ -31,6 +31,8 @@ def told(event: Mapping[str, Any]) -> str | None:
             return f"steps skipped, the gradient was not finite: {event['steps']}"
         case "not_saved":
             return f"a checkpoint was not taken by storage: {event['error']}"
+        case "not_measured":
+            return f"the checkpoint of step {event['step']} was not measured: {event['error']}"
         case "ledger_away":
             return "MLflow does not answer; what is logged waits"
         case "ledger_back":

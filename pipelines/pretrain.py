@@ -12,6 +12,7 @@ from pathlib import Path
 
 from droppos.errors import ConfigError, DataError, DropposError
 from pipelines import checkpoints, history
+from pipelines.aside import Aside
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import connect, gpu_workers
 from pipelines.cost import HOURS, Cost
@@ -117,7 +118,8 @@ def pretrain(
         ledger.tag(cluster_hardware())
         hours = 0.0 if saved is None else ledger.last_value(HOURS)
         cost = Cost(hours, recipe.tracking.price_per_worker_hour)
-        heard = Heard(ledger, skipped, cost, on_event)
+        aside = Aside(recipe, schedule) if recipe.aside_cpus else None
+        heard = Heard(ledger, skipped, cost, on_event, aside)
         heard.event(
             {
                 "kind": "plan",
@@ -128,6 +130,8 @@ def pretrain(
         )
         if started is not None:
             heard.event({"kind": "started_from", "said": started})
+        if aside is not None and saved is not None:
+            aside.offer(saved)  # an earlier driver may have ended before it was measured
         if saved is None or saved.step < schedule.steps:
             on_gpu = gpu_workers(recipe)
             # Decided once, here: a worker that sees a GPU it was not given must leave it alone.
@@ -137,10 +141,11 @@ def pretrain(
                 join(sharing, recipe, schedule)
             Supervisor(sized, schedule, heard, on_gpu=on_gpu, stop=stop, sharing=sharing).run()
         newest = checkpoints.newest(home)
+        finished = newest is not None and newest.step == schedule.steps
+        heard.conclude(wait=finished)
         pictures = draw_run(recipe, newest) if newest else []
         for picture in pictures:
             ledger.picture(picture, f"pictures/{picture.name}")
-        finished = newest is not None and newest.step == schedule.steps
         ledger.finish("FINISHED" if finished else "KILLED")
     return Outcome(recipe.home, newest, schedule.steps, heard.last, pictures, ledger.run_id)
 

@@ -205,8 +205,16 @@ class Measure:
     where their number is the same, and k-NN wants some tens of each class."""
     seed: int = 0
     """Seed of the masks."""
+    aside: bool = False
+    """Measure a checkpoint in a process of its own while training goes on, and not all workers in
+    the training loop while it waits. A checkpoint is made at each such epoch; its figures come a
+    little later, with those of a linear probe where the pictures have labels. One measurement is
+    under way at a time; of those that come meanwhile the newest is next."""
+    aside_cpus: int = 1
+    """CPUs that are reserved for it; a GPU that is free when it begins is taken as well."""
 
     def __post_init__(self) -> None:
+        require(self.aside_cpus > 0, "measure.aside_cpus", self.aside_cpus, "positive", "1")
         Method(mask_ratio=self.mask_ratio, position_mask_ratio=self.position_mask_ratio)
         require(self.every_epochs > 0, "measure.every_epochs", self.every_epochs, "positive", "10")
         require(self.pictures > 0, "measure.pictures", self.pictures, "positive", "1024")
@@ -329,6 +337,11 @@ class Recipe:
                 f"run.keep_best {self.run.keep_best} is measured on held-out pictures; set "
                 "data.holdout to a prepared data set, or leave run.keep_best out"
             )
+        if self.run.keep_best is not None and self.measure.aside:
+            raise ConfigError(
+                f"run.keep_best {self.run.keep_best} is decided when a checkpoint is made, and "
+                "with measure.aside its figures come after that; leave one of the two out"
+            )
         if self.compute.strategy == "single" and self.run.workers > 1:
             raise ConfigError(
                 f"compute.strategy single has one worker, got run.workers={self.run.workers}; "
@@ -344,6 +357,11 @@ class Recipe:
     def worker_batch(self) -> int:
         """Images of one micro-batch on one worker."""
         return self.optim.global_batch // (self.run.workers * self.optim.accumulate)
+
+    @property
+    def aside_cpus(self) -> int:
+        """CPUs that measure checkpoints beside training; 0 where the loop measures, or nobody."""
+        return self.measure.aside_cpus if self.measure.aside and self.data.holdout else 0
 
     @property
     def sizes(self) -> tuple[int, ...]:

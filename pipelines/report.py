@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from droppos.measure.intervals import read_metric
 from pipelines.screen import clock
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.demo import DemoReport
     from pipelines.drill import DrillReport
     from pipelines.evaluate import Evaluation
+    from pipelines.finetune import Finetuned
     from pipelines.look import Look
     from pipelines.prepare import PrepareReport
     from pipelines.pretrain import Outcome
@@ -77,10 +79,13 @@ def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:
     for name, label in (("train/loss", "loss"), ("data/images_per_s", "images/s")):
         if name in outcome.metrics:
             rows.append((label, f"{outcome.metrics[name]:,.3g}"))
-    if "holdout/position/accuracy" in outcome.metrics:
-        accuracy = outcome.metrics["holdout/position/accuracy"]
+    if (accuracy := read_metric(outcome.metrics, "holdout/position/accuracy")) is not None:
         chance = outcome.metrics["holdout/position/chance"]
-        rows.append(("held out, placed right", f"{accuracy:.1%} (chance {chance:.1%})"))
+        rows.append(("held out, placed right", f"{accuracy}, chance {chance:.1%}"))
+    for name, label in (("knn", "20 nearest neighbours"), ("probe", "linear probe")):
+        accuracy = read_metric(outcome.metrics, f"holdout/features/{name}_accuracy")
+        if accuracy is not None:
+            rows.append((f"held out, {label}", accuracy))
     rows += [("picture", picture) for picture in outcome.pictures]
     done = outcome.checkpoint.step if outcome.checkpoint else 0
     title = "Run" if outcome.finished else f"Run, stopped at step {done:,} of {outcome.steps:,}"
@@ -145,7 +150,15 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Tell what a backbone is worth, with what could not be measured."""
     print_table(console, "Evaluation", evaluation_rows(evaluation))
     for note in evaluation.notes:
-        console.print(f"[dim]not measured: {escape(note)}[/]", highlight=False)
+        console.print(f"[dim]note: {escape(note)}[/]", highlight=False)
+
+
+def show_finetuned(console: Console, done: Finetuned) -> None:
+    """Tell how well a fine-tuned backbone classifies."""
+    rows: list[Row] = [("steps", f"{done.steps:,}"), ("classified right", str(done.top_1))]
+    if done.top_5 is not None:
+        rows.append(("  among the first five", str(done.top_5)))
+    print_table(console, "Fine-tuning", [*rows, ("folder", done.home)])
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Row]:
@@ -167,7 +180,10 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
     if evaluation.knn is not None:
         rows.append(("20 nearest neighbours", str(evaluation.knn)))
     if evaluation.probe is not None:
-        rows.append(("linear probe", str(evaluation.probe)))
+        probe = evaluation.probe
+        rows.append(("linear probe", f"{probe.accuracy}, by {probe.solver}"))
+        if probe.top_5 is not None:
+            rows.append(("  among the first five", str(probe.top_5)))
     rank = f"{evaluation.effective_rank:.1f} of {evaluation.width}"
     return [*rows, ("effective rank of features", rank)]
 

@@ -30,6 +30,8 @@ class Demand:
     cpus_per_worker: int = 1
     gpu: bool = False
     """Whether each worker has a GPU."""
+    aside_cpus: int = 0
+    """CPUs that measure checkpoints beside it."""
     decode_cpus: int | None = None
     """CPUs that decode; None takes all that training leaves, and needs one."""
     shared_decoding: bool = False
@@ -49,6 +51,7 @@ class Demand:
             workers=workers,
             cpus_per_worker=recipe.run.cpus_per_worker,
             gpu=gpu,
+            aside_cpus=recipe.aside_cpus,
             decode_cpus=recipe.data.decode_cpus,
             shared_decoding=shared_decoding,
             sizes=tuple(
@@ -71,7 +74,7 @@ class Demand:
 
     def cpus(self, at_once: int) -> int:
         """Count the CPUs that so many trials need."""
-        return at_once * self.training + self.decoding(at_once)
+        return at_once * (self.training + self.aside_cpus) + self.decoding(at_once)
 
     def bundles(self, machine: Machine) -> int:
         """Count the workers that one machine has room for."""
@@ -113,7 +116,8 @@ class Fit:
     @property
     def left(self) -> int:
         """CPUs that nobody holds."""
-        return self.cpus - self.at_once * self.training - self.decoding_at_once
+        held = self.training + self.demand.aside_cpus
+        return self.cpus - self.at_once * held - self.decoding_at_once
 
     @property
     def notes(self) -> list[str]:
@@ -155,7 +159,7 @@ def solve(cluster: Cluster, demand: Demand, at_once: int = 1) -> Fit:
         raise ConfigError(_refusal(cluster, demand, at_once))
     largest = _largest(cluster, demand, at_once)
     parts = 1 if demand.shared_decoding else at_once
-    spare = (largest.cpus - at_once * demand.training) // parts
+    spare = (largest.cpus - at_once * (demand.training + demand.aside_cpus)) // parts
     return Fit(
         demand=demand,
         at_once=at_once,
@@ -310,10 +314,11 @@ def _needs(demand: Demand, at_once: int) -> str:
     trials = "" if at_once == 1 else f"{at_once} x "
     gpus = f" and {_count(at_once * demand.workers, 'GPU')}" if demand.gpu else ""
     decoders = "" if demand.shared_decoding else trials
+    aside = f", {trials}{demand.aside_cpus} to measure" if demand.aside_cpus else ""
     return (
         f"{_count(demand.cpus(at_once), 'CPU')}{gpus} "
         f"({trials}{demand.workers_field} {demand.workers} x run.cpus_per_worker "
-        f"{demand.cpus_per_worker} to train, {decoders}{demand.decode_cpus or 1} to decode)"
+        f"{demand.cpus_per_worker} to train, {decoders}{demand.decode_cpus or 1} to decode{aside})"
     )
 
 
@@ -356,6 +361,13 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
+def _aside_row(fit: Fit) -> list[tuple[str, str, str, int, int]]:
+    cpus = fit.demand.aside_cpus
+    if not cpus:
+        return []
+    return [("measuring", _count(cpus, "CPU"), str(fit.at_once), fit.at_once * cpus, 0)]
+
+
 def table(fit: Fit) -> Table:
     """Show how the cluster is parted."""
     demand = fit.demand
@@ -375,6 +387,7 @@ def table(fit: Fit) -> Table:
             fit.decoding_at_once,
             0,
         ),
+        *_aside_row(fit),
         ("left over", "", "", fit.left, fit.gpus - fit.at_once * fit.training_gpus),
         ("of the cluster", "", "", fit.cpus, fit.gpus),
     )

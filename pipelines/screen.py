@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from droppos.measure.intervals import read_metric
 from pipelines.news import told
 from pipelines.recipe import Recipe
 
@@ -101,8 +102,8 @@ class Screen:
         if "train/position_accuracy" in values:
             accuracy = values["train/position_accuracy"]
             parts.append(f"right {accuracy:.1%} (chance {self._recipe.counts.chance:.1%})")
-        if "holdout/position/accuracy" in values:
-            parts.append(f"held out {values['holdout/position/accuracy']:.1%}")
+        if (accuracy := read_metric(values, "holdout/position/accuracy")) is not None:
+            parts.append(f"held out {accuracy}")
         if "data/wait_fraction" in values:
             parts.append(f"waiting for data {values['data/wait_fraction']:.0%}")
         if self._skipped:

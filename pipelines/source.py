@@ -126,6 +126,8 @@ class Remaining:
     schedule: Schedule
     decode_tasks: int
     sharing: Sharing | None = None
+    read: ReadWindow = read_window
+    """What reads and decodes a window."""
 
     def __call__(self) -> ray.data.Dataset:
         """Start where the newest checkpoint stands, as the workers do."""
@@ -140,6 +142,7 @@ class Remaining:
             start_step=saved.step if saved else 0,
             decode_tasks=self.decode_tasks,
             sharing=self.sharing,
+            read=self.read,
         )
 
 

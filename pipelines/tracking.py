@@ -109,3 +109,19 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
             "restore it there, or take another name"
         )
     return found.experiment_id
+
+
+@contextmanager
+def open_experiment(uri: str, name: str) -> "Iterator[tuple[MlflowClient, str]]":
+    """Reach MLflow, and find or make an experiment, for who writes a few figures at once.
+
+    Yields:
+        A client, and the experiment's identifier.
+
+    Raises:
+        ConfigError: If MLflow cannot be reached, also inside the block, or the experiment was
+            deleted.
+    """
+    with reachable(uri):
+        client = client_of(uri)
+        yield client, experiment_id(client, uri, name)

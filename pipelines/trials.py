@@ -119,6 +119,11 @@ def objective_of(recipe: Recipe) -> Objective:
     Raises:
         ConfigError: If the figure cannot be measured there.
     """
+    if recipe.measure.aside:
+        raise ConfigError(
+            "measure.aside is True: a search compares its trials at the epoch where they are "
+            "measured, so they have to wait for it; leave measure.aside out"
+        )
     if recipe.data.holdout is None:
         raise ConfigError(
             "data.holdout is not set: a search compares its trials on held-out pictures; set it to "

@@ -19,6 +19,7 @@ from pipelines import checkpoints
 from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
+from pipelines.events import Events
 from pipelines.holdout import Holdout
 from pipelines.job import Job
 from pipelines.keeper import Keeper
@@ -90,7 +91,8 @@ def _train(job: Job, pulse: Pulse) -> None:
         stop_step=schedule.steps,
         accumulate=recipe.optim.accumulate,
     )
-    holdout = Holdout.open(recipe, state.device)
+    aside = recipe.aside_cpus > 0  # then the driver has each such checkpoint measured
+    holdout = None if aside else Holdout.open(recipe, state.device)
     pace.reset()
     bad = BadSteps(recipe.run.bad_steps)
     saves = 0
@@ -106,7 +108,7 @@ def _train(job: Job, pulse: Pulse) -> None:
             report = train_step(state, [micro_batch(batch) for batch in group])
             bad.note(state.step - 1, report.skipped)
         pace.count(group)
-        tell_skipped(job, group)
+        tell_skipped(job.events, group)
 
         if asked_to_terminate() and not told_to_go:
             told_to_go = True
@@ -118,7 +120,9 @@ def _train(job: Job, pulse: Pulse) -> None:
         heard = agreement.settle(wish.saves, wished_leave, -keeper.ended)
         last = state.step == schedule.steps
         leave = heard[1] > 1
+        measured = last or at_epoch(state, recipe.measure.every_epochs)
         due = last or leave or heard[0] > saves or state.step % recipe.run.checkpoint_every == 0
+        due |= aside and measured
         saves = max(saves, heard[0])
         if report and (due or state.step % recipe.run.log_every == 0):
             log(job, proof, state, report, pace, bad)
@@ -126,7 +130,7 @@ def _train(job: Job, pulse: Pulse) -> None:
             break
         keeper.finish_if(-heard[2])
         metrics = {}
-        if holdout and (last or at_epoch(state, recipe.measure.every_epochs)):
+        if holdout and measured:
             pulse.now("measuring", state.step)
             metrics = measure(job, proof, state, holdout)
             pace.pause()
@@ -158,12 +162,12 @@ def micro_batch(batch: Batch) -> MicroBatch:
     return MicroBatch(batch.images, batch.slots, batch.mirrored)
 
 
-def tell_skipped(job: Job, group: list[Batch]) -> None:
+def tell_skipped(events: Events, group: list[Batch]) -> None:
     """Tell the driver of pictures that another stood in for; there are none on most steps."""
     for batch in group:
         if batch.problems:
             event = {"kind": "skipped", "step": batch.step + 1, "problems": batch.problems}
-            job.events.send(event)
+            events.send(event)
 
 
 def create_state(recipe: Recipe, steps_per_epoch: int) -> TrainState:

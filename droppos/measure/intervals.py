@@ -1,5 +1,6 @@
 """A proportion never stands alone: it comes with its 95 % interval."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
@@ -25,6 +26,21 @@ def wilson(hits: float, total: float) -> tuple[float, float]:
     half = Z_95 / shrink * sqrt(value * (1 - value) / total + (Z_95 / (2 * total)) ** 2)
     # At 0 and at 1 a bound equals the value but for rounding; it must not pass it.
     return min(max(0.0, centre - half), value), max(min(1.0, centre + half), value)
+
+
+def in_words(value: float, low: float, high: float) -> str:
+    """Write a proportion with its interval, in percent."""
+    return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def read_metric(metrics: Mapping[str, float], name: str) -> str | None:
+    """Write what `Proportion.metrics` named; None if it is not there, or stands without interval.
+
+    Runs of older versions have some accuracies without one.
+    """
+    found = [metrics.get(f"{name}{end}") for end in ("", "_low_95", "_high_95")]
+    known = [value for value in found if value is not None]
+    return in_words(*known) if len(known) == len(found) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,10 @@ class Proportion:
         """
         return 0.0 if chance == 1 else (self.value - chance) / (1 - chance)
 
-    def __str__(self) -> str:
+    def metrics(self, name: str) -> dict[str, float]:
+        """Name value and interval for a ledger, where numbers stand alone."""
         low, high = self.interval
-        return f"{100 * self.value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        return {name: self.value, f"{name}_low_95": low, f"{name}_high_95": high}
+
+    def __str__(self) -> str:
+        return in_words(self.value, *self.interval)

@@ -95,7 +95,7 @@ class KnnReport:
     def metrics(self) -> dict[str, float]:
         """Name the figures for a ledger."""
         return {
-            "features/knn_accuracy": self.accuracy.value,
+            **self.accuracy.metrics("features/knn_accuracy"),
             "features/knn_chance": self.chance,
             "features/knn_skill": self.skill,
         }

@@ -102,12 +102,9 @@ class PositionReport:
 
     def metrics(self) -> dict[str, float]:
         """Name the figures for a ledger."""
-        low, high = self.accuracy.interval
         figures = {
-            "position/accuracy": self.accuracy.value,
-            "position/accuracy_low_95": low,
-            "position/accuracy_high_95": high,
-            "position/accuracy_within_one_cell": self.near.value,
+            **self.accuracy.metrics("position/accuracy"),
+            **self.near.metrics("position/accuracy_within_one_cell"),
             "position/skill": self.skill,
             "position/cross_entropy_nats": self.cross_entropy,
             "position/chance": self.chance,

@@ -1,5 +1,8 @@
 """Linear probe: how well a linear classifier does on frozen features.
 
+Fitted to convergence in float64, so there is no learning rate to get wrong: the probe for all that
+fits into memory. :mod:`droppos.measure.linear` is for a million pictures.
+
 Axes in this file
     T  training pictures, Q test pictures
     D  channels of a feature
@@ -29,6 +32,8 @@ class ProbeReport:
 
     accuracy: Proportion
     """Test pictures classified right."""
+    top_5: Proportion
+    """Test pictures whose class is among the five likeliest; all of them below six classes."""
     l2: float
     """The penalty chosen."""
     validation: dict[float, Proportion]
@@ -83,7 +88,8 @@ def linear_probe(
         validation[l2] = _score(train[aside], train_labels[aside], weights)
     best = max(L2_GRID, key=lambda l2: validation[l2].hits)
     weights = _fit(train, train_labels, best, torch.zeros_like(weights))
-    return ProbeReport(_score(test, test_labels, weights), best, validation)
+    accuracy, top_5 = (_score(test, test_labels, weights, top) for top in (1, min(5, classes)))
+    return ProbeReport(accuracy, top_5, best, validation)
 
 
 def _logits(x: Float[Tensor, "B D"], weights: Float[Tensor, "C D+1"]) -> Float[Tensor, "B C"]:
@@ -110,6 +116,10 @@ def _fit(
 
 
 def _score(
-    x: Float[Tensor, "B D"], labels: Int[Tensor, " B"], weights: Float[Tensor, "C D+1"]
+    x: Float[Tensor, "B D"],
+    labels: Int[Tensor, " B"],
+    weights: Float[Tensor, "C D+1"],
+    top: int = 1,
 ) -> Proportion:
-    return Proportion(int((_logits(x, weights).argmax(1) == labels).sum()), len(labels))
+    likeliest = _logits(x, weights).topk(top, dim=1).indices == labels[:, None]
+    return Proportion(int(likeliest.any(1).sum()), len(labels))

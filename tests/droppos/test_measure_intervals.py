@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppos.errors import DataError
-from droppos.measure.intervals import Proportion, wilson
+from droppos.measure.intervals import Proportion, read_metric, wilson
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,13 @@ def test_alike_observations_widen_the_interval_as_fewer_independent_ones_would()
 
 def test_a_proportion_prints_with_its_interval() -> None:
     assert str(Proportion(612, 1000)) == "61.2 % (58.1 to 64.2)"
+
+
+def test_a_ledgers_numbers_read_as_the_proportion_did() -> None:
+    found = Proportion(612, 1000)
+    assert read_metric(found.metrics("a/accuracy"), "a/accuracy") == str(found)
+    assert read_metric({"a/accuracy": 0.6}, "a/accuracy") is None  # of an older run
+    assert read_metric({}, "a/accuracy") is None
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (2, 1), (-1, 1)])

@@ -10,6 +10,18 @@ from pipelines.cli import main, with_recipe
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 
+JOBS = [
+    "demo",
+    "prepare",
+    "pretrain",
+    "export",
+    "evaluate",
+    "finetune",
+    "search",
+    "audit",
+    "doctor",
+]
+
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     """Run a command in this process; give its exit code and all it printed, on one line."""
@@ -33,15 +45,13 @@ def test_help_is_quick_and_names_every_job() -> None:
         text=True,
         check=True,
     )
-    for job in ("demo", "prepare", "pretrain", "export", "evaluate", "search", "audit", "doctor"):
+    for job in JOBS:
         assert job in result.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
     assert not imported & {"torch", "ray", "mlflow"}
 
 
-@pytest.mark.parametrize(
-    "job", ["demo", "prepare", "pretrain", "export", "evaluate", "search", "audit", "doctor"]
-)
+@pytest.mark.parametrize("job", JOBS)
 def test_every_job_has_help(capsys: pytest.CaptureFixture[str], job: str) -> None:
     code, text = said(capsys, job, "--help")
     assert code == 0
@@ -134,6 +144,10 @@ def test_export_and_evaluate_say_what_was_there_instead(
     assert code == 1 and "notes.txt" in text and "checkpoint" in text
     code, text = said(capsys, "evaluate", str(tmp_path / "none"), data)
     assert code == 1 and "none" in text
+    code, text = said(capsys, "evaluate", "backbone", data, "--workers", "0")
+    assert code == 1 and "--workers must be 1 or more, got 0" in text
+    code, text = said(capsys, "finetune", "backbone", data, "--holdout", data, "--mixup", "-1")
+    assert code == 1 and "mixup must be 0 or more" in text
 
 
 def test_a_recipe_that_is_not_there_names_those_that_are(

@@ -24,13 +24,18 @@ POSITION = {
         "accuracy_low_95",
         "accuracy_high_95",
         "accuracy_within_one_cell",
+        "accuracy_within_one_cell_low_95",
+        "accuracy_within_one_cell_high_95",
         "skill",
         "cross_entropy_nats",
         "chance",
     )
 }
 RANK = {"holdout/features/effective_rank"}
-KNN = {f"holdout/features/knn_{name}" for name in ("accuracy", "chance", "skill")}
+KNN = {
+    f"holdout/features/knn_{name}"
+    for name in ("accuracy", "accuracy_low_95", "accuracy_high_95", "chance", "skill")
+}
 CPU = torch.device("cpu")
 
 

@@ -1,0 +1,311 @@
+"""Fine-tuning a backbone on labelled pictures, on Ray: what it is worth as a start.
+
+The stream is the pre-training's, exact and resumable, with the published augmentation where it
+decodes (:mod:`pipelines.augmented`); labels go by the number of each picture. Workers hold whole
+copies of the model (DDP). A checkpoint is made at the end of every epoch; the newest one is where a
+lost worker, or `--resume`, goes on.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
+from time import sleep
+from typing import Any
+
+import ray
+import torch
+from jaxtyping import Int64
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+from torch import Tensor
+
+from droppos.config import Method
+from droppos.errors import ConfigError, DataError, TrainingError
+from droppos.measure.finetune_recipe import Finetune
+from droppos.measure.intervals import Proportion
+from pipelines import checkpoints
+from pipelines.augmented import read_augmented
+from pipelines.backbone import Backbone, open_backbone
+from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
+from pipelines.cost import HOURS, Cost
+from pipelines.crew import worker_resources
+from pipelines.events import Events
+from pipelines.finetune_run import FinetuneRun
+from pipelines.finetune_worker import FinetuneJob, finetune_worker
+from pipelines.heard import Heard, OnEvent
+from pipelines.ledger import Ledger
+from pipelines.order import Schedule
+from pipelines.pretrain import located, plan
+from pipelines.recipe import Recipe, Tracking
+from pipelines.shards import Manifest, load_manifest, read_row_group
+from pipelines.skipped import Skipped
+from pipelines.source import Remaining, data_config
+from pipelines.storage import Place, open_place
+from pipelines.supervisor import POLL_S, cause_of, in_background
+from pipelines.windows import read_window
+
+READERS = 16
+"""Row groups whose labels are asked of storage at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finetuned:
+    """What a fine-tuning came to."""
+
+    home: str
+    top_1: Proportion
+    """Held-out pictures classified right."""
+    top_5: Proportion | None
+    """Those whose class is among the five likeliest; None where there are not more than five."""
+    steps: int
+    tracking_run: str
+    """Identifier of the MLflow run."""
+
+    def metrics(self) -> dict[str, float]:
+        """Name the figures for a ledger, each with its 95 % interval."""
+        figures = self.top_1.metrics("finetune/accuracy")
+        if self.top_5 is not None:
+            figures |= self.top_5.metrics("finetune/top_5_accuracy")
+        return figures
+
+
+def finetune(
+    backbone: str,
+    data: str,
+    holdout: str,
+    recipe: Finetune,
+    run: FinetuneRun,
+    *,
+    tracking: Tracking,
+    resume: bool = False,
+    on_event: OnEvent | None = None,
+) -> Finetuned:
+    """Fine-tune a backbone, and classify held-out pictures with the result.
+
+    Args:
+        backbone: Export, checkpoint or run.
+        data: Labelled prepared data set to train on.
+        holdout: Labelled prepared data set to classify at the end.
+        recipe: How it is fine-tuned.
+        run: Name, storage and workers.
+        tracking: Where MLflow is.
+        resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
+        on_event: Hears of progress.
+
+    Raises:
+        ConfigError: If it cannot be run here, or is not the run that is to go on.
+        DataError: If data or storage cannot be read, or labels are missing.
+        TrainingError: If the workers failed more often than run.max_failures.
+    """
+    trained = open_backbone(backbone)
+    whole = located(
+        Recipe(
+            model=trained.model,
+            method=trained.method or Method(mask_ratio=0),  # of no weight here
+            optim=recipe.optim,
+            compute=run.compute,
+            data=run.data(data, holdout, recipe.crop_scale),
+            run=run.run,
+            tracking=tracking,
+        )
+    )
+    _require_pairs(recipe, whole)
+    schedule = plan(whole)
+    labels, classes = _labels(whole, schedule.manifest)
+    facts = _facts(trained, recipe, whole, schedule)
+    home = open_place(whole.home)
+    home.check_reachable()
+    saved = checkpoints.newest(home)
+    _check_resume(whole, saved, facts, resume)
+    connect(whole)
+    with Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger:
+        described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
+        ledger.describe(whole, {**described, "finetune.backbone": trained.uri})
+        limit = whole.data.skip_limit
+        skipped = Skipped(home, schedule.manifest.rows, limit, resumed=saved is not None)
+        hours = 0.0 if saved is None else ledger.last_value(HOURS)
+        cost = Cost(hours, tracking.price_per_worker_hour)
+        heard = Heard(ledger, skipped, cost, on_event)
+        heard.event(
+            {
+                "kind": "plan",
+                "step": saved.step if saved else 0,
+                "steps": schedule.steps,
+                "tracking_run": ledger.run_id,
+            }
+        )
+        job = FinetuneJob(
+            recipe=whole,
+            finetune=recipe,
+            schedule=schedule,
+            classes=len(classes),
+            facts=facts,
+            events=Events.start(),
+            held=[ray.put((trained.encoder.state_dict(), labels))],
+        )
+        hits, among_five, total = _run(job, heard)
+        five = Proportion(among_five, total) if len(classes) > 5 else None
+        done = Finetuned(whole.home, Proportion(hits, total), five, schedule.steps, ledger.run_id)
+        ledger.log(schedule.steps, done.metrics())
+    return done
+
+
+def _run(job: FinetuneJob, heard: Heard) -> list[int]:
+    """Run the workers to their end, and hear what they say; return what they counted."""
+    on_gpu = gpu_workers(job.recipe)
+    device = "cuda" if on_gpu else "cpu"
+    recipe = replace(job.recipe, compute=replace(job.recipe.compute, device=device))
+    job = replace(job, recipe=recipe)
+    counts: list[int] = []
+
+    def told(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "tested":
+            counts[:] = event["counts"]
+
+    running = in_background(_trainer(job, on_gpu).fit)
+    try:
+        while not running.done():
+            heard.drain(job.events, told)
+            if heard.too_many is not None:
+                raise heard.too_many
+            sleep(POLL_S)
+    except BaseException:
+        ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
+        raise
+    heard.drain(job.events, told)
+    error = running.exception()
+    if isinstance(error, TrainingFailedError):
+        raise cause_of(error) from error
+    if error is not None:
+        raise error
+    if not counts:
+        raise TrainingError(
+            "the workers ended without a word of what they classified; add --resume: the newest "
+            "checkpoint is kept, and is tested again"
+        )
+    return counts
+
+
+def _trainer(job: FinetuneJob, on_gpu: bool) -> TorchTrainer:
+    recipe, home = job.recipe, open_place(job.recipe.home)
+    read = read_window
+    if job.finetune.augment:
+        read = partial(read_augmented, augment=job.finetune.augment)
+    tasks = decode_tasks_of(recipe, group_share(recipe))
+    return TorchTrainer(
+        partial(finetune_worker, job),
+        datasets={"train": Remaining(recipe, job.schedule, tasks, read=read)},
+        dataset_config=data_config(recipe.data.buffer_mb),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.run.workers,
+            use_gpu=on_gpu,
+            resources_per_worker=worker_resources(recipe, on_gpu),
+        ),
+        run_config=RunConfig(
+            name="ray",  # Ray's own bookkeeping; ours is in checkpoints/
+            storage_path=home.path,
+            storage_filesystem=home.fs,
+            failure_config=FailureConfig(max_failures=recipe.run.max_failures),
+        ),
+    )
+
+
+def _require_pairs(recipe: Finetune, whole: Recipe) -> None:
+    if recipe.mixes and whole.worker_batch % 2:
+        raise ConfigError(
+            f"mixup and cutmix blend images in pairs, but a worker's micro-batch has "
+            f"{whole.worker_batch} (optim.global_batch {whole.optim.global_batch} over run.workers "
+            f"{whole.run.workers} x optim.accumulate {whole.optim.accumulate}); make it even"
+        )
+
+
+def _labels(recipe: Recipe, manifest: Manifest) -> tuple[Int64[Tensor, " rows"], tuple[str, ...]]:
+    """Read the label of every picture, by its number.
+
+    Raises:
+        DataError: If some have none, or the held-out pictures have other classes.
+    """
+    assert recipe.data.path is not None and recipe.data.holdout is not None
+    held_out = load_manifest(open_place(recipe.data.holdout))
+    if not manifest.classes or len(manifest.classes) < 2 or manifest.classes != held_out.classes:
+        raise DataError(
+            f"{recipe.data.path} has classes {manifest.classes}, {recipe.data.holdout} has "
+            f"{held_out.classes}; both must have the same two or more, in the same order: prepare "
+            "them from folders with the same sub-folders"
+        )
+    labels = _read_labels(open_place(recipe.data.path), manifest)
+    tested = _read_labels(open_place(recipe.data.holdout), held_out)
+    for uri, found in ((recipe.data.path, labels), (recipe.data.holdout, tested)):
+        if missing := int((found < 0).sum()):
+            raise DataError(
+                f"{missing} of {len(found)} pictures of {uri} have no label; prepare it from a "
+                "folder in which every picture is in a class's sub-folder"
+            )
+    return labels, manifest.classes
+
+
+def _read_labels(place: Place, manifest: Manifest) -> Int64[Tensor, " rows"]:
+    def read(number: int) -> list[int]:
+        group = manifest.groups[number]
+        table = read_row_group(place, manifest.shards[group.shard], group.group, ["label"])
+        return [-1 if label is None else label for label in table["label"].to_pylist()]
+
+    with ThreadPoolExecutor(READERS) as pool:
+        groups = pool.map(read, range(len(manifest.groups)))
+        return torch.tensor([label for group in groups for label in group])
+
+
+def _facts(
+    trained: Backbone, recipe: Finetune, whole: Recipe, schedule: Schedule
+) -> dict[str, Any]:
+    """Tell all that must be the same for a checkpoint to be of this run."""
+    digest = sha256()
+    for _, value in sorted(trained.encoder.state_dict().items()):
+        digest.update(value.contiguous().numpy().tobytes())
+    settings = asdict(recipe)
+    # Half the workers may take twice the micro-batches; only what is drawn for each differs.
+    settings["optim"].pop("accumulate")
+    return {
+        "backbone": digest.hexdigest(),
+        "data": schedule.manifest.digest,
+        "seed": whole.run.seed,
+        "window": whole.data.window,
+        **{name: _plain(value) for name, value in settings.items()},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Write a value as JSON reads it back."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_resume(
+    recipe: Recipe, saved: checkpoints.Saved | None, facts: Mapping[str, Any], resume: bool
+) -> None:
+    """Refuse to overwrite a run, or to go on with one as if it were another."""
+    if saved is None:
+        return
+    if not resume:
+        raise ConfigError(
+            f"run {recipe.home} already has a checkpoint at step {saved.step}; add --resume to go "
+            "on with it, or choose another --name"
+        )
+    theirs = saved.record.get("finetune")
+    if theirs is None:
+        raise ConfigError(
+            f"run {recipe.home} is a pre-training, not a fine-tuning; choose another --name"
+        )
+    changed = [name for name, value in facts.items() if theirs.get(name) != value]
+    if changed:
+        told = "; ".join(
+            f"{name}: {theirs.get(name)!r} in the checkpoint, {facts[name]!r} now"
+            for name in changed
+        )
+        raise ConfigError(
+            f"run {recipe.home} was made with other settings; {told}; put them back, or choose "
+            "another --name"
+        )

@@ -1,0 +1,197 @@
+"""The worker's loop of fine-tuning: next batch, step, maybe log, at an epoch's end save; then test.
+
+Every rank runs this. As in pre-training, where it starts is decided by storage alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from jaxtyping import Int64
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
+
+from droppos.errors import DataError
+from droppos.measure.finetune import (
+    FinetuneState,
+    Labelled,
+    build_classifier,
+    count_right,
+    finetune_step,
+)
+from droppos.measure.finetune_recipe import Finetune
+from droppos.parallel import resolve_device
+from pipelines import checkpoints, stored_state
+from pipelines.events import Events
+from pipelines.extraction import decode, pieces_of
+from pipelines.holdout import choose
+from pipelines.order import Schedule
+from pipelines.pace import Pace
+from pipelines.parts import DamagedError
+from pipelines.recipe import Recipe
+from pipelines.shards import load_manifest
+from pipelines.storage import open_place
+from pipelines.stream import Batch, batches
+from pipelines.worker import FLUSH_S, grouped, tell_skipped
+
+TEST_BATCH = 64
+"""Pictures of a forward pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneJob:
+    """What every worker is told."""
+
+    recipe: Recipe
+    """Model, stream, schedule and places, as of a pre-training."""
+    finetune: Finetune
+    schedule: Schedule
+    classes: int
+    facts: Mapping[str, Any]
+    """What a checkpoint depends on."""
+    events: Events
+    held: Sequence[Any]
+    """A reference to the encoder's weights and each row's label, in a list: fetched by the worker
+    itself, or every message to it would carry them."""
+
+
+def finetune_worker(job: FinetuneJob) -> None:
+    """Fine-tune from the newest checkpoint to the last step, then classify held-out pictures."""
+    recipe, schedule = job.recipe, job.schedule
+    torch.set_num_threads(recipe.run.cpus_per_worker)
+    weights, labels = ray.get(job.held[0])
+    state = _create(job, weights)
+    home = open_place(recipe.home)
+    _restore(state, checkpoints.newest(home))
+    shard = ray.train.get_dataset_shard("train")
+    assert shard is not None
+    stream = batches(
+        shard,
+        worker_batch=recipe.worker_batch,
+        start_step=state.step,
+        stop_step=schedule.steps,
+        accumulate=recipe.optim.accumulate,
+    )
+    pace = Pace(recipe.optim.global_batch, 0, 1)
+    for group in grouped(stream, recipe.optim.accumulate):
+        loss = finetune_step(state, [labelled(batch, labels) for batch in group])
+        pace.count(group)
+        tell_skipped(job.events, group)
+        ended = state.step % schedule.steps_per_epoch == 0
+        if ended or state.step % recipe.run.log_every == 0:
+            _log(job, state, loss, pace)
+        if ended:
+            _save(job, state)
+            pace.pause()
+    _test(job, state)
+    job.events.flush(FLUSH_S)
+
+
+def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
+    """Give a batch its labels.
+
+    Another picture stands in for one that could not be had, under the number of that one: its label
+    would be wrong. Another good one of the batch takes the place, with its own.
+
+    Raises:
+        DataError: If none of its pictures could be had.
+    """
+    good = [i for i, row in enumerate(batch.rows.tolist()) if row not in batch.problems]
+    if len(good) == len(batch.rows):
+        return Labelled(batch.images, labels[batch.rows], batch.mirrored)
+    if not good:
+        raise DataError(
+            f"none of the {len(batch.rows)} pictures of a micro-batch can be had; the first of "
+            f"them: {next(iter(batch.problems.values()))}; restore the shards, or prepare the data "
+            "set again"
+        )
+    taken = torch.arange(len(batch.rows))
+    for place, row in enumerate(batch.rows.tolist()):
+        if row in batch.problems:
+            taken[place] = good[place % len(good)]
+    return Labelled(batch.images[taken], labels[batch.rows[taken]], batch.mirrored[taken])
+
+
+def _create(job: FinetuneJob, weights: Mapping[str, Tensor]) -> FinetuneState:
+    recipe = job.recipe
+    device = resolve_device(recipe.compute)
+    model = build_classifier(weights, recipe.model, job.classes, job.finetune, recipe.run.seed)
+    return FinetuneState.create(
+        job.finetune,
+        DistributedDataParallel(model.to(device)),
+        job.classes,
+        compute=recipe.compute,
+        steps_per_epoch=job.schedule.steps_per_epoch,
+        device=device,
+        seed=recipe.run.seed,
+        rank=dist.get_rank(),
+    )
+
+
+def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
+    if saved is None:
+        return
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    try:
+        stored_state.load(saved, {"model": model, "optimizer": optimizer})
+    except DamagedError as error:  # on all ranks: the next group starts from an older one
+        if dist.get_rank() == 0:
+            checkpoints.set_aside(saved, str(error))
+        raise
+    set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    state.step = saved.step
+
+
+def _save(job: FinetuneJob, state: FinetuneState) -> None:
+    """Write a checkpoint, all ranks together; training waits, once an epoch."""
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    saved = stored_state.save(
+        open_place(job.recipe.home),
+        state.step,
+        {"model": model, "optimizer": optimizer},
+        {"finetune": dict(job.facts)},
+        checkpoints.Retention(job.recipe.run.keep_checkpoints),
+    )
+    if dist.get_rank() == 0:
+        job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})
+
+
+def _log(job: FinetuneJob, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
+    """Average over ranks and tell the driver: where a step waits for the device."""
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    if dist.get_rank() == 0:
+        values = {
+            "train/loss": mean.item() / dist.get_world_size(),
+            "train/lr": max(group["lr"] for group in state.optimizer.param_groups),
+            "train/epoch": state.epoch,
+            "data/images_per_s": pace.images_per_s,
+            "data/wait_fraction": pace.wait_fraction,
+        }
+        job.events.send({"kind": "metrics", "step": state.step, "values": values})
+    pace.reset()
+
+
+def _test(job: FinetuneJob, state: FinetuneState) -> None:
+    """Classify all held-out pictures, each by one rank, and tell the driver the counts."""
+    assert job.recipe.data.holdout is not None
+    place = open_place(job.recipe.data.holdout)
+    manifest = load_manifest(place)
+    counts = torch.zeros(3, dtype=torch.int64, device=state.device)
+    with ThreadPoolExecutor(job.recipe.run.cpus_per_worker) as threads:
+        for piece in pieces_of(choose(manifest))[dist.get_rank() :: dist.get_world_size()]:
+            rows, pixels = decode(place, manifest, piece, job.recipe.model.image_size, threads)
+            labels = torch.tensor([row.label for row in rows])
+            parts = zip(pixels.split(TEST_BATCH), labels.split(TEST_BATCH), strict=True)
+            for images, truth in parts:
+                counts[:2] += count_right(state, images, truth)
+            counts[2] += len(rows)
+    dist.all_reduce(counts)
+    if dist.get_rank() == 0:
+        job.events.send({"kind": "tested", "counts": counts.tolist()})

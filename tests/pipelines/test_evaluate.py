@@ -1,0 +1,141 @@
+"""An evaluation from a folder to its figures, on the terminal and in MLflow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from droppos.config import Method
+from droppos.errors import DataError
+from droppos.export.timm_vit import export
+from droppos.measure.intervals import Proportion
+from droppos.model import DropPos
+from pipelines import evaluate as job
+from pipelines.evaluate import Evaluation, Probe, evaluate, track
+from pipelines.prepare import prepare
+from pipelines.recipe import Measure, Tracking
+from pipelines.report import evaluation_rows
+from pipelines.scores import Origin
+from pipelines.spread import Spread
+from pipelines.storage import open_place
+from tests.droppos.tiny import TINY
+
+MEASURE = Measure(mask_ratio=0.25, pictures=20)
+
+
+@pytest.fixture(scope="module")
+def data(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("evaluate") / "validation"
+    prepare(str(photographs), str(folder), group_rows=6)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("backbone") / "out"
+    export(DropPos(TINY, Method(mask_ratio=0.25)), TINY, out)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def measured(backbone: str, data: str) -> Evaluation:
+    return evaluate(backbone, data, measure=MEASURE)
+
+
+def test_each_accuracy_stands_with_its_interval(measured: Evaluation) -> None:
+    metrics = measured.metrics()
+    accuracies = {name for name in metrics if name.endswith(("accuracy", "within_one_cell"))}
+    assert accuracies == {
+        "position/accuracy",
+        "position/accuracy_within_one_cell",
+        "features/knn_accuracy",
+        "features/probe_accuracy",
+        "features/probe_top_5_accuracy",  # of six classes
+    }
+    for name in accuracies:
+        low, high = metrics[f"{name}_low_95"], metrics[f"{name}_high_95"]
+        assert 0 <= low < high <= 1 and low <= metrics[name] <= high
+    rows = dict(evaluation_rows(measured))
+    for row in ("placed right", "20 nearest neighbours", "linear probe", "  among the first five"):
+        assert " % (" in rows[row] and " to " in rows[row]
+
+
+def test_another_data_set_to_learn_from_labels_all_pictures(backbone: str, data: str) -> None:
+    found = evaluate(backbone, data, train=data, measure=MEASURE)
+    assert found.knn is not None and found.knn.total == 72
+    assert found.train == open_place(data).uri
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd", "lars"])
+def test_the_probe_is_told_with_its_solver(
+    backbone: str, data: str, solver: job.Solver, tmp_path: Path
+) -> None:
+    found = evaluate(
+        backbone, data, measure=MEASURE, probe=solver, spread=Spread(cache=str(tmp_path))
+    )
+    assert found.probe is not None and found.probe.solver.startswith(solver)
+    assert len(list(tmp_path.rglob("part-*"))) == 1
+
+
+def test_what_does_not_fit_is_probed_by_gradient_descent(
+    backbone: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "EXACT_VALUES", 1000)
+    found = evaluate(backbone, data, measure=MEASURE)
+    assert found.probe is not None and found.probe.solver.startswith("sgd")
+
+
+def test_pictures_without_labels_have_no_classes_to_tell(
+    backbone: str, photographs: Path, data: str, tmp_path: Path
+) -> None:
+    prepare(str(photographs / "cat"), str(tmp_path / "cats"))
+    found = evaluate(backbone, str(tmp_path / "cats"), measure=MEASURE)
+    assert found.knn is None and found.probe is None and found.position is not None
+    assert "has no labels" in " ".join(found.notes)
+    with pytest.raises(DataError, match="must be the same"):
+        evaluate(backbone, data, train=str(tmp_path / "cats"), measure=MEASURE)
+
+
+def test_five_classes_have_no_first_five() -> None:
+    probe = Probe(Proportion(3, 4), None, "lbfgs, l2 1")
+    found = Evaluation("b", "d", None, 4, None, probe, None, 1.0, 2)
+    assert not any("top_5" in name for name in found.metrics())
+    assert len(evaluation_rows(found)) == 3
+
+
+def test_a_checkpoint_tells_its_run() -> None:
+    origin = Origin.of("s3://bucket/runs/mine/checkpoints/step-00000120")
+    assert origin == Origin("s3://bucket/runs", "s3://bucket/runs/mine", 120)
+    assert Origin.of("/some/export") == Origin(None, None, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_figures_go_to_the_run_that_made_the_backbone_and_leave_its_state(
+    measured: Evaluation, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    alone = track(measured, Tracking(uri=uri))
+    client = MlflowClient(tracking_uri=uri)
+    run = client.get_run(alone)
+    assert run.info.status == "FINISHED" and run.info.run_name == "evaluate validation"
+    assert measured.knn is not None
+    name = "evaluation/validation/features/knn_accuracy"
+    assert run.data.metrics[name] == measured.knn.value
+    assert run.data.metrics[f"{name}_low_95"] == measured.knn.interval[0]
+    assert run.data.tags["evaluation.validation.backbone"] == measured.backbone
+
+    home = str(tmp_path / "runs" / "mine")
+    own = client.create_run(run.info.experiment_id, tags={"droppos.home": home}).info.run_id
+    client.set_terminated(own, "KILLED")
+    of_run = replace(measured, backbone=f"{home}/checkpoints/step-00000120")
+    assert track(of_run, Tracking(uri=uri)) == own
+    assert client.get_run(own).info.status == "KILLED"
+    (point,) = client.get_metric_history(own, name)
+    assert (point.step, point.value) == (120, measured.knn.value)

@@ -1,0 +1,206 @@
+"""Fine-tuning as a job: its labels, its augmentation, what it refuses, and a whole run on Ray."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from droppos.config import Method, Optim
+from droppos.errors import ConfigError, DataError
+from droppos.export.timm_vit import export
+from droppos.measure.finetune_recipe import Finetune
+from droppos.model import DropPos
+from pipelines import checkpoints, stored_state
+from pipelines.augmented import read_augmented
+from pipelines.finetune import Finetuned, finetune
+from pipelines.finetune_run import FinetuneRun
+from pipelines.finetune_worker import labelled
+from pipelines.order import Schedule
+from pipelines.prepare import prepare
+from pipelines.recipe import Tracking
+from pipelines.shards import load_manifest
+from pipelines.storage import open_place
+from pipelines.stream import Batch
+from pipelines.windows import CropOptions, read_window
+from tests.droppos.tiny import TINY
+
+# Notices of Ray, MLflow and SQLAlchemy about themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+RECIPE = Finetune(
+    optim=Optim(epochs=3, global_batch=12, lr_per_256=5e-2, warmup_epochs=1, clip_norm=None),
+    mixup=0.2,
+    cutmix=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def data(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """72 pictures in six classes, to learn and to be asked."""
+    folder = str(tmp_path_factory.mktemp("finetune") / "data")
+    prepare(str(photographs), folder, group_rows=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("backbone") / "out"
+    export(DropPos(TINY, Method(mask_ratio=0.25)), TINY, out)
+    return str(out)
+
+
+def tune(
+    backbone: str,
+    data: str,
+    folder: Path,
+    recipe: Finetune = RECIPE,
+    holdout: str | None = None,
+    **told: Any,
+) -> Finetuned:
+    run = FinetuneRun(
+        name="tuned",
+        storage=str(folder),
+        workers=2,
+        decode_cpus=2,
+        window=24,
+        log_every=1,
+        precision="float32",
+        device="cpu",
+    )
+    return finetune(
+        backbone,
+        data,
+        holdout or data,
+        recipe,
+        run,
+        tracking=Tracking(uri=f"sqlite:///{folder}/mlflow.db"),
+        **told,
+    )
+
+
+def blocks(data: str, start: int = 0, **told: Any) -> list[Mapping[str, np.ndarray]]:
+    """Read the first window of an epoch, augmented or not."""
+    place = open_place(data)
+    schedule = Schedule(manifest=load_manifest(place), seed=3, global_batch=12, window=24, epochs=2)
+    window = next(iter(schedule.windows(0)))
+    crop = CropOptions((32, 48), (0.08, 1.0), True)
+    read = partial(read_augmented, **told) if told else read_window
+    found = []
+    for block in read(window, start, data=place, crop=crop, global_batch=12, block=12):
+        assert block.num_rows == 12
+        found.append({name: block[name].to_numpy() for name in ("row", "step", "mirrored")})
+        found[-1]["image"] = block["image"].combine_chunks().to_numpy_ndarray()
+    return found
+
+
+def test_crops_are_augmented_and_all_else_stays(data: str) -> None:
+    plain, strong = blocks(data), blocks(data, augment="rand-m9-mstd0.5-inc1")
+    for one, other in zip(plain, strong, strict=True):
+        for name in ("row", "step", "mirrored"):
+            assert (one[name] == other[name]).all()
+        assert one["image"].shape == other["image"].shape
+        changed = (one["image"] != other["image"]).any(axis=(1, 2, 3))
+        assert changed.mean() > 0.5
+
+
+def test_a_picture_is_augmented_alike_wherever_a_task_starts(data: str) -> None:
+    whole = blocks(data, augment="rand-m9-mstd0.5-inc1")
+    rest = blocks(data, start=12, augment="rand-m9-mstd0.5-inc1")
+    assert (rest[0]["row"] == whole[1]["row"]).all()
+    assert (rest[0]["image"] == whole[1]["image"]).all()
+
+
+def test_one_that_stands_in_brings_its_own_label() -> None:
+    rows = torch.tensor([5, 2, 7, 0])
+    images = rows.to(torch.uint8)[:, None, None, None].expand(4, 8, 8, 3)
+    batch = Batch(
+        step=0,
+        images=images,
+        mirrored=torch.tensor([True, False, False, True]),
+        rows=rows,
+        slots=torch.arange(4, dtype=torch.int32),
+        problems={2: "gone", 0: "gone"},
+        waited=0.0,
+    )
+    labels = 10 * torch.arange(8)
+    found = labelled(batch, labels)
+    assert found.labels.tolist() == [10 * int(image[0, 0, 0]) for image in found.images]
+    assert not set(found.labels.tolist()) & {20, 0}
+    assert found.mirrored is not None and found.mirrored.tolist()[0]
+    with pytest.raises(DataError, match=r"none of the 4 pictures .* gone"):
+        labelled(replace(batch, problems=dict.fromkeys((5, 2, 7, 0), "gone")), labels)
+    whole = replace(batch, problems={})
+    assert labelled(whole, labels).labels.tolist() == [50, 20, 70, 0]
+
+
+def test_what_cannot_be_learnt_or_asked_is_refused(
+    backbone: str, data: str, photographs: Path, tmp_path: Path
+) -> None:
+    odd = replace(RECIPE, optim=replace(RECIPE.optim, global_batch=6))
+    with pytest.raises(ConfigError, match="in pairs, but a worker's micro-batch has 3"):
+        tune(backbone, data, tmp_path, odd)
+    prepare(str(photographs / "cat"), str(tmp_path / "cats"))
+    with pytest.raises(DataError, match="must have the same two or more"):
+        tune(backbone, data, tmp_path, holdout=str(tmp_path / "cats"))
+    with pytest.raises(ConfigError, match=r"run\.workers"):
+        FinetuneRun(workers=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(backbone: str, data: str, folder: Path, ray_cluster: None) -> Finetuned:
+    """A run of three epochs of six steps, from its first step to its last."""
+    return tune(backbone, data, folder)
+
+
+@pytest.mark.slow
+def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
+    whole: Finetuned, backbone: str, data: str, folder: Path
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    assert whole.steps == 18 and whole.top_1.total == 72
+    assert whole.top_5 is not None and whole.top_5.hits >= whole.top_1.hits
+    assert whole.top_1.interval[0] > 1 / 6  # more than a guess, of pictures it has learnt
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
+    run = client.get_run(whole.tracking_run)
+    assert run.data.metrics["finetune/accuracy"] == whole.top_1.value
+    assert run.data.metrics["finetune/accuracy_low_95"] == whole.top_1.interval[0]
+    losses = client.get_metric_history(whole.tracking_run, "train/loss")
+    assert [point.step for point in losses] == list(range(1, 19))
+
+    with pytest.raises(ConfigError, match="--resume"):
+        tune(backbone, data, folder)
+    with pytest.raises(ConfigError, match=r"layer_decay: 0\.75 in the checkpoint, 0\.5 now"):
+        tune(backbone, data, folder, replace(RECIPE, layer_decay=0.5), resume=True)
+
+
+@pytest.mark.long
+def test_a_run_that_resumes_ends_where_the_whole_one_did(
+    whole: Finetuned, backbone: str, data: str, folder: Path
+) -> None:
+    home = open_place(whole.home)
+    saved = checkpoints.newest(home)
+    assert saved is not None and saved.step == 18
+    weights = stored_state.load_full(saved, {"model"})["model"]
+    saved.place.delete()  # as if it had been killed within the last epoch
+    again = tune(backbone, data, folder, resume=True)
+    assert again.tracking_run == whole.tracking_run
+    saved = checkpoints.newest(home)
+    assert saved is not None and saved.step == 18
+    for name, value in stored_state.load_full(saved, {"model"})["model"].items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=1e-5)
+    assert again.top_1 == whole.top_1
