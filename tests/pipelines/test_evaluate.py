@@ -7,9 +7,11 @@ import torch
 
 from droppos.config import Method
 from droppos.errors import DataError
-from droppos.export.timm_vit import export
+from droppos.export.flow import export
+from droppos.export.timm_vit import TIMM
 from droppos.measure.intervals import Proportion
 from droppos.model import DropPos
+from droppos.trained import Trained
 from pipelines import evaluate as job
 from pipelines.evaluate import Evaluation, Probe, evaluate, track
 from pipelines.prepare import prepare
@@ -34,7 +36,8 @@ def data(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("backbone") / "out"
-    export(DropPos(TINY, Method(mask_ratio=0.25)), TINY, out)
+    task = DropPos(TINY, Method(mask_ratio=0.25)).eval()
+    export(Trained(task.encoder, TINY, task), out, TIMM)
     return str(out)
 
 

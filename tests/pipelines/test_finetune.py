@@ -12,9 +12,11 @@ import torch
 
 from droppos.config import Method, Optim
 from droppos.errors import ConfigError, DataError
-from droppos.export.timm_vit import export
+from droppos.export.flow import export
+from droppos.export.timm_vit import TIMM
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import DropPos
+from droppos.trained import Trained
 from pipelines import checkpoints, stored_state
 from pipelines.augmented import read_augmented
 from pipelines.finetune import Finetuned, finetune
@@ -54,7 +56,8 @@ def data(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     out = tmp_path_factory.mktemp("backbone") / "out"
-    export(DropPos(TINY, Method(mask_ratio=0.25)), TINY, out)
+    task = DropPos(TINY, Method(mask_ratio=0.25)).eval()
+    export(Trained(task.encoder, TINY, task), out, TIMM)
     return str(out)
 
 

@@ -26,6 +26,8 @@ POSITION = {
         "accuracy_within_one_cell",
         "accuracy_within_one_cell_low_95",
         "accuracy_within_one_cell_high_95",
+        "wrong_beside",
+        "wrong_beside_chance",
         "skill",
         "cross_entropy_nats",
         "chance",

@@ -217,10 +217,10 @@ def test_a_reference_checkpoint_is_evaluated_and_exported(
     heads = Heads(encoder=4, decoder=4)
     data = str(tmp_path / "data")
     prepare(str(photographs), data)
-    measured = evaluate(str(file), data, measure=Measure(pictures=12), heads=heads, limit=12)
+    measured = evaluate(str(file), data, measure=Measure(pictures=12), heads=heads, limit=40)
     assert measured.position is not None and measured.knn is not None
     report = export_checkpoint(str(file), str(tmp_path / "out"), heads=heads)
-    again = evaluate(str(report.path), data, measure=Measure(pictures=12), limit=12)
+    again = evaluate(str(report.path), data, measure=Measure(pictures=12), limit=40)
     assert again.position is not None
     assert again.position.accuracy == measured.position.accuracy
     assert (again.knn, again.effective_rank) == (measured.knn, measured.effective_rank)
