@@ -362,6 +362,32 @@ def look(
     show_look(console, found)
 
 
+def report(
+    run: tyro.conf.Positional[str],
+    out: Path = Path("droppos-runs/report.html"),
+    uri: str | None = None,
+    experiment: str = EXPERIMENT,
+    storage: str = STORAGE,
+) -> None:
+    """Write all of a run as one HTML file: curves, pictures, figures, data, machines, receipt.
+
+    Args:
+        run: Folder of the run or of one of its checkpoints, or the run's name in MLflow.
+        out: File to write.
+        uri: MLflow server or database, where runs of `storage` are tracked when not given.
+        experiment: MLflow experiment.
+        storage: Folder of runs.
+    """
+    from pipelines.receipt import locate
+    from pipelines.run_report import run_report
+
+    with console.status("reading and drawing"):
+        text = run_report(locate(run, uri, experiment, storage))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    console.print(f"report: {escape(str(out))}", soft_wrap=True, highlight=False)
+
+
 def doctor(
     data: tyro.conf.Positional[str],
     gpus: int | None = None,
@@ -497,6 +523,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "look": look,
     "finetune": finetune,
+    "report": report,
     "doctor": doctor,
     "audit": audit,
 }

@@ -109,6 +109,15 @@ def picture(figure: Figure, alt: str, caption: str) -> str:
     )
 
 
+def image(png: bytes, alt: str, caption: str) -> str:
+    """Put a PNG in; see `picture`."""
+    encoded = b64encode(png).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{encoded}" alt="{escape(alt)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
 def svg(figure: Figure) -> bytes:
     """Draw as SVG: letters are outlines, and the same figure gives the same bytes."""
     buffer = BytesIO()

@@ -66,11 +66,11 @@ def _draw(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str
     if len(values) >= DENSE:
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
     marker = "" if len(values) >= DENSE else "o"
-    trend = _trend(values)
-    axes.plot(steps, trend, color=colour, linewidth=2.4, marker=marker, markersize=5, clip_on=False)
+    smooth = trend(values)
+    axes.plot(steps, smooth, color=colour, linewidth=2.4, marker=marker, markersize=5, clip_on=False)
 
 
-def _trend(values: Sequence[float]) -> Sequence[float]:
+def trend(values: Sequence[float]) -> Sequence[float]:
     """Average each value of a dense curve with its neighbours; leave a sparse one alone."""
     if len(values) < DENSE:
         return values
@@ -116,7 +116,7 @@ def _label(axes: Axes, curves: Sequence[Series], scale: float, number: str) -> N
     low, high = axes.get_ylim()
     line = (high - low) * 0.09
     ends = sorted(
-        (scale * _trend(series.values)[-1], series.label, colour)
+        (scale * trend(series.values)[-1], series.label, colour)
         for series, colour in zip(curves, COLOURS, strict=False)
         if len(series.values)
     )

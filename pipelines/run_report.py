@@ -1,0 +1,282 @@
+"""The report of a run: one HTML file for who was not there.
+
+How far it came and what its backbone is worth, its course, its pictures, what data and machines it
+took, its recipe, and its receipt. All of it is read from the run's folder; what only MLflow knows,
+evaluations and machines, is added where that can be reached.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from droppos.draw.course import draw_course
+from droppos.errors import DataError, DropposError
+from pipelines import history, receipt
+from pipelines.backbone import from_checkpoint
+from pipelines.checkpoints import Saved
+from pipelines.gallery import draw_gallery, draw_sight
+from pipelines.holdout import load_pictures
+from pipelines.ledger import pointer
+from pipelines.page import Cell, bullets, image, missing, page, paragraph, picture, section, table
+from pipelines.recipe import Recipe
+from pipelines.recipe_file import from_dict, to_yaml
+from pipelines.runs import RunFacts, facts_of
+from pipelines.secrets import redact
+from pipelines.storage import Place
+from pipelines.sync import real_uri
+from pipelines.tracking import client_of, reachable
+
+_log = logging.getLogger(__name__)
+
+LOOKED_AT = 256
+"""Held-out pictures that are drawn from, on this machine."""
+
+COURSE = {
+    "train/loss": "Training loss",
+    "train/position_excess_nats": "Nats above the least loss",
+    "train/position_accuracy": "Training accuracy, share",
+    "holdout/position/skill": "Position skill, held out",
+    "holdout/features/knn_skill": "k-NN skill, held out",
+    "holdout/features/effective_rank": "Effective rank, held out",
+    "train/lr": "Learning rate",
+    "train/sigma_patches": "Sigma, patches",
+    "train/grad_norm": "Norm of the gradient",
+    "data/images_per_s": "Images/s",
+    "data/wait_fraction": "Share of time waiting for pictures",
+    "compute/mfu": "Model FLOPs utilisation, share",
+}
+"""Metrics of the course, in their order, with their titles."""
+
+PICTURES = {
+    "reassembly": "Loose pieces of held-out photographs, and where the model puts them.",
+    "confusion": "Where wrong answers fall, relative to the right cell.",
+    "curves": "Loss and accuracy of positions.",
+    "attention": "What the class token looks at, in the last block.",
+    "features": "Patch features: their first three principal components as colours.",
+}
+
+FIGURES = {
+    "holdout/position/accuracy": ("Pieces put into the right cell", "holdout/position/chance"),
+    "holdout/position/accuracy_within_one_cell": ("Pieces put within one cell", ""),
+    "holdout/features/knn_accuracy": ("k-NN among the held-out", "holdout/features/knn_chance"),
+    "holdout/features/probe_accuracy": ("Linear probe", ""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What there is of a run."""
+
+    home: Place
+    saved: Saved
+    recipe: Recipe
+    tracked: RunFacts | None
+    """Its MLflow run; None if that cannot be reached."""
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What was measured last on held-out pictures: beside the checkpoint, else in MLflow."""
+        tracked = {} if self.tracked is None else self.tracked.metrics
+        known = {name: value for name, value in tracked.items() if name.startswith("holdout/")}
+        return {**known, **self.saved.record.get("metrics", {})}
+
+
+def run_report(saved: Saved) -> str:
+    """Write the report of a run as it was at a checkpoint.
+
+    Args:
+        saved: The checkpoint.
+
+    Returns:
+        A page that needs nothing else.
+
+    Raises:
+        DataError: If it names no recipe.
+    """
+    if "recipe" not in saved.record:
+        raise DataError(f"{saved.uri} names no recipe; was it written by droppos pretrain?")
+    home = saved.home
+    found = _Run(home, saved, from_dict(saved.record["recipe"]), _tracked(home))
+    curves = history.curves(home, saved.step)
+    return page(
+        f"Run {found.recipe.run.name}",
+        [
+            "<header>",
+            f"<h1>Run {escape(found.recipe.run.name)}</h1>",
+            paragraph(_protocol(found), "soft"),
+            '<div class="verdict">',
+            *(paragraph(sentence) for sentence in verdict(found.figures, saved.step)),
+            "</div></header><main>",
+            _evaluations(found),
+            _course(curves),
+            *_pictures(found, curves),
+            _facts("Data", saved.record.get("data") or {}),
+            _machines(found),
+            section("Recipe", f"<pre>{escape(redact(to_yaml(found.recipe)))}</pre>"),
+            _receipt(saved),
+            "</main>",
+        ],
+    )
+
+
+def _tracked(home: Place) -> RunFacts | None:
+    known = pointer(home)
+    if not known:
+        return None
+    try:
+        uri = real_uri(known["uri"])
+        with reachable(uri):
+            return facts_of(client_of(uri).get_run(known["run_id"]))
+    except DropposError as error:
+        _log.warning("the report is without what only MLflow knows: %s", error)
+        return None
+
+
+def _protocol(run: _Run) -> str:
+    model, data = run.recipe.model, run.saved.record.get("data") or {}
+    pictures = f", {data['pictures']:,} pictures" if "pictures" in data else ""
+    size = "x".join(map(str, model.image_size))
+    return (
+        f"ViT-{model.size} of {size} pixels, {run.recipe.optim.epochs} epochs{pictures}. Checkpoint "
+        f"of step {run.saved.step:,}, saved {run.saved.record.get('saved_at', 'at no known time')}."
+    )
+
+
+def verdict(figures: Mapping[str, float], step: int) -> list[str]:
+    """Say in sentences what a run's figures on held-out pictures mean."""
+    said = []
+    accuracy = figures.get("holdout/position/accuracy")
+    if accuracy is not None:
+        chance = figures["holdout/position/chance"]
+        low, high = (figures.get(f"holdout/position/accuracy_{end}_95") for end in ("low", "high"))
+        interval = "" if low is None or high is None else f" ({low:.1%} to {high:.1%})"
+        learnt = "has learnt to place pieces" if (low or accuracy) > chance else "is still guessing"
+        said.append(
+            f"The model {learnt}: it puts {accuracy:.1%}{interval} of the pieces of pictures it has "
+            f"never seen into the right cell; a guess that looks at no picture {chance:.1%}."
+        )
+    if (skill := figures.get("holdout/features/knn_skill")) is not None:
+        said.append(
+            f"Its features name the class of {figures['holdout/features/knn_accuracy']:.1%} of them "
+            f"by their nearest neighbours, a skill of {skill:.2f} (0 is chance, 1 is always right)."
+        )
+    if (rank := figures.get("holdout/features/effective_rank")) is not None:
+        said.append(f"The features use {rank:.1f} directions (effective rank).")
+    nothing = f"Step {step:,} was not measured on held-out pictures (data.holdout)."
+    return said or [nothing]
+
+
+def _evaluations(run: _Run) -> str:
+    rows = []
+    for name, (label, chance) in FIGURES.items():
+        if name in run.figures:
+            guess = run.figures.get(chance)
+            rows.append(_row(label, run.figures, name, "-" if guess is None else f"{guess:.1%}"))
+    tracked = {} if run.tracked is None else run.tracked.metrics
+    for name in sorted(tracked):
+        accuracy = name.endswith(("accuracy", "top_5")) and name.startswith("evaluation/")
+        if accuracy:
+            rows.append(_row(name.removeprefix("evaluation/"), tracked, name, "-"))
+    if not rows:
+        return section("Evaluation", missing("Nothing was measured on labelled or held-out data."))
+    head = [Cell("", wide=True), Cell("value"), Cell("95 % interval"), Cell("chance")]
+    caption = (
+        "Figures without a data set's name are of the run's own held-out pictures. `droppos "
+        "evaluate --track` adds others."
+    )
+    return section("Evaluation", table(head, rows, caption))
+
+
+def _row(
+    label: str, figures: Mapping[str, float], name: str, chance: str
+) -> tuple[str, list[Cell]]:
+    low, high = figures.get(f"{name}_low_95"), figures.get(f"{name}_high_95")
+    interval = "-" if low is None or high is None else f"{low:.1%} to {high:.1%}"
+    return "", [Cell(label, wide=True), Cell(f"{figures[name]:.1%}"), Cell(interval), Cell(chance)]
+
+
+def _course(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    panels = {title: curves[name] for name, title in COURSE.items() if curves.get(name)}
+    if not panels:
+        return section("Course", missing("The run's folder has no history of its metrics."))
+    alt = f"Curves over the steps of {', '.join(panels)}"
+    caption = "Over the optimizer steps. A dense curve is its running mean over its own pale trace."
+    return section("Course", picture(draw_course(panels), alt, caption))
+
+
+def _pictures(
+    run: _Run, curves: Mapping[str, Sequence[tuple[int, float]]]
+) -> list[str]:
+    recipe = run.recipe
+    if recipe.data.holdout is None:
+        return [section("Pictures", missing("The run held no pictures out (data.holdout)."))]
+    measure = replace(recipe.measure, pictures=min(recipe.measure.pictures, LOOKED_AT))
+    try:
+        backbone = from_checkpoint(run.saved)
+        shown = load_pictures(recipe.data.holdout, recipe.model.image_size, measure.pictures)
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            if backbone.droppos is None:
+                files, _ = draw_sight(backbone.encoder, recipe.model.grid, shown, folder)
+            else:
+                past = lambda name: curves.get(name, ())  # noqa: E731
+                _, files = draw_gallery(backbone.droppos, measure, shown, past, folder)
+            return [
+                section(
+                    file.stem.capitalize(),
+                    image(file.read_bytes(), PICTURES[file.stem], PICTURES[file.stem]),
+                )
+                for file in files
+                if file.stem != "curves"  # the course has them
+            ]
+    except (DropposError, OSError, RuntimeError) as error:
+        return [section("Pictures", missing(f"They could not be drawn: {error}"))]
+
+
+def _machines(run: _Run) -> str:
+    if run.tracked is None:
+        return section("Machines and cost", missing("MLflow could not be reached."))
+    wanted = ("hardware.", "version.", "command", "mlflow.source.git.commit", "code.")
+    told: dict[str, Any] = {
+        name: value for name, value in sorted(run.tracked.tags.items()) if name.startswith(wanted)
+    }
+    for name, value in sorted(run.tracked.metrics.items()):
+        if name.startswith(("cost/", "system/")):
+            told[name] = f"{value:,.4g}"
+    return _facts("Machines and cost", told)
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return section(title, missing("Nothing is known."))
+    rows = [
+        ("", [Cell(name, wide=True), Cell(_words(value), wide=True)])
+        for name, value in facts.items()
+    ]
+    return section(title, table([Cell("", wide=True), Cell("", wide=True)], rows))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        some = ", ".join(map(str, value[:8]))
+        return f"{len(value):,}: {some}{', …' if len(value) > 8 else ''}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _receipt(saved: Saved) -> str:
+    try:
+        made, notes = receipt.make(saved)
+    except DropposError as error:
+        return section("Receipt", missing(f"It could not be made: {error}"))
+    text = escape(json.dumps(made, indent=1))
+    return section(
+        "Receipt",
+        paragraph("`droppos receipt --verify` holds it against the run's folder.", "soft"),
+        *([bullets(notes)] if notes else []),
+        f"<details><summary>sha256 {made['sha256']}</summary><pre>{text}</pre></details>",
+    )
