@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 
+from pipelines.secrets import redact
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,6 +30,11 @@ def provenance() -> dict[str, str]:
         tags["mlflow.source.git.commit"] = _git("rev-parse", "HEAD")
         tags["code.changed_files"] = str(len(_git("status", "--porcelain").splitlines()))
     return tags
+
+
+def origin() -> dict[str, str]:
+    """Tell the same without secrets, for what is kept in storage."""
+    return {name: redact(value) for name, value in provenance().items()}
 
 
 def packages() -> str:

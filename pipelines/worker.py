@@ -64,7 +64,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     passed = PassedOver.read(job.home, schedule)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
     agreement = Agreement(3, recipe.run.hang_timeout_s)
-    keeper = Keeper(job, state, proof)
+    keeper = Keeper(job, state, proof, saved)
     job.events.send(
         {
             "kind": "started",
