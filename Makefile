@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo demo-search test test-long fast bench-ingest bench-bounded bench-step bench-guide bench-sharing format lint types check clean
+.PHONY: help demo demo-search test test-long fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench-step      time of a training step beside a plain one, in a few minutes"
 	@echo "make bench-guide     what cheaper attentive guides cost, and how alike their weights are"
 	@echo "make bench-sharing   what trials of a search read when they share one stream"
+	@echo "make bench-ledger    take MLflow away from a run and kill its driver: what does the history lack?"
 	@echo "make check   format, lint and types, as CI does before the tests"
 
 demo: $(READY)
@@ -47,6 +48,9 @@ bench-guide: $(READY)
 
 bench-sharing: $(READY)
 	@$(BIN)/python -m tests.benchmarks.sharing $(if $(PICTURES),--photographs $(PICTURES))
+
+bench-ledger: $(READY)
+	@$(BIN)/python -m tests.benchmarks.ledger
 
 check: lint types
 

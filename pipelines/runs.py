@@ -101,9 +101,10 @@ class Registry:
             self._client: MlflowClient = client_of(self.uri)
             experiments = {each.name: each for each in self._client.search_experiments()}
         if experiment not in experiments:
+            known = ", ".join(sorted(experiments))
             raise DataError(
-                f"MLflow has no experiment {experiment!r}; it has {', '.join(sorted(experiments))}: "
-                "name one with --experiment"
+                f"MLflow has no experiment {experiment!r}; it has {known}: name one with "
+                "--experiment"
             )
         self._experiment = experiments[experiment].experiment_id
 
