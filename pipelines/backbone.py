@@ -1,4 +1,4 @@
-"""Trained models by name: an export, a checkpoint, or a run."""
+"""Trained models by name: an export, a checkpoint, a run, or a model of MLflow's registry."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from droppos.export.timm_vit import OWN_CONFIG, Export, load_export
 from droppos.model import DropPos
 from pipelines import checkpoints, stored_state
 from pipelines.recipe_file import from_dict
+from pipelines.registry import SCHEME, fetch
 from pipelines.storage import Place, open_place
 
 
@@ -41,17 +42,26 @@ class Backbone:
 
 
 def open_backbone(uri: str) -> Backbone:
-    """Load an export's folder, a checkpoint's, or a run's newest checkpoint.
+    """Load an export's folder, a checkpoint's, a run's newest checkpoint, or a registered model.
+
+    Args:
+        uri: Path, s3:// URI, models:/NAME@ALIAS or models:/NAME/VERSION.
 
     Raises:
         DataError: If it is none of these; the message says what is there.
     """
+    if uri.startswith(SCHEME):
+        with TemporaryDirectory() as folder:
+            return _of_export(uri, load_export(fetch(uri, Path(folder))))
     place = open_place(uri)
     if (place / OWN_CONFIG).exists():
-        export = _load(place)
-        encoder, droppos = export.encoder, export.droppos
-        return Backbone(uri, encoder, droppos, export.model, export.method, droppos)
+        return _of_export(uri, _load(place))
     return from_checkpoint(checkpoints.at(uri))
+
+
+def _of_export(uri: str, export: Export) -> Backbone:
+    droppos = export.droppos
+    return Backbone(uri, export.encoder, droppos, export.model, export.method, droppos)
 
 
 def _load(place: Place) -> Export:

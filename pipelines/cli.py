@@ -238,7 +238,7 @@ def evaluate(
     """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
 
     Args:
-        backbone: Folder of an export, of a checkpoint, or of a run.
+        backbone: Folder of an export, of a checkpoint, or of a run; or models:/NAME@ALIAS.
         data: Prepared data set to measure on.
         train: Labelled data set to learn from; without it four fifths of `data`.
         pictures: Pictures to take of each data set, from all over it; all when not given.
@@ -354,6 +354,35 @@ def receipt(
         sys.exit(1)
 
 
+def register(
+    backbone: tyro.conf.Positional[str],
+    name: tyro.conf.Positional[str],
+    alias: str | None = None,
+    checkpoint: str | None = None,
+    uri: str | None = None,
+    experiment: str = EXPERIMENT,
+) -> None:
+    """Make a backbone a version of a registered model in MLflow; or move an alias to a version.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run; or models:/NAME@ALIAS or
+            models:/NAME/VERSION, to set only the alias.
+        name: Name of the registered model.
+        alias: Points at the version from now on: candidate, or champion.
+        checkpoint: For an export: the checkpoint or run it was made of, to be compared and named.
+        uri: MLflow server or database; that of the run when not given.
+        experiment: MLflow experiment of a backbone whose run is not known.
+    """
+    from pipelines.register import register as job
+    from pipelines.report import show_registered
+
+    with console.status("registering"):
+        registered = job(
+            backbone, name, alias, checkpoint=checkpoint, uri=uri, experiment=experiment
+        )
+    show_registered(console, registered)
+
+
 def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa: B008 - frozen
     """Run the whole job on embedded photographs: prepare, pretrain, export, evaluate.
 
@@ -437,6 +466,7 @@ COMMANDS = {
     "doctor": doctor,
     "audit": audit,
     "receipt": receipt,
+    "register": register,
 }
 
 

@@ -67,10 +67,12 @@ def client_of(uri: str) -> "MlflowClient":
     # request of ours is one request. Who has set these variables knows better.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
     # Making the tables of a new SQLite file (3 s) is told in lines that mean nothing to users.
-    for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
+    # So is that an example fits a signature.
+    for name in ("mlflow.store.db.utils", "alembic.runtime.migration", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if (file := sqlite_file(uri)) is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
