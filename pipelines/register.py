@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from shutil import copytree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ from pipelines.registry import (
 )
 from pipelines.secrets import redact
 from pipelines.storage import Place, open_place
-from pipelines.tracking import client_of, experiment_id, reachable, tracking_uri
+from pipelines.tracking import client_of, experiment_id, for_files, reachable, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -160,12 +159,10 @@ def _export_to(folder: Path, backbone: str, checkpoint: str | None) -> Saved | N
 
 
 def _copy(place: Place, folder: Path) -> None:
-    if not place.is_s3:
-        copytree(place.path, folder)
-        return
-    folder.mkdir()
-    for name in place.children():
-        (folder / name).write_bytes((place / name).read_bytes())
+    for file in place.files():
+        copy = folder / file.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((place / file.name).read_bytes())
 
 
 def _tracking_of(saved: Saved | None) -> str:
@@ -219,7 +216,8 @@ def _log(
     try:
         example = _save(export, folder, logged.model_id, run_id)
         _compare(export, folder, example)
-        client.log_model_artifacts(logged.model_id, str(folder))
+        with for_files():
+            client.log_model_artifacts(logged.model_id, str(folder))
     except BaseException:
         client.finalize_logged_model(logged.model_id, "FAILED")
         raise

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from droppos.errors import ConfigError, DataError
 from pipelines.recipe import Recipe
 from pipelines.secrets import redact
-from pipelines.tracking import client_of, reachable, sqlite_file, tracking_uri
+from pipelines.tracking import client_of, for_files, reachable, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -134,9 +134,12 @@ def fetch(uri: str, folder: Path, tracking: str | None = None) -> Path:
     with reachable(where):
         source = client.get_model_version_download_uri(model.name, str(version.version))
     try:
-        fetched = download_artifacts(
-            artifact_uri=f"{source}/artifacts/{EXPORT}", dst_path=str(folder), tracking_uri=where
-        )
+        with for_files():
+            fetched = download_artifacts(
+                artifact_uri=f"{source}/artifacts/{EXPORT}",
+                dst_path=str(folder),
+                tracking_uri=where,
+            )
     except (MlflowException, OSError) as error:
         raise DataError(
             f"{uri} (version {version.version}) has no export at {redact(source)}: "

@@ -14,7 +14,7 @@ import numpy as np
 import timm
 import torch
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 BATCH = 64
 """Pictures at a time; changes nothing but memory and time."""
@@ -33,7 +33,7 @@ class TimmBackbone(PythonModel):
         return self._model
 
     @torch.no_grad()
-    def predict(
+    def predict(  # pyright: ignore[reportIncompatibleMethodOverride] - it says None there
         self, context: PythonModelContext, model_input: np.ndarray, params: Any = None
     ) -> np.ndarray:
         """Summarise pictures: the mean of each one's patch tokens after the last norm.

@@ -21,6 +21,9 @@ from pipelines.secrets import redact
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+FILE_S = 600
+"""Seconds for one file of a model to go through a server."""
+
 
 def local_folder(recipe: Recipe) -> Path:
     """Folder of this machine that a run may write to: its storage, or a stand-in for s3://."""
@@ -77,6 +80,20 @@ def client_of(uri: str) -> "MlflowClient":
     if (file := sqlite_file(uri)) is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def for_files() -> Iterator[None]:
+    """Let a request take minutes inside the block: a server passes a file on before it answers."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = str(max(FILE_S, int(before or 0)))
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def sqlite_file(uri: str) -> Path | None:

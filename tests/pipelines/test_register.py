@@ -28,6 +28,7 @@ from pipelines.register import Registered
 from pipelines.registry import EXPORT, check_alias, check_name, fetch, parse
 from pipelines.shards import Manifest, Shard
 from pipelines.storage import open_place
+from pipelines.tracking import for_files
 
 # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -260,6 +261,16 @@ def test_a_promotion_is_of_its_own_model_and_names_an_alias(world: World) -> Non
         world.register("models:/droppos/1", "other", "champion")
     with pytest.raises(ConfigError, match=r"registered already; --alias names"):
         world.register("models:/droppos/1", "droppos")
+
+
+def test_a_file_may_take_longer_than_other_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, inside in ((None, "600"), ("10", "600"), ("900", "900")):
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
+        if before is not None:
+            monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", before)
+        with for_files():
+            assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == inside
+        assert os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") == before
 
 
 @pytest.mark.parametrize("alias", ["v1", "V12", "latest", "a b", "a/b", ""])
