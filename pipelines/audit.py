@@ -101,7 +101,7 @@ def audit(run: str) -> Audit:
         ConfigError: If another version of droppos wrote its recipe.
     """
     saved = checkpoints.at(run)
-    home = open_place(saved.uri.removesuffix(f"/{checkpoints.FOLDER}/{saved.place.name}"))
+    home = saved.home
     schedule = schedule_of(saved)
     files = [file for file in id_files(home) if file.end <= saved.step]
     if not files and saved.step:

@@ -1,4 +1,4 @@
-"""Trained models by name: an export, a checkpoint, a run, or another project's weights."""
+"""Trained models by name: an export, a checkpoint, a run, a registered or a foreign model."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ from droppos.foreign import SUFFIXES, read_weights, understand
 from droppos.trained import Trained
 from pipelines import checkpoints, stored_state
 from pipelines.recipe_file import from_dict
+from pipelines.registry import SCHEME, fetch
 from pipelines.storage import Place, open_place
 
 TIMM_PREFIX = "timm:"
@@ -39,7 +40,8 @@ def open_backbone(uri: str, heads: Heads = Heads()) -> Backbone:  # noqa: B008 -
 
     Args:
         uri: An export to timm, a checkpoint, a run (its newest checkpoint), a file of weights of
-            timm, MAE or the DropPos reference, a folder that timm wrote, or ``timm:NAME``.
+            timm, MAE or the DropPos reference, a folder that timm wrote, ``timm:NAME``, or a model
+            of MLflow's registry: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
         heads: Attention heads, for files of weights that don't tell.
 
     Raises:
@@ -48,6 +50,9 @@ def open_backbone(uri: str, heads: Heads = Heads()) -> Backbone:  # noqa: B008 -
     """
     if uri.startswith(TIMM_PREFIX):
         return _downloaded(uri, heads)
+    if uri.startswith(SCHEME):
+        with TemporaryDirectory() as folder:
+            return _load(fetch(uri, Path(folder)), uri)
     place = open_place(uri)
     if place.name.endswith(SUFFIXES):
         return _foreign(place, place, heads)

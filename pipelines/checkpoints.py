@@ -8,6 +8,7 @@ Layout below a run's home::
         index.json               which tensor is made of which shards, and all that is no tensor
         complete.json            written last, by rank 0, when every part is there: step, cursor,
                                  facts, and size and sha256 of every file above
+    chain/                       a copy of each complete.json (:mod:`pipelines.chain`)
 
 Without its complete.json, or with a file of another size than that names, a checkpoint does
 not count: it is never loaded, and goes with the next save. One whose content turns out to be
@@ -29,6 +30,7 @@ from math import isfinite, nan
 from typing import Any, NamedTuple
 
 from droppos.errors import DataError, TrainingError
+from pipelines import chain
 from pipelines.storage import Place, open_place
 
 FOLDER = "checkpoints"
@@ -72,6 +74,11 @@ class Saved:
     def uri(self) -> str:
         """Folder of the checkpoint."""
         return self.place.uri
+
+    @property
+    def home(self) -> Place:
+        """Folder of its run."""
+        return open_place(self.uri.removesuffix(f"/{FOLDER}/{self.place.name}"))
 
     @property
     def size(self) -> int:
@@ -182,6 +189,7 @@ def adopt(home: Place, saved: Saved) -> None:
         if int(place.name.removeprefix("step-")) >= saved.step:
             (place / COMPLETE).delete()
             place.delete()
+    chain.bring(saved.home, chain.Link.of((saved.place / COMPLETE).read_bytes()), home)
     copy = home / FOLDER / saved.place.name
     for name in [*saved.files, COMPLETE]:  # in this order: what is cut short must not count
         with (saved.place / name).open_input() as source, (copy / name).open_output() as target:

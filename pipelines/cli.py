@@ -268,8 +268,9 @@ def evaluate(
     """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
 
     Args:
-        backbone: Folder of an export to timm, of a checkpoint, or of a run; a file of weights of
-            the DropPos reference, MAE or timm; or timm:NAME, which timm downloads.
+        backbone: Folder of an export to timm, of a checkpoint, or of a run; models:/NAME@ALIAS; a
+            file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm
+            downloads.
         data: Prepared data set to measure on.
         train: Labelled data set to learn from; without it four fifths of `data`.
         pictures: Pictures to take of each data set, from all over it; all when not given.
@@ -441,6 +442,84 @@ def audit(run: tyro.conf.Positional[str]) -> None:
         sys.exit(1)
 
 
+def receipt(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RUN]")] = "",
+    out: str = "receipt.json",
+    backbone: str | None = None,
+    verify: str | None = None,
+    run: str | None = None,
+    data: str | None = None,
+    shards: bool = True,
+    uri: str | None = None,
+    experiment: str = EXPERIMENT,
+    storage: str = STORAGE,
+) -> None:
+    """Write what a backbone came from into one file; or verify such a file.
+
+    Args:
+        source: Folder of a run (its newest checkpoint) or of a checkpoint, or a run's name in
+            MLflow.
+        out: File to write; path or s3:// URI.
+        backbone: Folder of an export that was made of the checkpoint.
+        verify: A receipt to verify, in place of writing one; exit code 1 if anything differs.
+        run: Folder of the run, if it is not where the receipt says.
+        data: Prepared data set, if it is not where the receipt says.
+        shards: Read the whole data set and hash it again.
+        uri: MLflow server or database, where runs of `storage` are tracked when not given.
+        experiment: MLflow experiment.
+        storage: Folder of runs.
+    """
+    if bool(source) == (verify is not None):
+        raise ConfigError(
+            "droppos receipt takes a run to write the receipt of, or --verify RECEIPT: one of them"
+        )
+    from pipelines import receipt as job
+    from pipelines import receipt_report
+
+    if verify is None:
+        with console.status("reading the run's past"):
+            made, notes = job.make(job.locate(source, uri, experiment, storage), backbone)
+        job.write(made, out)
+        receipt_report.show_receipt(console, made, notes, out)
+        return
+    from pipelines.receipt_check import verify as check
+
+    with console.status("comparing"):
+        checks = check(job.load(verify), run=run, data=data, backbone=backbone, shards=shards)
+    receipt_report.show_checks(console, checks)
+    if any(each.state == "differs" for each in checks):
+        sys.exit(1)
+
+
+def register(
+    backbone: tyro.conf.Positional[str],
+    name: tyro.conf.Positional[str],
+    alias: str | None = None,
+    checkpoint: str | None = None,
+    uri: str | None = None,
+    experiment: str = EXPERIMENT,
+) -> None:
+    """Make a backbone a version of a registered model in MLflow; or move an alias to a version.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run; or models:/NAME@ALIAS or
+            models:/NAME/VERSION, to set only the alias.
+        name: Name of the registered model.
+        alias: Points at the version from now on: candidate, or champion.
+        checkpoint: For an export: the checkpoint or run it was made of, to be compared and named.
+        uri: MLflow server or database; that of the run when not given.
+        experiment: MLflow experiment of a backbone whose run is not known.
+    """
+    from pipelines.register import register as job
+    from pipelines.report import show_registered
+
+    with console.status("registering"):
+        registered = job(
+            backbone, name, alias, checkpoint=checkpoint, uri=uri, experiment=experiment
+        )
+    show_registered(console, registered)
+
+
 def demo(resume: bool = False, recipe: RecipeFlags = Recipe()) -> None:  # noqa: B008 - frozen
     """Run the whole job on embedded photographs: prepare, pretrain, export, evaluate.
 
@@ -526,6 +605,8 @@ COMMANDS = {
     "report": report,
     "doctor": doctor,
     "audit": audit,
+    "receipt": receipt,
+    "register": register,
 }
 
 

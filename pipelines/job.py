@@ -1,5 +1,6 @@
 """What every worker of a group is told when it starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipelines.events import Events
@@ -18,6 +19,8 @@ class Job:
     events: Events
     driver: str
     """Name of the driver's attempt, see :mod:`pipelines.attempt`."""
+    origin: Mapping[str, str]
+    """Code and command of the driver, for its checkpoints: :func:`pipelines.provenance.origin`."""
 
     @property
     def home(self) -> Place:

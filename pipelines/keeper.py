@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from droppos.errors import DropposError
 from droppos.step import TrainState
-from pipelines.checkpoints import Retention
+from pipelines.checkpoints import Retention, Saved
 from pipelines.facts import facts
 from pipelines.job import Job
 from pipelines.kept_state import kept_state
@@ -20,9 +20,24 @@ class Keeper:
     """Makes a run's checkpoints, and tells the driver of each when it counts."""
 
     def __init__(
-        self, job: Job, state: TrainState, proof: Proof, init_from: Mapping[str, str] | None
+        self,
+        job: Job,
+        state: TrainState,
+        proof: Proof,
+        start: Saved | None,
+        init_from: Mapping[str, str] | None = None,
     ) -> None:
+        """Open what writes them; every rank calls this.
+
+        Args:
+            job: The run.
+            state: What is kept.
+            proof: What is written beside.
+            start: The checkpoint this group starts from.
+            init_from: `uri` and `sha256` of the weights the run began with, if it did.
+        """
         run = job.recipe.run
+        self._newest = start
         self._job = job
         self._state = state
         self._proof = proof
@@ -54,12 +69,16 @@ class Keeper:
         job, state = self._job, self._state
         cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
         pictures, write_ids = self._proof.settle(state.step)
+        newest = self._newest
+        previous = newest and {"step": newest.step, "sha256": newest.sha256}
         self._saver.begin(
             state.step,
             kept_state(state),
             {
                 "cursor": {**cursor, "pictures": pictures},
                 **facts(job.recipe, job.schedule.manifest, self._init_from),
+                "origin": dict(job.origin),
+                "previous": previous,
                 "metrics": metrics,
                 "world_size": dist.get_world_size(),
                 "random_states": dist.get_world_size(),
@@ -97,6 +116,7 @@ class Keeper:
         if done.saved is None:
             self._proof.put_off()
         else:
+            self._newest = done.saved
             self._proof.committed()
         if dist.get_rank() == 0:
             self._tell(done)

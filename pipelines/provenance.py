@@ -11,7 +11,11 @@ from typing import Any
 
 import ray
 
+from pipelines.secrets import redact
+
 ROOT = Path(__file__).resolve().parent.parent
+REVISION = "mlflow.source.git.commit"
+"""MLflow's own tag."""
 
 
 def provenance() -> dict[str, str]:
@@ -25,9 +29,14 @@ def provenance() -> dict[str, str]:
     tags["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     # An installed package may lie inside a checkout of something else, its .venv say.
     if _git("rev-parse", "--show-toplevel") == str(ROOT):
-        tags["mlflow.source.git.commit"] = _git("rev-parse", "HEAD")
+        tags[REVISION] = _git("rev-parse", "HEAD")
         tags["code.changed_files"] = str(len(_git("status", "--porcelain").splitlines()))
     return tags
+
+
+def origin() -> dict[str, str]:
+    """Tell the same without secrets, for what is kept in storage."""
+    return {name: redact(value) for name, value in provenance().items()}
 
 
 def packages() -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipelines.prepare import PrepareReport
     from pipelines.pretrain import Outcome
     from pipelines.recipe import Recipe
+    from pipelines.register import Registered
     from pipelines.search_outcome import SearchOutcome
 
 Row = tuple[str, str | Path]
@@ -272,6 +273,18 @@ def show_drill(console: Console, report: DrillReport) -> None:
 
 def _seconds(value: float | None, none: str) -> str:
     return none if value is None else f"{value:.1f}"
+
+
+def show_registered(console: Console, registered: Registered) -> None:
+    """Tell which version it is, and how it is opened."""
+    rows: list[Row] = [("model", f"{registered.name}, version {registered.version}")]
+    if registered.alias is not None:
+        before = f" (version {registered.before} until now)" if registered.before else ""
+        rows.append(("alias", f"{registered.alias}{before}"))
+    rows += [("checkpoint", registered.checkpoint or "not known"), ("run", registered.run_id)]
+    rows.append(("MLflow", registered.tracking))
+    print_table(console, "Registered", rows)
+    _next(console, f"droppos evaluate {registered.uri} DATA")
 
 
 def show_demo(console: Console, report: DemoReport) -> None:

@@ -142,8 +142,8 @@ def _protocol(run: _Run) -> str:
     pictures = f", {data['pictures']:,} pictures" if "pictures" in data else ""
     size = "x".join(map(str, model.image_size))
     return (
-        f"ViT-{model.size} of {size} pixels, {run.recipe.optim.epochs} epochs{pictures}. Checkpoint "
-        f"of step {run.saved.step:,}, saved {run.saved.record.get('saved_at', 'at no known time')}."
+        f"ViT-{model.size} of {size} pixels, {run.recipe.optim.epochs} epochs{pictures}. The "
+        f"checkpoint of step {run.saved.step:,}, saved {run.saved.record['saved_at']}."
     )
 
 
@@ -155,15 +155,17 @@ def verdict(figures: Mapping[str, float], step: int) -> list[str]:
         chance = figures["holdout/position/chance"]
         low, high = (figures.get(f"holdout/position/accuracy_{end}_95") for end in ("low", "high"))
         interval = "" if low is None or high is None else f" ({low:.1%} to {high:.1%})"
-        learnt = "has learnt to place pieces" if (low or accuracy) > chance else "is still guessing"
+        learnt = (low or accuracy) > chance
         said.append(
-            f"The model {learnt}: it puts {accuracy:.1%}{interval} of the pieces of pictures it has "
-            f"never seen into the right cell; a guess that looks at no picture {chance:.1%}."
+            f"The model {'has learnt to place pieces' if learnt else 'is still guessing'}: it puts "
+            f"{accuracy:.1%}{interval} of the pieces of pictures it has never seen into the right "
+            f"cell; a guess that looks at no picture {chance:.1%}."
         )
     if (skill := figures.get("holdout/features/knn_skill")) is not None:
         said.append(
-            f"Its features name the class of {figures['holdout/features/knn_accuracy']:.1%} of them "
-            f"by their nearest neighbours, a skill of {skill:.2f} (0 is chance, 1 is always right)."
+            "By its features, the nearest others of a picture name its class in "
+            f"{figures['holdout/features/knn_accuracy']:.1%} of the cases, a skill of {skill:.2f} "
+            "(0 is chance, 1 is always right)."
         )
     if (rank := figures.get("holdout/features/effective_rank")) is not None:
         said.append(f"The features use {rank:.1f} directions (effective rank).")
@@ -209,9 +211,7 @@ def _course(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return section("Course", picture(draw_course(panels), alt, caption))
 
 
-def _pictures(
-    run: _Run, curves: Mapping[str, Sequence[tuple[int, float]]]
-) -> list[str]:
+def _pictures(run: _Run, curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
     recipe = run.recipe
     if recipe.data.holdout is None:
         return [section("Pictures", missing("The run held no pictures out (data.holdout)."))]

@@ -281,6 +281,36 @@ def read_rows(place: Place, manifest: Manifest, limit: int | None = None) -> Ite
         left -= group.rows
 
 
+class Rehashed(NamedTuple):
+    """What a shard's file is found to be, whatever the manifest says."""
+
+    sha256: str
+    content: str
+    row_groups: tuple[int, ...]
+
+
+def rehash(file: Place) -> Rehashed:
+    """Read a shard whole, and hash again what `Shard` has hashes of.
+
+    Raises:
+        DataError: If there is no such file, or it is no shard.
+        StorageError: If storage refuses.
+    """
+    data = file.read_bytes()
+    content, rows = hashlib.sha256(), []
+    try:
+        parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group, use_threads=False)
+            columns = (table.column(name).to_pylist() for name in Picture._fields)
+            for row in zip(*columns, strict=True):
+                content.update(_facts_of(Picture(*row)))
+            rows.append(table.num_rows)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(_damaged(file, str(error))) from error
+    return Rehashed(hashlib.sha256(data).hexdigest(), content.hexdigest(), tuple(rows))
+
+
 class ShardWriter:
     """Fill one shard after another, and count and hash what goes in.
 
@@ -327,8 +357,7 @@ class ShardWriter:
         """Put a picture into the current shard."""
         self._pending.append(picture)
         self._bytes += len(picture.image)
-        facts = [picture.key, picture.label, hashlib.sha256(picture.image).hexdigest()]
-        self._content.update(_canonical(facts))
+        self._content.update(_facts_of(picture))
         if len(self._pending) == self.group_rows:
             self._close_group()
 
@@ -417,6 +446,11 @@ def _take(loaded: dict[str, Any], key: str, kind: Any, origin: str) -> Any:
     if not isinstance(value, kind):
         raise DataError(f"{origin}: {key} has the wrong type, got {value!r}")
     return value
+
+
+def _facts_of(picture: Picture) -> bytes:
+    """Give what a shard's content hash is made of."""
+    return _canonical([picture.key, picture.label, hashlib.sha256(picture.image).hexdigest()])
 
 
 def _canonical(value: Any) -> bytes:

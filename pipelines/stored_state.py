@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from droppos.errors import DropposError, TrainingError
+from pipelines import chain
 from pipelines.checkpoints import (
     COMPLETE,
     FOLDER,
@@ -53,7 +54,8 @@ def save(
         state: Nested dicts of tensors (sharded ones too), numbers, strings, booleans, None,
             lists and tuples, as torch.distributed.checkpoint.state_dict makes them.
         facts: What complete.json tells besides, as JSON: `cursor` (epoch, batch, step, pictures),
-            digests of recipe and manifest, seed, global batch, `metrics` of the held-out pictures.
+            digests of recipe and manifest, seed, global batch, `metrics` of the held-out pictures,
+            and `previous` (:mod:`pipelines.chain`).
         retention: Which older ones stay.
         may_write: Called on rank 0 before the first file and before the last; what it raises is
             raised on all ranks, and the checkpoint does not count.
@@ -86,6 +88,7 @@ def save(
             "files": {name: file._asdict() for name, file in files.items()},
         }
         text = json.dumps(record, indent=1).encode() + b"\n"
+        chain.keep(home, chain.Link.of(text))
         may_write()
         (place / COMPLETE).write_bytes(text)
         return text

@@ -42,6 +42,7 @@ from pipelines.job import Job
 from pipelines.order import Schedule
 from pipelines.passed import FILE as PASSED_FILE
 from pipelines.passed import pass_over
+from pipelines.provenance import origin
 from pipelines.recipe import Recipe
 from pipelines.sharing import Sharing
 from pipelines.source import Remaining, data_config
@@ -170,6 +171,7 @@ class Supervisor:
         self._events = Events.start()
         # Workers of an older driver, if any are left, give up now.
         self._driver = claim_for_driver(self._home)
+        self._origin = origin()  # the workers' own command says nothing
         self._saves = 0
         self._noticed: set[str] = set()
         self._stopped = False
@@ -335,7 +337,10 @@ class Supervisor:
         tasks = decode_tasks_of(recipe, group_share(recipe))
         elastic = self._recipe.run.min_workers is not None
         return TorchTrainer(
-            partial(train_worker, Job(recipe, self._schedule, self._events, self._driver)),
+            partial(
+                train_worker,
+                Job(recipe, self._schedule, self._events, self._driver, self._origin),
+            ),
             datasets={"train": Remaining(recipe, self._schedule, tasks, self._sharing)},
             dataset_config=data_config(recipe.data.buffer_mb),
             torch_config=cast(Any, ListeningTorch()),  # only its type is another

@@ -21,6 +21,9 @@ from pipelines.secrets import redact
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+FILE_S = 600
+"""Seconds for one file of a model to go through a server."""
+
 
 def local_folder(recipe: Recipe) -> Path:
     """Folder of this machine that a run may write to: its storage, or a stand-in for s3://."""
@@ -67,14 +70,30 @@ def client_of(uri: str) -> "MlflowClient":
     # request of ours is one request. Who has set these variables knows better.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow.tracking import MlflowClient
 
     # Making the tables of a new SQLite file (3 s) is told in lines that mean nothing to users.
-    for name in ("mlflow.store.db.utils", "alembic.runtime.migration"):
+    # So is that an example fits a signature.
+    for name in ("mlflow.store.db.utils", "alembic.runtime.migration", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if (file := sqlite_file(uri)) is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def for_files() -> Iterator[None]:
+    """Let a request take minutes inside the block: a server passes a file on before it answers."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    os.environ[name] = str(max(FILE_S, int(before or 0)))
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def sqlite_file(uri: str) -> Path | None:

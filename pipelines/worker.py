@@ -69,7 +69,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     passed = PassedOver.read(job.home, schedule)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
     agreement = Agreement(3, recipe.run.hang_timeout_s)
-    keeper = Keeper(job, state, proof, init_from)
+    keeper = Keeper(job, state, proof, saved, init_from)
     job.events.send(
         {
             "kind": "started",

@@ -67,7 +67,9 @@ def _draw(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
     marker = "" if len(values) >= DENSE else "o"
     smooth = trend(values)
-    axes.plot(steps, smooth, color=colour, linewidth=2.4, marker=marker, markersize=5, clip_on=False)
+    axes.plot(
+        steps, smooth, color=colour, linewidth=2.4, marker=marker, markersize=5, clip_on=False
+    )
 
 
 def trend(values: Sequence[float]) -> Sequence[float]:

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from droppos.config import Compute, Method, Optim
 from droppos.errors import ConfigError, DataError
-from pipelines import checkpoints
+from pipelines import checkpoints, receipt
 from pipelines.evaluate import evaluate
 from pipelines.export import export_checkpoint
 from pipelines.history import curves
@@ -22,6 +22,7 @@ from pipelines.holdout import measure_checkpoint
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.pretrain import Outcome, pretrain
+from pipelines.receipt_check import verify
 from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
@@ -123,6 +124,11 @@ def test_from_pictures_to_a_backbone_over_s3(recipe: Recipe, tmp_path: Path, buc
     )
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.strip() == "48"
+    made, notes = receipt.make(saved, str(report.path))
+    assert not notes and [link["step"] for link in made["chain"]] == [8, 16, 24]
+    assert made["mlflow"]["run_id"] == outcome.tracking_run
+    checks = verify(made, backbone=str(report.path))
+    assert {check.state for check in checks} <= {"ok", "note"}, checks
 
     with pytest.raises(ConfigError, match="--resume"):
         pretrain(recipe)
@@ -162,6 +168,10 @@ def test_the_demo_stopped_by_ctrl_c_names_its_checkpoint_and_goes_on(tmp_path: P
     for words in ("placed right", "chance", "backbone", "reassembly.png", "mlflow ui"):
         assert words in done.stderr
     assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+    home = tmp_path / "demo" / "demo"
+    made, _ = receipt.make(checkpoints.at(str(home)), str(home / "backbone"))
+    assert made["chain"][0]["previous"] is None and len(made["chain"]) > 1
+    assert ["--resume" in code["command"] for code in made["code"]] == [False, True]
 
 
 @pytest.fixture(scope="module")
