@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 CODE = Path(__file__).with_name("timm_pyfunc.py")
 NEEDS = ("torch", "timm", "numpy", "safetensors")
+TOLERANCE = TIMM.tolerance
+"""Largest difference of a feature for a model to count as the export."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +279,10 @@ def _compare(export: Path, folder: Path, example: np.ndarray) -> None:
     pictures = torch.from_numpy(example)
     expected = extract_features(load_export(export).encoder, pictures).patch_mean
     difference = (found - expected).abs().max().item()
-    if not difference <= TIMM.tolerance:
+    if not difference <= TOLERANCE:
         raise TrainingError(
             f"the model that MLflow loads computes features that differ by {difference:g} from the "
-            f"export's, expected at most {TIMM.tolerance:g}; nothing was registered"
+            f"export's, expected at most {TOLERANCE:g}; nothing was registered"
         )
 
 
