@@ -115,7 +115,7 @@ def run_report(saved: Saved) -> str:
             _evaluations(found),
             _course(curves),
             *_pictures(found, curves),
-            _facts("Data", saved.record.get("data") or {}),
+            _facts("Data", _data(saved)),
             _machines(found),
             section("Recipe", f"<pre>{escape(redact(to_yaml(found.recipe)))}</pre>"),
             _receipt(saved),
@@ -141,9 +141,10 @@ def _protocol(run: _Run) -> str:
     model, data = run.recipe.model, run.saved.record.get("data") or {}
     pictures = f", {data['pictures']:,} pictures" if "pictures" in data else ""
     size = "x".join(map(str, model.image_size))
+    when = run.saved.record["saved_at"].replace("T", " at ")
     return (
         f"ViT-{model.size} of {size} pixels, {run.recipe.optim.epochs} epochs{pictures}. The "
-        f"checkpoint of step {run.saved.step:,}, saved {run.saved.record['saved_at']}."
+        f"checkpoint of step {run.saved.step:,}, saved {when}."
     )
 
 
@@ -249,6 +250,13 @@ def _machines(run: _Run) -> str:
         if name.startswith(("cost/", "system/")):
             told[name] = f"{value:,.4g}"
     return _facts("Machines and cost", told)
+
+
+def _data(saved: Saved) -> dict[str, Any]:
+    recipe = saved.record["recipe"]["data"]
+    facts = dict(saved.record.get("data") or {})
+    facts.pop("content", None)  # a hash, which the receipt has
+    return {"set": redact(str(recipe["path"])), "held out": redact(str(recipe["holdout"])), **facts}
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> str:

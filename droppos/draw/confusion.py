@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 
@@ -75,5 +76,7 @@ def draw_confusion(
     bar = figure.colorbar(image, ax=axes, shrink=0.72, format="{x:g} %", pad=0.02)
     bar.set_label("share of answers (logarithmic; grey: none)", color=SOFT, fontsize=11)
     bar.ax.tick_params(colors=SOFT, labelsize=11)
+    bar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
+    bar.ax.tick_params(which="minor", colors=SOFT, labelsize=9)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]  # a Spine, typed as callable
     figure.savefig(path)

@@ -32,7 +32,8 @@ def draw_course(panels: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
         if smooth is not values:
             axes.plot(steps, values, color=COLOURS[0], linewidth=0.7, alpha=0.25)
         marker = "o" if len(points) < 12 else ""
-        axes.plot(steps, smooth, color=COLOURS[0], linewidth=1.7, marker=marker, markersize=4)
+        style = {"linewidth": 1.7, "marker": marker, "markersize": 4, "clip_on": False}
+        axes.plot(steps, smooth, color=COLOURS[0], **style)
         frame(axes, labelsize=8.5)
         axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
         axes.set_xlim(0, last)
