@@ -62,7 +62,7 @@ def _listed(told: Receipt) -> Check:
         schema_version=told["schema_version"],
     )
     if listed.digest == told["manifest"]:
-        return Check(what, "ok", f"{len(listed.shards)} shards make the digest")
+        return Check(what, "ok", f"{len(listed.shards):,} in all; they make the digest")
     return Check(what, "differs", f"expected {told['manifest']}, they make {listed.digest}")
 
 
@@ -83,7 +83,7 @@ def _shards(told: Receipt, place: Place, manifest: Manifest) -> Iterator[Check]:
     pairs = zip_longest(manifest.shards, listed[: len(manifest.shards)])
     with ThreadPoolExecutor(READERS) as pool:
         found = [check for check in pool.map(lambda pair: _shard(place, *pair), pairs) if check]
-    words = f"{len(manifest.shards)} shards, {manifest.size / 1e6:,.1f} MB, hashed again"
+    words = f"{len(manifest.shards):,} in all, {manifest.size / 1e6:,.1f} MB, hashed again"
     yield from found or [Check("data, its shards", "ok", words)]
 
 
