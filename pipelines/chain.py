@@ -78,6 +78,22 @@ def keep(home: Place, link: Link) -> None:
     place_of(home, link.step, link.sha256).write_bytes(link.text)
 
 
+def keep_start(home: Place, step: int, sha256: str, complete: Place) -> None:
+    """Keep the link of the checkpoint that a group starts from, if an older droppos kept none.
+
+    Args:
+        home: Folder of the run.
+        step: Of the checkpoint.
+        sha256: Of its complete.json.
+        complete: Where that is.
+
+    Raises:
+        DataError: If storage refuses.
+    """
+    if not place_of(home, step, sha256).exists():
+        keep(home, Link.of(complete.read_bytes()))
+
+
 def read(home: Place, step: int, sha256: str) -> Link:
     """Read a link.
 

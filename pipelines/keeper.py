@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from droppos.errors import DropposError
 from droppos.step import TrainState
-from pipelines.checkpoints import Retention, Saved
+from pipelines import chain
+from pipelines.checkpoints import COMPLETE, Retention, Saved
 from pipelines.facts import facts
 from pipelines.job import Job
 from pipelines.kept_state import kept_state
@@ -38,6 +39,8 @@ class Keeper:
         """
         run = job.recipe.run
         self._newest = start
+        if start is not None and dist.get_rank() == 0:
+            chain.keep_start(job.home, start.step, start.sha256, start.place / COMPLETE)
         self._job = job
         self._state = state
         self._proof = proof

@@ -56,7 +56,7 @@ def _checks(
     yield _itself(receipt)
     yield from _holds_together(receipt)
     links = yield from _links(receipt, home)
-    if links:
+    if links and links[-1] is not None:
         yield from _follows(receipt, links)
     folder = home / FOLDER / f"step-{receipt['checkpoint']['step']:08d}"
     whole = yield from checkpoint_checks(receipt["checkpoint"], folder)
@@ -104,10 +104,14 @@ def _named(link: Mapping[str, Any] | None) -> str:
     return "no checkpoint" if link is None else f"step {link['step']} ({link['sha256'][:12]})"
 
 
-def _links(receipt: Receipt, home: Place) -> Generator[Check, None, list[Link]]:
-    """Read every link in the run's folder; give them if all are as the receipt has them."""
+def _links(receipt: Receipt, home: Place) -> Generator[Check, None, list[Link | None]]:
+    """Read every link in the run's folder.
+
+    Returns:
+        Each, None for one that is missing or was changed; empty if the folder cannot be reached.
+    """
     what = "chain in the run's folder"
-    links: list[Link] = []
+    links: list[Link | None] = []
     try:
         if not home.exists():
             yield Check(what, "not reachable", f"there is no {home}; name the run with --run")
@@ -118,13 +122,13 @@ def _links(receipt: Receipt, home: Place) -> Generator[Check, None, list[Link]]:
             except StorageError:
                 raise
             except DataError as error:
+                links.append(None)
                 yield Check(f"chain, step {told['step']}", "differs", str(error))
     except StorageError as error:
         yield Check(what, "not reachable", str(error))
         return []
-    if len(links) < len(receipt["chain"]):
-        return []
-    yield Check(what, "ok", f"{len(links)} links, each with its hash")
+    if None not in links:
+        yield Check(what, "ok", f"{len(links)} links, each with its hash")
     return links
 
 
@@ -138,11 +142,22 @@ def _link(home: Place, told: Receipt) -> Link:
     return link
 
 
-def _follows(receipt: Receipt, links: Sequence[Link]) -> Iterator[Check]:
-    """Compare what the receipt tells with what follows from the run's own records."""
-    made = described(links)
-    made["data"] = {name: made["data"][name] for name in ("manifest", "facts")}
-    said = {**receipt, "data": {name: receipt["data"].get(name) for name in made["data"]}}
+def _follows(receipt: Receipt, links: Sequence[Link | None]) -> Iterator[Check]:
+    """Compare what the receipt tells with what follows from the run's own records.
+
+    Args:
+        receipt: All of it.
+        links: Each of its checkpoints', the last of which is there.
+    """
+    made = described([link for link in links if link is not None])
+    told = zip(receipt["chain"], links, strict=True)
+    said = {
+        **receipt,
+        "chain": [entry for entry, link in told if link is not None],
+        "data": {name: receipt["data"].get(name) for name in made["data"]},
+    }
+    if None in links:
+        del made["code"]  # which speaks of all of them
     for name, found in made.items():
         differing = list(differences(name, said[name], found))
         yield from differing or [Check(name, "ok", "as the run's records have it")]

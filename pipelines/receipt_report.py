@@ -23,7 +23,7 @@ STYLES = {"ok": "green", "differs": "bold red", "not reachable": "yellow", "note
 def show_receipt(console: Console, receipt: Receipt, notes: Sequence[str], out: str) -> None:
     """Tell what a receipt holds, and what it cannot."""
     links, data = receipt["chain"], receipt["data"]
-    shards = f"{len(data['shards']):,} shards" if "shards" in data else "shards not listed"
+    shards = f"shards: {len(data['shards']):,}" if "shards" in data else "shards not listed"
     none = "none: --backbone names an export"
     export = f"{len(receipt['backbone']['files'])} files" if "backbone" in receipt else none
     rows: list[Row] = [

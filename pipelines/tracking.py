@@ -71,11 +71,17 @@ def client_of(uri: str) -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # that is for scripts
     from mlflow.tracking import MlflowClient
 
     # Making the tables of a new SQLite file (3 s) is told in lines that mean nothing to users.
-    # So is that an example fits a signature.
-    for name in ("mlflow.store.db.utils", "alembic.runtime.migration", "mlflow.pyfunc"):
+    # So are those about examples and versions that are just being made.
+    for name in (
+        "mlflow.store.db.utils",
+        "alembic.runtime.migration",
+        "mlflow.pyfunc",
+        "mlflow.store.model_registry.abstract_store",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     if (file := sqlite_file(uri)) is not None:
         file.parent.mkdir(parents=True, exist_ok=True)

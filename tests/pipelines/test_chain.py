@@ -115,6 +115,15 @@ def test_a_past_that_is_not_whole_is_brought_as_far_as_it_goes(
     assert chain.read(home, best.step, best.sha256).step == 3
 
 
+def test_a_run_of_an_older_droppos_gets_a_link_of_where_it_goes_on(home: Place) -> None:
+    old = stored_state.save(home, 1, {"w": torch.ones(2)}, {}, Retention(1))
+    (home / chain.FOLDER).delete()
+    chain.keep_start(home, old.step, old.sha256, old.place / COMPLETE)
+    newer = save(home, 2, old)
+    assert steps(home, newer) == [2, 1]
+    chain.keep_start(home, newer.step, newer.sha256, home / "is not read again")
+
+
 def test_storage_that_is_away_is_no_broken_past(
     home: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

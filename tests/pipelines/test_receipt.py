@@ -226,6 +226,12 @@ def test_a_missing_link_is_found(handed: Handed) -> None:
     assert "there is no such file" in handed.differing["chain, step 4"]
 
 
+def test_a_missing_link_hides_no_forged_field(handed: Handed) -> None:
+    handed.link(2).unlink()
+    forged = rewritten(handed, lambda told: told["recipe"].update({"method.sigma": 9.0}))
+    assert forged.differing.keys() == {"chain, step 2", "recipe.method.sigma"}
+
+
 def test_a_link_left_out_of_the_receipt_is_found(handed: Handed) -> None:
     forged = rewritten(handed, lambda told: told["chain"].pop(1))
     assert {"chain, before step 6"} <= forged.differing.keys()
@@ -264,6 +270,8 @@ Forgery = Callable[[dict[str, Any]], Any]
             lambda told: told["checkpoint"]["files"]["index.json"].update(sha256="0" * 64),
         ),
         ("shards in the receipt", lambda told: told["data"]["shards"][0].update(content="0" * 64)),
+        ("shards in the receipt", lambda told: told["data"]["shards"][0].update(rows=99)),
+        ("shards in the receipt", lambda told: told["data"]["shards"].pop()),
         (
             f"backbone/{WEIGHTS}",
             lambda told: told["backbone"]["files"][WEIGHTS].update(sha256="0" * 64),
