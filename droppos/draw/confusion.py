@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Int
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter
 
 INK, SOFT = "#1D1F24", "#6B7079"
 

@@ -84,6 +84,16 @@ def run_program(module: str, folder: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def alike(losses: Tensor, expected: Tensor) -> None:
+    """Compare the losses of two runs that are one but for rounding.
+
+    How a matrix is cut up decides the last bits of a product, and Adam makes a step of full size of
+    a gradient that is 0 but for them: on some processors losses after 20 steps are 4e-4 apart.
+    """
+    torch.testing.assert_close(losses[:2], expected[:2])
+    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+
+
 def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Compare two states as a whole, as a fraction of the second's norm.
 

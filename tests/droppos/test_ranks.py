@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.droppos.ranks import SAME, SPOILT, Case, create, distance, everything, run_program, train
+from tests.droppos.ranks import (
+    SAME,
+    SPOILT,
+    Case,
+    alike,
+    create,
+    distance,
+    everything,
+    run_program,
+    train,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -28,9 +38,9 @@ def test_a_run_is_that_of_one_process(
     case: Case, alone: dict[str, Any], spread: dict[str, Any]
 ) -> None:
     found = spread["same"][case.name]
-    torch.testing.assert_close(found["losses"], alone["losses"])
+    alike(found["losses"], alone["losses"])
     assert found["state"].keys() == alone["state"].keys()
-    assert distance(found["state"], alone["state"]) < 1e-4
+    assert distance(found["state"], alone["state"]) < 1e-3
 
 
 @pytest.mark.parametrize("case", SPOILT, ids=lambda case: case.name)

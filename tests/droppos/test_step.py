@@ -44,11 +44,7 @@ def test_the_same_seed_gives_the_same_run(alone: tuple[list[float], torch.Tensor
 
 def test_accumulation_is_the_large_batch(alone: tuple[list[float], torch.Tensor]) -> None:
     state = create(accumulate=4)
-    losses, expected = torch.tensor(train(state)), torch.tensor(alone[0])
-    torch.testing.assert_close(losses[:2], expected[:2])
-    # Where a gradient is 0 but for rounding, Adam makes that a step of full size: on some
-    # processors the losses after 20 such steps are 4e-4 apart.
-    torch.testing.assert_close(losses, expected, rtol=2e-3, atol=0)
+    ranks.alike(torch.tensor(train(state)), torch.tensor(alone[0]))
     assert ((weights(state) - alone[1]).norm() / alone[1].norm()).item() < 1e-3
 
 
