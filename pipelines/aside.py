@@ -88,8 +88,9 @@ class Aside:
             self._under_way = None
 
     def _begin(self, saved: Saved) -> Any:
-        """Start a process; on a GPU if nobody holds one, for it must not wait for the training."""
-        gpu = ray.available_resources().get("GPU", 0) >= 1
+        """Start a process; on a GPU if there is one that training will never want."""
+        spare = ray.cluster_resources().get("GPU", 0) - self._recipe.run.workers
+        gpu = spare >= 1 and ray.available_resources().get("GPU", 0) >= 1
         return (
             ray.remote(_measure)
             .options(

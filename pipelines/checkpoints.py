@@ -31,9 +31,12 @@ from typing import Any, NamedTuple
 
 from droppos.errors import DataError, TrainingError
 from pipelines import chain
+from pipelines.beside import steps_files
 from pipelines.storage import Place, open_place
 
 FOLDER = "checkpoints"
+HISTORY = "history"
+"""Folder of what was measured on the way to each (:mod:`pipelines.history`)."""
 INDEX = "index.json"
 COMPLETE = "complete.json"
 DAMAGED = "damaged.json"
@@ -180,6 +183,8 @@ def prune(home: Place, retention: Retention) -> None:
 def adopt(home: Place, saved: Saved) -> None:
     """Make a checkpoint of another run the newest of this one; what was newer is deleted.
 
+    Its history comes with it, in place of this run's own.
+
     Nobody may write the run meanwhile.
 
     Raises:
@@ -190,6 +195,11 @@ def adopt(home: Place, saved: Saved) -> None:
             (place / COMPLETE).delete()
             place.delete()
     chain.bring(saved.home, chain.Link.of((saved.place / COMPLETE).read_bytes()), home)
+    for file in steps_files(home / HISTORY):
+        file.place.delete()
+    for file in steps_files(saved.home / HISTORY):
+        if file.end <= saved.step:
+            (home / HISTORY / file.place.name).write_bytes(file.place.read_bytes())
     copy = home / FOLDER / saved.place.name
     for name in [*saved.files, COMPLETE]:  # in this order: what is cut short must not count
         with (saved.place / name).open_input() as source, (copy / name).open_output() as target:

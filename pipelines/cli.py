@@ -177,7 +177,7 @@ def sync(where: tyro.conf.Positional[str] = STORAGE) -> None:
     with console.status("sending"):
         synced = job(where)
     show_synced(console, synced)
-    if any(one.left for one in synced):
+    if any(one.left or one.error for one in synced):
         sys.exit(1)
 
 

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from droppos.config import Heads
 from droppos.export import FormatName
 from droppos.export.flow import ExportReport, export
-from droppos.export.folder import OWN_CONFIG, refuse_foreign
+from droppos.export.folder import OWN_CONFIG, refuse_foreign, unfinished
 from droppos.export.formats import FORMATS
 from droppos.export.sizes import at_size
 from pipelines.backbone import open_backbone
@@ -61,9 +61,12 @@ def _names(place: Place) -> list[str]:
 
 
 def _put(folder: Path, place: Place, previous: list[str]) -> None:
-    """Copy to S3, which renames no folders: droppos.json goes first and comes last."""
-    (place / OWN_CONFIG).delete()
+    """Copy to S3, which renames no folders: until the end droppos.json says that it is unfinished.
+
+    Whose upload was cut short may export there again, and nobody loads half of it.
+    """
     new = sorted(file.name for file in folder.iterdir() if file.name != OWN_CONFIG)
+    (place / OWN_CONFIG).write_bytes(unfinished([*new, *previous]))
     for name in new:
         (place / name).write_bytes((folder / name).read_bytes())
     for name in set(previous) - {*new, OWN_CONFIG}:

@@ -125,7 +125,7 @@ def finetune(
         ledger.describe(whole, {**described, "finetune.backbone": trained.uri})
         limit = whole.data.skip_limit
         skipped = Skipped(home, schedule.manifest.rows, limit, resumed=saved is not None)
-        hours = 0.0 if saved is None else ledger.last_value(HOURS)
+        hours = ledger.last_value(HOURS) or 0.0 if ledger.reached else None
         cost = Cost(hours, tracking.price_per_worker_hour)
         heard = Heard(ledger, skipped, cost, on_event)
         heard.event(

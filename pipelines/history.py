@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 from droppos.errors import DataError
 from pipelines.beside import Beside, steps_files
+from pipelines.checkpoints import HISTORY
 from pipelines.journal import now_ms
 from pipelines.storage import Place
 
-FOLDER = "history"
+FOLDER = HISTORY
 
 
 class Logged(NamedTuple):

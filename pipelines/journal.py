@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 from uuid import uuid4
 
+from droppos.errors import DataError
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 """How a run ended, in MLflow's words. KILLED: a person stopped it, or its machine died."""
 
@@ -95,7 +97,8 @@ def next_writer(*before: str) -> str:
         before: Names of those that are known to have written it.
     """
     number = max((int(name[:6]) for name in before if name[:6].isdigit()), default=0)
-    return f"{number + 1:06d}-{uuid4().hex[:8]}"
+    # Two that begin at once count alike; the later one is meant.
+    return f"{number + 1:06d}-{now_ms():013d}-{uuid4().hex[:8]}"
 
 
 class Stored(NamedTuple):
@@ -119,6 +122,8 @@ class Journal:
         self._end = file.seek(0, os.SEEK_END)
         self._unwritten: deque[Entry] = deque()
         """What a full disk has not taken; it comes after all that is on disk."""
+        self._lent = False
+        """Whether the first of those is being sent, so that it stays where it is."""
 
     @classmethod
     def create(cls, folder: Path, about: About) -> Self:
@@ -136,21 +141,29 @@ class Journal:
 
     @classmethod
     def adopt(cls, path: Path) -> Self | None:
-        """Open what a process left that lives no more; None if it lives, or all is taken."""
+        """Open what a process left that lives no more; None if it lives, or all is taken.
+
+        Raises:
+            DataError: If it cannot be opened, or is no journal.
+        """
         try:
             file = path.open("r+b", buffering=0)
         except FileNotFoundError:  # its process has just ended well
             return None
+        except OSError as error:
+            raise DataError(f"{path} cannot be opened: {error.strerror}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             about = About(**json.loads(file.readline()))
         except BlockingIOError:
             file.close()
             return None
-        except (ValueError, TypeError):
-            _log.warning("%s is no journal: its first line does not tell whose it is", path)
+        except (OSError, ValueError, TypeError) as error:
             file.close()
-            return None
+            raise DataError(
+                f"{path} is no journal: its first line does not tell whose it is ({error!r}); was "
+                "the disk full? Delete it if nothing in it is of use"
+            ) from error
         journal = cls(path, file, about)
         journal._recover()
         return journal
@@ -175,7 +188,7 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
-        while self._unwritten:
+        while self._unwritten and not self._lent:
             entry = self._unwritten[0]
             line = _line({"kind": type(entry).__name__, **_plain(entry)})
             try:
@@ -206,6 +219,7 @@ class Journal:
                     if (entry := _entry(line)) is not None:
                         found.append(Stored(entry, place))
             if not found and self._unwritten:  # no room on disk: from memory, one at a time
+                self._lent = True
                 return [Stored(self._unwritten[0], -1)]
             return found
 
@@ -216,6 +230,7 @@ class Journal:
                 return
             if end == -1:
                 self._unwritten.popleft()
+                self._lent = False
                 return
             roomy = end == self._end > _ROOMY
             self._taken = self._begin if roomy else end
@@ -227,13 +242,22 @@ class Journal:
 
     def left(self) -> int:
         """Count what is not taken yet."""
-        return len(self.pending(10**9))
+        on_disk = sum(stored.end != -1 for stored in self.pending(2**31))
+        return on_disk + len(self._unwritten)
 
     def close(self) -> None:
-        """Let go of the file; it is deleted if all of it is taken."""
+        """Let go of the file; it is deleted if all of it is taken.
+
+        With files that MLflow's store did not take beside it, it stays and tells whose they are.
+        """
         empty = self.left() == 0
+        if self._unwritten:
+            _log.error(
+                "%d entries of run %s are lost: neither MLflow took them nor the disk at %s",
+                *(len(self._unwritten), self.about.run_name, self.path),
+            )
         with self._lock:
-            if empty:
+            if empty and not files_beside(self.path).exists():
                 self.path.unlink(missing_ok=True)
                 self._mark.unlink(missing_ok=True)
             self._file.close()
@@ -242,7 +266,18 @@ class Journal:
 def journals(folder: Path, run_id: str = "*") -> list[Path]:
     """List the journals of a spool folder, the oldest first, those of living processes too."""
     found = folder.glob(f"{run_id}-*{SUFFIX}") if folder.is_dir() else []
-    return sorted(found, key=lambda path: path.stat().st_mtime)
+    return sorted(found, key=_modified)
+
+
+def files_beside(journal: Path) -> Path:
+    """Name the folder of the files of a journal that MLflow's store did not take."""
+    return journal.with_suffix(".files")
+
+
+def _modified(path: Path) -> float:
+    with suppress(OSError):  # its process has just ended well
+        return path.stat().st_mtime
+    return 0.0
 
 
 def now_ms() -> int:
@@ -268,6 +303,6 @@ def _entry(line: bytes) -> Entry | None:
         if kind is Artifact:
             values["content"] = b64decode(values["content"])
         return kind(**values)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         _log.warning("a line of a journal is damaged and passed over: %r", error)
         return None

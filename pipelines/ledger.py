@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import mkdtemp
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 HOME = "droppos.home"
 """Tag by which a run is found again."""
+CHANGED = "changed."
+"""Beginning of the tag of a field that was changed when the run was resumed."""
 POINTER = "mlflow.json"
 """File of a run's folder that names its MLflow run."""
 
@@ -102,7 +104,10 @@ class Ledger:
         self._ended = False
         self._journal: Journal
         self._outbox: Outbox
+        self.reached = False
+        """Whether MLflow answered at the start, so that what it has of the run is known."""
         self._params: dict[str, str] | None = None
+        """Fields as MLflow has them, or will have them, changes included."""
         self._last: dict[str, int] = {}
         self._values: dict[str, float] = {}
 
@@ -142,6 +147,9 @@ class Ledger:
     def __enter__(self) -> Self:
         """Find or make the run.
 
+        What is logged is whole in the end but for what only the driver knows (cost, machines,
+        skipped pictures): with its disk that goes, while metrics of the workers are in storage.
+
         A resumed run whose MLflow is away goes on, if it has been there before.
 
         Raises:
@@ -154,7 +162,15 @@ class Ledger:
             self.run_id = known["run_id"]
         else:
             self.run_id = run.info.run_id
-            self._params = dict(run.data.params)
+            self.reached = True
+            self._params = {
+                **run.data.params,
+                **{
+                    name.removeprefix(CHANGED): value
+                    for name, value in run.data.tags.items()
+                    if name.startswith(CHANGED)
+                },
+            }
             self._last, self._values = last_steps(run), dict(run.data.metrics)
             before = max(before, writer_of(run))
         about = About(redact(self.uri), self.run_id, self.run_name, self.home, next_writer(before))
@@ -195,7 +211,7 @@ class Ledger:
         try:
             return Journal.create(self.spool, about)
         except OSError as error:  # a container's working folder may be read-only
-            spool = Path(gettempdir()) / "droppos-spool"
+            spool = Path(mkdtemp(prefix="droppos-spool-"))
             _log.warning("%s cannot be written (%s); taking %s", self.spool, error, spool)
             self.spool = spool
             return Journal.create(spool, about)
@@ -203,13 +219,19 @@ class Ledger:
     def _adopt(self) -> None:
         """Take over what earlier processes of this machine did not get to MLflow."""
         for path in journals(self.spool, self.run_id):
-            left = None if path == self._journal.path else Journal.adopt(path)
+            try:
+                left = None if path == self._journal.path else Journal.adopt(path)
+            except DataError as error:
+                _log.warning("%s", error)
+                continue
             if left is None:
                 continue
             for entry, end in left.pending(2**31):
                 if isinstance(entry, Row):
                     self.log(entry.step, entry.values, entry.time_ms)
                 elif not isinstance(entry, Ended):  # it has not ended: it goes on here
+                    if isinstance(entry, Names) and self._params is not None:
+                        self._params |= entry.params
                     self._put(entry)
                 left.take(end)
             left.close()
@@ -249,12 +271,12 @@ class Ledger:
         # With a server that was away at the start, they are those of an earlier start.
         known = fields if self._params is None else self._params
         changed = {
-            f"changed.{name}": value
+            f"{CHANGED}{name}": value
             for name, value in fields.items()
             if known.get(name, value) != value
         }
         new = {name: value for name, value in fields.items() if name not in known}
-        self._params = {**known, **new}
+        self._params = {**known, **fields}
         self.tag({**tags, **changed}, new)
 
     def tag(self, tags: Mapping[str, str], params: Mapping[str, str] | None = None) -> None:
@@ -337,6 +359,8 @@ class Ledger:
         from mlflow.exceptions import MlflowException
 
         if "run_id" in known:
+            if not known["run_id"]:  # see `begin_anew`
+                return None
             try:
                 run = client.get_run(known["run_id"])
                 if run.info.lifecycle_stage == "active":
@@ -354,6 +378,16 @@ def pointer(home: Place) -> dict[str, str]:
         return {name: found[name] for name in ("uri", "run_id", "writer")}
     except (DataError, ValueError, KeyError, TypeError):
         return {}
+
+
+def begin_anew(home: Place) -> None:
+    """Have a run's next start make another MLflow run: it goes on from another run's weights.
+
+    Raises:
+        DataError: If storage refuses.
+    """
+    record = {"uri": "", "run_id": "", "writer": pointer(home).get("writer", "")}
+    (home / POINTER).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
 
 
 def newest_run(client: "MlflowClient", experiment: str, home: str) -> "Run | None":

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pipelines.journal import Artifact, Ended, Journal, Names, Row, Stored
+from pipelines.journal import Artifact, Ended, Journal, Names, Row, Stored, files_beside
 from pipelines.secrets import redact
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ _LINGER_S = 0.5
 """A batch waits so long for company: hundreds of small requests would slow a server down."""
 _PAUSES_S = (0.25, 5.0)
 """First and longest pause between two tries."""
+TRIES_OF_A_FILE = 4
+"""Tries to send a file, some seconds in all, before metrics go on without it."""
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 """Answers that trying again does not change."""
 
@@ -68,17 +70,28 @@ class Outbox:
         """Whether the newest try to send something failed in a way that may pass."""
         self.superseded = False
         """Whether another process writes the run now, so that nothing more is sent."""
+        self.gone = False
+        """Whether there is no such run any more, so that what another left is not sent."""
         self.sent = 0
         """Entries that MLflow took, or had already."""
         self.refused = 0
         """Entries that it will never take."""
         self._floor: dict[str, int] | None = None
         """Step up to which MLflow has each metric; None before it was asked."""
+        self._have: dict[str, set[int]] = {}
+        """Steps that MLflow has of a metric, where entries are from storage and fill gaps, too."""
+        self._rows_only = False
+        self._files_fail = False
         self._looked_at = float("-inf")
         self._closing = threading.Event()
         self._closing_at = float("inf")
         self._arrived = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is sent, whatever waits."""
+        return self.superseded or self.gone
 
     def start(self) -> None:
         """Send from a thread of its own, from now on."""
@@ -111,7 +124,7 @@ class Outbox:
         The first is empty: an older writer is to learn soon that it is none any more.
         """
         yield []
-        while not self.superseded and time.monotonic() < self._closing_at:
+        while not self.stopped and time.monotonic() < self._closing_at:
             self._arrived.clear()
             found = self._journal.pending(1)
             if not found:
@@ -124,39 +137,95 @@ class Outbox:
                 found = _portion(self._journal.pending(METRICS_PER_BATCH))
             yield found
 
-    def _deliver(self, batch: list[Stored]) -> None:
+    def _deliver(self, batch: Sequence[Stored]) -> None:
         """Send a batch, trying until it is taken or the patience ends; raises nothing."""
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
         pause, longest = _PAUSES_S
-        while time.monotonic() < self._closing_at:
+        tries = refusals = 0
+        while time.monotonic() < self._closing_at and not self.stopped:
+            tries += 1
             try:
                 self._look()
-                if self.superseded:
+                if self.stopped:
                     return
-                if batch:
-                    self._send(batch)
-                    self._journal.take(batch[-1].end)
+                self._send(batch)
+            # Whatever a client of MLflow's, of its database or of its artifacts lets through: the
+            # run goes on, and so does this thread.
+            except Exception as error:
+                refusals += self._is_hopeless(error)
+                if batch and refusals > 1:  # once may be a run that was restored meanwhile
+                    self._refused(batch, error)
+                    return
+                self._fails(error)
+            else:
                 self.failing = False
-                self.sent += len(batch)
+                self._taken(batch, len(batch))
                 return
-            # MLflow lets boto's own errors through when its artifacts are on S3.
-            except (
-                *(MlflowException, OSError, SQLAlchemyError),
-                *(Boto3Error, BotoCoreError, ClientError),
-            ) as error:
-                if batch and getattr(error, "error_code", None) in _HOPELESS:
-                    kind = type(batch[0].entry).__name__
-                    _log.warning("MLflow cannot take a %s: %s", kind, redact(str(error)))
-                    self.refused += len(batch)
-                    self._journal.take(batch[-1].end)
-                    return
-                self.failing = True
+            if batch and isinstance(batch[0].entry, Artifact) and self._set_aside(batch, tries):
+                return
             (time.sleep if self._closing.is_set() else self._closing.wait)(pause)
             pause = min(2 * pause, longest)
+
+    def _taken(self, batch: Sequence[Stored], sent: int) -> None:
+        self.sent += sent
+        if batch:
+            self._journal.take(batch[-1].end)
+
+    def _fails(self, error: Exception) -> None:
+        if not self.failing:
+            _log.warning("MLflow cannot be written now, and is tried again: %s", told(error))
+        self.failing = True
+
+    def _is_hopeless(self, error: Exception) -> bool:
+        """Tell whether trying again changes nothing: MLflow is there, and the run; it says no."""
+        return getattr(error, "error_code", None) in _HOPELESS and not self._is_gone()
+
+    def _is_gone(self) -> bool:
+        """Tell whether the run was deleted; it may be restored, so nothing is given up."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            gone = self._client.get_run(self._run_id).info.lifecycle_stage != "active"
+        except MlflowException as error:
+            gone = error.error_code == "RESOURCE_DOES_NOT_EXIST"
+        self.gone = gone and not self._living  # who lives waits for it to be restored
+        return gone
+
+    def _refused(self, batch: Sequence[Stored], error: Exception) -> None:
+        """Find what it is that MLflow does not take, and send the rest."""
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            self._deliver(batch[:middle])
+            self._deliver(batch[middle:])
+            return
+        entry, end = batch[0]
+        if isinstance(entry, Row) and len(entry.values) > 1:
+            for name, value in entry.values.items():
+                self._deliver([Stored(Row(entry.step, entry.time_ms, {name: value}), end)])
+            return
+        what = next(iter(entry.values)) if isinstance(entry, Row) else type(entry).__name__
+        _log.warning("MLflow will never take %s: %s", what, told(error))
+        self.refused += 1
+        self._taken(batch, 0)
+
+    def _set_aside(self, batch: Sequence[Stored], tries: int) -> bool:
+        """Keep a file apart if MLflow takes metrics, but its store of artifacts takes no file."""
+        if tries < (1 if self._files_fail else TRIES_OF_A_FILE):
+            return False
+        entry = batch[0].entry
+        assert isinstance(entry, Artifact)
+        path = files_beside(self._journal.path) / entry.name
+        try:
+            self._client.get_run(self._run_id)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(entry.content)
+        except Exception:  # MLflow itself is away, or the disk is full: the file waits in its turn
+            return False
+        if not self._files_fail:
+            _log.warning("MLflow's store takes no files; they are kept in %s", path.parent)
+        self._files_fail = True
+        self.failing = False
+        self._taken(batch, 0)
+        return True
 
     def _look(self) -> None:
         """Find out how far MLflow is, and now and then, whether another writes the run now.
@@ -173,7 +242,8 @@ class Outbox:
         self._looked_at = time.monotonic()
 
     def _claim(self) -> "Run":
-        run = self._inherit()
+        run = self._client.get_run(self._run_id)
+        self._judge(run)
         before = writer_of(run)
         if self.superseded or before == self._name:
             return run
@@ -186,7 +256,12 @@ class Outbox:
 
     def _inherit(self) -> "Run":
         run = self._client.get_run(self._run_id)
-        self._judge(run)
+        self.gone = run.info.lifecycle_stage != "active"
+        # Of a run that this writer, or a later one, has ended, only rows are filled in.
+        before = writer_of(run)
+        self._rows_only = before.endswith(ENDED) and before.removesuffix(ENDED) >= self._name > ""
+        if not self._rows_only:
+            self._judge(run)
         return run
 
     def _judge(self, run: "Run") -> None:
@@ -198,17 +273,19 @@ class Outbox:
 
     def _send(self, batch: Sequence[Stored]) -> None:
         client, run_id = self._client, self._run_id
+        if not batch:
+            return
         match batch[0].entry:
             case Row():
                 if metrics := self._metrics(batch):
                     client.log_batch(run_id, metrics=metrics, synchronous=True)
+            case _ if self._rows_only:
+                pass
             case Names(params, tags):
                 self._send_names(params, tags)
             case Artifact(name, content):
-                folder, _, base = name.rpartition("/")
-                with TemporaryDirectory() as scratch:  # MLflow names it as it is called there
-                    (Path(scratch) / base).write_bytes(content)
-                    client.log_artifact(run_id, str(Path(scratch) / base), folder or None)
+                send_file(client, run_id, name, content)
+                self._files_fail = False
             case Ended(status, time_ms):
                 self._looked_at = float("-inf")
                 self._look()
@@ -219,24 +296,46 @@ class Outbox:
     def _send_names(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
+        for some in _portions(tags):  # first: a parameter that MLflow refuses must not cost them
+            sent = [RunTag(*item) for item in some]
+            self._client.log_batch(self._run_id, tags=sent, synchronous=True)
         for some in _portions(params):
             sent = [Param(*item) for item in some]
             self._client.log_batch(self._run_id, params=sent, synchronous=True)
-        for some in _portions(tags):
-            sent = [RunTag(*item) for item in some]
-            self._client.log_batch(self._run_id, tags=sent, synchronous=True)
 
     def _metrics(self, batch: Sequence[Stored]) -> "list[Metric]":
         from mlflow.entities import Metric
 
-        floor = self._floor or {}
         return [
             Metric(name, value, row.time_ms, row.step)
             for row in (stored.entry for stored in batch)
             if isinstance(row, Row)
             for name, value in row.values.items()
-            if row.step > floor.get(name, -1)
+            if not self._has(name, row.step)
         ]
+
+    def _has(self, name: str, step: int) -> bool:
+        """Tell whether MLflow has a metric's value of a step, or is beyond."""
+        floor = (self._floor or {}).get(name, -1)
+        if step > floor or self._name:
+            return step <= floor
+        if name not in self._have:  # from storage: what lies before may have gaps
+            found = self._client.get_metric_history(self._run_id, name)
+            self._have[name] = {metric.step for metric in found}
+        return step in self._have[name]
+
+
+def send_file(client: "MlflowClient", run_id: str, name: str, content: bytes) -> None:
+    """Log an artifact under a name, whatever file it comes from."""
+    folder, _, base = name.rpartition("/")
+    with TemporaryDirectory() as scratch:  # MLflow names it as it is called there
+        (Path(scratch) / base).write_bytes(content)
+        client.log_artifact(run_id, str(Path(scratch) / base), folder or None)
+
+
+def told(error: Exception) -> str:
+    """Tell an error in a line, without secrets."""
+    return (redact(str(error)).strip().splitlines() or [repr(error)])[0][:500]
 
 
 def writer_of(run: "Run") -> str:

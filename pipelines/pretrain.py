@@ -13,6 +13,7 @@ from pathlib import Path
 from droppos.errors import ConfigError, DataError, DropposError
 from pipelines import checkpoints, history
 from pipelines.aside import Aside
+from pipelines.attempt import claim_for_driver
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import connect, gpu_workers
 from pipelines.cost import HOURS, Cost
@@ -25,7 +26,8 @@ from pipelines.order import Schedule
 from pipelines.passed import FILE as PASSED_FILE
 from pipelines.provenance import cluster_hardware
 from pipelines.recipe import Recipe
-from pipelines.recipe_file import to_yaml
+from pipelines.recipe_file import flatten, to_yaml
+from pipelines.secrets import redact_uris
 from pipelines.shards import load_manifest
 from pipelines.sharing import Sharing
 from pipelines.skipped import Skipped
@@ -104,8 +106,9 @@ def pretrain(
         (home / PASSED_FILE).delete()  # of an earlier try, that another learning rate may mend
     (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())
     connect(recipe)
+    driver = claim_for_driver(home)  # before the ledger does: who trains and who logs are one
     with Ledger.open(
-        recipe, schedule.manifest.digest, resume=saved is not None, parent_run=parent_run
+        recipe, schedule.manifest.digest, resume=resume, parent_run=parent_run
     ) as ledger:
         skipped = Skipped(
             home,
@@ -116,7 +119,7 @@ def pretrain(
         if saved is not None:
             replay(ledger, home, saved)
         ledger.tag(cluster_hardware())
-        hours = 0.0 if saved is None else ledger.last_value(HOURS)
+        hours = ledger.last_value(HOURS) or 0.0 if ledger.reached else None
         cost = Cost(hours, recipe.tracking.price_per_worker_hour)
         aside = Aside(recipe, schedule) if recipe.aside_cpus else None
         heard = Heard(ledger, skipped, cost, on_event, aside)
@@ -139,7 +142,15 @@ def pretrain(
             sized = replace(recipe, compute=replace(recipe.compute, device=device))
             if sharing is not None:
                 join(sharing, recipe, schedule)
-            Supervisor(sized, schedule, heard, on_gpu=on_gpu, stop=stop, sharing=sharing).run()
+            Supervisor(
+                sized,
+                schedule,
+                heard,
+                driver=driver,
+                on_gpu=on_gpu,
+                stop=stop,
+                sharing=sharing,
+            ).run()
         newest = checkpoints.newest(home)
         finished = newest is not None and newest.step == schedule.steps
         heard.conclude(wait=finished)
@@ -151,7 +162,17 @@ def pretrain(
 
 
 def located(recipe: Recipe) -> Recipe:
-    """Spell out every place: workers have another current folder than the driver."""
+    """Spell out every place: workers have another current folder than the driver.
+
+    Raises:
+        ConfigError: If an address holds a secret, for recipes are written to storage.
+    """
+    for name, value in flatten(recipe).items():
+        if isinstance(value, str) and redact_uris(value) != value:
+            raise ConfigError(
+                f"{name} must hold no secret, for recipes are written to storage: "
+                f"{redact_uris(value)}; put it into the environment (AWS_..., MLFLOW_TRACKING_...)"
+            )
 
     def spelt(uri: str | None) -> str | None:
         return None if uri is None else open_place(uri).uri

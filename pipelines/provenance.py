@@ -26,7 +26,7 @@ def provenance() -> dict[str, str]:
     """
     tags = {f"version.{name}": version(name) for name in ("droppos", "torch", "ray", "mlflow")}
     tags["version.python"] = sys.version.split()[0]
-    tags["command"] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    tags["command"] = redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
     # An installed package may lie inside a checkout of something else, its .venv say.
     if _git("rev-parse", "--show-toplevel") == str(ROOT):
         tags[REVISION] = _git("rev-parse", "HEAD")

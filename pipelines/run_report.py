@@ -68,6 +68,10 @@ FIGURES = {
 }
 
 
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""Steps and values of each metric, until the checkpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """What there is of a run."""
@@ -77,13 +81,29 @@ class _Run:
     recipe: Recipe
     tracked: RunFacts | None
     """Its MLflow run; None if that cannot be reached."""
+    curves: Curves
+
+    @property
+    def measured_at(self) -> int | None:
+        """Last step until the checkpoint that was measured on held-out pictures, if one was."""
+        if self.saved.record.get("metrics"):
+            return self.saved.step
+        steps = [points[-1][0] for name, points in self.curves.items() if _is_held_out(name)]
+        return max(steps, default=None)
 
     @property
     def figures(self) -> Mapping[str, float]:
-        """What was measured last on held-out pictures: beside the checkpoint, else in MLflow."""
-        tracked = {} if self.tracked is None else self.tracked.metrics
-        known = {name: value for name, value in tracked.items() if name.startswith("holdout/")}
-        return {**known, **self.saved.record.get("metrics", {})}
+        """What was measured at that step."""
+        past = {
+            name: points[-1][1]
+            for name, points in self.curves.items()
+            if _is_held_out(name) and points[-1][0] == self.measured_at
+        }
+        return {**past, **self.saved.record.get("metrics", {})}
+
+
+def _is_held_out(name: str) -> bool:
+    return name.startswith("holdout/")
 
 
 def run_report(saved: Saved) -> str:
@@ -101,8 +121,8 @@ def run_report(saved: Saved) -> str:
     if "recipe" not in saved.record:
         raise DataError(f"{saved.uri} names no recipe; was it written by droppos pretrain?")
     home = saved.home
-    found = _Run(home, saved, from_dict(saved.record["recipe"]), _tracked(home))
-    curves = history.curves(home, saved.step)
+    curves = _curves(saved)
+    found = _Run(home, saved, from_dict(saved.record["recipe"]), _tracked(home), curves)
     return page(
         f"Run {found.recipe.run.name}",
         [
@@ -110,11 +130,14 @@ def run_report(saved: Saved) -> str:
             f"<h1>Run {escape(found.recipe.run.name)}</h1>",
             paragraph(_protocol(found), "soft"),
             '<div class="verdict">',
-            *(paragraph(sentence) for sentence in verdict(found.figures, saved.step)),
+            *(
+                paragraph(sentence)
+                for sentence in verdict(found.figures, saved.step, found.measured_at)
+            ),
             "</div></header><main>",
             _evaluations(found),
             _course(curves),
-            *_pictures(found, curves),
+            *_pictures(found),
             _facts("Data", _data(saved)),
             _machines(found),
             section("Recipe", f"<pre>{escape(redact(to_yaml(found.recipe)))}</pre>"),
@@ -122,6 +145,14 @@ def run_report(saved: Saved) -> str:
             "</main>",
         ],
     )
+
+
+def _curves(saved: Saved) -> Curves:
+    try:
+        return history.curves(saved.home, saved.step)
+    except DataError as error:
+        _log.warning("the report is without the run's history: %s", error)
+        return {}
 
 
 def _tracked(home: Place) -> RunFacts | None:
@@ -148,8 +179,14 @@ def _protocol(run: _Run) -> str:
     )
 
 
-def verdict(figures: Mapping[str, float], step: int) -> list[str]:
-    """Say in sentences what a run's figures on held-out pictures mean."""
+def verdict(figures: Mapping[str, float], step: int, measured_at: int | None) -> list[str]:
+    """Say in sentences what a run's figures on held-out pictures mean.
+
+    Args:
+        figures: By name.
+        step: Of the checkpoint.
+        measured_at: Step they are of; None if there are none.
+    """
     said = []
     accuracy = figures.get("holdout/position/accuracy")
     if accuracy is not None:
@@ -170,8 +207,11 @@ def verdict(figures: Mapping[str, float], step: int) -> list[str]:
         )
     if (rank := figures.get("holdout/features/effective_rank")) is not None:
         said.append(f"The features use {rank:.1f} directions (effective rank).")
-    nothing = f"Step {step:,} was not measured on held-out pictures (data.holdout)."
-    return said or [nothing]
+    if measured_at is None:
+        return [f"Until step {step:,} nothing was measured on held-out pictures (data.holdout)."]
+    if measured_at < step:
+        said.append(f"These figures are of step {measured_at:,}, the last one that was measured.")
+    return said
 
 
 def _evaluations(run: _Run) -> str:
@@ -182,15 +222,14 @@ def _evaluations(run: _Run) -> str:
             rows.append(_row(label, run.figures, name, "-" if guess is None else f"{guess:.1%}"))
     tracked = {} if run.tracked is None else run.tracked.metrics
     for name in sorted(tracked):
-        accuracy = name.endswith(("accuracy", "top_5")) and name.startswith("evaluation/")
-        if accuracy:
+        if name.startswith("evaluation/") and name.endswith("accuracy"):
             rows.append(_row(name.removeprefix("evaluation/"), tracked, name, "-"))
     if not rows:
         return section("Evaluation", missing("Nothing was measured on labelled or held-out data."))
     head = [Cell("", wide=True), Cell("value"), Cell("95 % interval"), Cell("chance")]
     caption = (
         "Figures without a data set's name are of the run's own held-out pictures. `droppos "
-        "evaluate --track` adds others."
+        "evaluate --track` adds others; these are the newest in MLflow, whichever step they are of."
     )
     return section("Evaluation", table(head, rows, caption))
 
@@ -203,7 +242,7 @@ def _row(
     return "", [Cell(label, wide=True), Cell(f"{figures[name]:.1%}"), Cell(interval), Cell(chance)]
 
 
-def _course(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+def _course(curves: Curves) -> str:
     panels = {title: curves[name] for name, title in COURSE.items() if curves.get(name)}
     if not panels:
         return section("Course", missing("The run's folder has no history of its metrics."))
@@ -212,7 +251,7 @@ def _course(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return section("Course", picture(draw_course(panels), alt, caption))
 
 
-def _pictures(run: _Run, curves: Mapping[str, Sequence[tuple[int, float]]]) -> list[str]:
+def _pictures(run: _Run) -> list[str]:
     recipe = run.recipe
     if recipe.data.holdout is None:
         return [section("Pictures", missing("The run held no pictures out (data.holdout)."))]
@@ -225,7 +264,7 @@ def _pictures(run: _Run, curves: Mapping[str, Sequence[tuple[int, float]]]) -> l
             if backbone.droppos is None:
                 files, _ = draw_sight(backbone.encoder, recipe.model.grid, shown, folder)
             else:
-                past = lambda name: curves.get(name, ())  # noqa: E731
+                past = lambda name: run.curves.get(name, ())  # noqa: E731
                 _, files = draw_gallery(backbone.droppos, measure, shown, past, folder)
             return [
                 section(

@@ -11,6 +11,7 @@ from droppos.errors import ConfigError, DataError
 from pipelines.ledger import HOME
 from pipelines.recipe import Recipe, Run, Tracking
 from pipelines.recipe_file import flatten, from_dict
+from pipelines.secrets import redact
 from pipelines.storage import open_place
 from pipelines.tracking import client_of, reachable, sqlite_file, tracking_uri
 
@@ -127,7 +128,9 @@ class Registry:
         if fitting:
             raise DataError(f"{len(fitting)} runs have an id that begins with {name}; write more")
         known = ", ".join(run.name for run in self.newest(5)) or "none"
-        raise DataError(f"MLflow at {self.uri} has no run {name!r}; the newest are: {known}")
+        raise DataError(
+            f"MLflow at {redact(self.uri)} has no run {name!r}; the newest are: {known}"
+        )
 
     def compare(self, names: Sequence[str]) -> Comparison:
         """Put runs side by side.

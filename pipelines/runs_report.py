@@ -97,8 +97,11 @@ def show_synced(console: Console, synced: list[Synced]) -> None:
         table.add_row(name, *counts, escape(one.source))
     console.print(table, highlight=False)
     if any(one.overtaken for one in synced):
-        console.print("[dim]overtaken: a later process has gone over the same steps[/]")
-    if any(one.left for one in synced):
+        console.print("[dim]overtaken: a later process goes over the same steps[/]")
+    for one in synced:
+        if one.error:
+            console.print(f"{escape(one.run_name or one.run_id)}: {escape(one.error)}", style="red")
+    if any(one.left and not one.error for one in synced):
         console.print("MLflow does not answer; the same command sends what is left", style="red")
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 MARK = "***"
 SHORTEST = 8
@@ -25,6 +26,8 @@ def redact(text: str) -> str:
 
 def redact_uris(text: str) -> str:
     """Blot out user:password@ and token-like query values of every URI; the same everywhere."""
+    # A database's password may hold any character.
+    text = re.sub(r"(\w*sql\w*(?:\+\w+)?://)\S*@", rf"\1{MARK}@", text)
     text = re.sub(r"(?<=://)[^/?#\s]*@", f"{MARK}@", text)
     secret = r"token|secret|passw|pwd|key|signature|credential|sig\b|auth"
     return re.sub(
@@ -35,5 +38,5 @@ def redact_uris(text: str) -> str:
 def _in_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         # A variable that names a file holds no secret itself.
-        if _NAMES.search(name) and len(value) >= SHORTEST and not value.startswith("/"):
+        if _NAMES.search(name) and len(value) >= SHORTEST and not Path(value).exists():
             yield value

@@ -25,7 +25,7 @@ from ray.train.torch import TorchTrainer
 
 from droppos.errors import ConfigError, DropposError, TrainingError
 from pipelines import checkpoints
-from pipelines.attempt import SupersededError, claim_for_driver
+from pipelines.attempt import SupersededError
 from pipelines.cluster import decode_tasks_of, group_share
 from pipelines.crew import (
     Advice,
@@ -147,16 +147,18 @@ class Supervisor:
         schedule: Schedule,
         heard: Heard,
         *,
+        driver: str,
         on_gpu: bool,
         stop: Callable[[], bool] = lambda: False,
         sharing: Sharing | None = None,
     ) -> None:
-        """Take the run over from whoever ran it before; nothing starts yet.
+        """Take all that is needed; nothing starts yet.
 
         Args:
             recipe: The run, with all its workers, and a device that is not auto.
             schedule: Its order.
             heard: Takes what workers say, and what is done about them.
+            driver: This process, which has claimed the run (:mod:`pipelines.attempt`).
             on_gpu: Whether each worker has a GPU.
             stop: Asked now and then; once it says yes, the run ends after a checkpoint.
             sharing: Decode together with other trials that read the same.
@@ -169,8 +171,7 @@ class Supervisor:
         self._on_gpu = on_gpu
         self._home = open_place(recipe.home)
         self._events = Events.start()
-        # Workers of an older driver, if any are left, give up now.
-        self._driver = claim_for_driver(self._home)
+        self._driver = driver
         self._origin = origin()  # the workers' own command says nothing
         self._saves = 0
         self._noticed: set[str] = set()

@@ -4,20 +4,28 @@ From journals that nobody holds any more, on this machine; and from a run's fold
 has what was measured up to its newest checkpoint, wherever its driver ran.
 """
 
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints, history
-from pipelines.journal import About, Ended, Journal, Row, Stored, journals
+from pipelines.journal import About, Ended, Journal, Row, Stored, files_beside, journals
 from pipelines.ledger import pointer
-from pipelines.outbox import Outbox
+from pipelines.outbox import Outbox, send_file, told
 from pipelines.secrets import redact
 from pipelines.storage import Place, open_place
-from pipelines.tracking import client_of, reachable
+from pipelines.tracking import client_of, reachable, sqlite_file
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+_log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
 """Seconds to go on trying for each run."""
@@ -40,7 +48,9 @@ class Synced:
     left: int = 0
     """Entries that still wait: it does not answer."""
     overtaken: int = 0
-    """Entries of a past that a later process has gone over again; they are dropped."""
+    """Entries of a past that a later process, which has not ended, goes over again; they stay."""
+    error: str = ""
+    """Why they cannot be sent."""
     living: bool = False
     """Whether a process writes the run at this moment, and sends them itself."""
 
@@ -77,7 +87,13 @@ def sync(where: str, patience_s: float = PATIENCE_S) -> list[Synced]:
 
 def _sync_spool(folder: Path, patience_s: float) -> Iterator[Synced]:
     for path in journals(folder):
-        journal = Journal.adopt(path)
+        try:
+            journal = Journal.adopt(path)
+        except DataError as error:
+            yield Synced("", path.name.partition("-")[0], "", str(path), error=str(error))
+            continue
+        if journal is None and not path.exists():
+            continue
         if journal is None:
             yield Synced("", path.name.partition("-")[0], "", str(path), living=True)
             continue
@@ -85,6 +101,12 @@ def _sync_spool(folder: Path, patience_s: float) -> Iterator[Synced]:
             if not _has_end(journal.pending(2**31)):  # its process was killed
                 journal.append(Ended("KILLED", int(path.stat().st_mtime * 1000)))
             yield _send(journal, str(path), patience_s)
+        except ConfigError as error:
+            about = journal.about
+            left = journal.left()
+            yield Synced(
+                about.run_name, about.run_id, about.uri, str(path), left=left, error=str(error)
+            )
         finally:
             journal.close()
 
@@ -108,12 +130,16 @@ def _sync_home(home: Place, known: dict[str, str], patience_s: float) -> Synced:
 def _send(journal: Journal, source: str, patience_s: float) -> Synced:
     about = journal.about
     uri = real_uri(about.uri)
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise ConfigError(f"there is no database {file} any more; was the folder moved?")
     with reachable(uri):
-        outbox = Outbox(client_of(uri), journal, living=False)
+        client = client_of(uri)
+    outbox = Outbox(client, journal, living=False)
     outbox.close(patience_s)
-    overtaken = journal.pending(2**31) if outbox.superseded else []
-    if overtaken:
-        journal.take(overtaken[-1].end)
+    if not outbox.stopped:
+        _send_files(client, journal)
+    left = journal.left()
     return Synced(
         about.run_name,
         about.run_id,
@@ -121,9 +147,23 @@ def _send(journal: Journal, source: str, patience_s: float) -> Synced:
         source,
         sent=outbox.sent,
         refused=outbox.refused,
-        left=journal.left(),
-        overtaken=len(overtaken),
+        left=0 if outbox.superseded else left,
+        overtaken=left if outbox.superseded else 0,
+        error="MLflow has no such run any more" if outbox.gone else "",
     )
+
+
+def _send_files(client: "MlflowClient", journal: Journal) -> None:
+    """Send the files that MLflow's store did not take before."""
+    folder = files_beside(journal.path)
+    try:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = file.relative_to(folder).as_posix()
+            send_file(client, journal.about.run_id, name, file.read_bytes())
+            file.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+    except Exception as error:  # whatever the store's client lets through
+        _log.warning("files in %s are not taken yet: %s", folder, told(error))
 
 
 def real_uri(known: str) -> str:

@@ -18,6 +18,7 @@ from droppos.errors import ConfigError
 from pipelines import checkpoints
 from pipelines.attempt import SupersededError, claim_for_driver
 from pipelines.holdout import measure_checkpoint
+from pipelines.ledger import begin_anew
 from pipelines.order import Schedule
 from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Objective, Recipe
@@ -200,6 +201,7 @@ class TrialRun(tune.Trainable):
             return  # and went on from there, before its process died
         claim_for_driver(home)  # what an older process of this trial still saves counts no more
         checkpoints.adopt(home, checkpoints.at(uri))
+        begin_anew(home)  # its steps from here on are not those of the weights it had
         known.write_bytes(uri.encode())
 
     def cleanup(self) -> None:

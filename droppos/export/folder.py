@@ -6,7 +6,7 @@ which format this is, and which files belong to it.
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,12 @@ def write_own(folder: Path, about: Mapping[str, Any]) -> None:
     write_json(folder / OWN_CONFIG, {"format": VERSION, **about, "files": files})
 
 
+def unfinished(files: Iterable[str]) -> bytes:
+    """Make a droppos.json of a folder whose files are being replaced; nobody loads that."""
+    said = {"format": VERSION, "unfinished": True, "files": sorted({OWN_CONFIG, *files})}
+    return json.dumps(said, indent=2).encode() + b"\n"
+
+
 def read_own(folder: Path) -> dict[str, Any]:
     """Read droppos.json.
 
@@ -99,6 +105,8 @@ def read_own(folder: Path) -> dict[str, Any]:
             f"{folder / OWN_CONFIG} says format {found!r}, expected {VERSION!r}; "
             "is it another thing, or from another version? Export again from the checkpoint"
         )
+    if own.get("unfinished"):
+        raise DataError(f"{folder} holds an export that was cut short; export again")
     return own
 
 

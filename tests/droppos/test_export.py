@@ -12,6 +12,7 @@ from droppos.config import Method, Model
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.export.flow import ExportReport
 from droppos.export.flow import export as export_as
+from droppos.export.folder import OWN_CONFIG, unfinished
 from droppos.export.timm_vit import TIMM, load_export
 from droppos.measure.position import protocol_draw
 from droppos.model import DropPos
@@ -193,3 +194,16 @@ def test_a_broken_export_says_what_is_broken(tmp_path: Path) -> None:
     (out / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"model\.safetensors"):
         load_export(out)
+
+
+def test_an_upload_that_was_cut_short_is_not_loaded_but_may_be_replaced(tmp_path: Path) -> None:
+    droppos, out = pretrained(), tmp_path / "out"
+    export(droppos, SMALL, out)
+    names = [file.name for file in out.iterdir()]
+    (out / OWN_CONFIG).write_bytes(unfinished([*names, "half.bin"]))
+    (out / "half.bin").write_bytes(b"ha")
+    with pytest.raises(DataError, match="cut short; export again"):
+        load_export(out)
+    export(droppos, SMALL, out)
+    assert load_export(out).whole is not None
+    assert not (out / "half.bin").exists()

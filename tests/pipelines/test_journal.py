@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from droppos.errors import DataError
 from pipelines import journal as module
 from pipelines.journal import (
     About,
@@ -130,21 +131,20 @@ def test_a_line_cut_short_is_dropped_and_a_damaged_one_passed_over(
     first.append(Row(1, 0, {}))
     first.close()
     with first.path.open("ab") as file:
-        file.write(b'{"kind": "nonsense"}\n{"kind": "Row", "st')
+        file.write(b'{"kind": "nonsense"}\n12\n{"kind": "Row", "st')
     with adopted(first.path) as second:
         second.append(Row(2, 0, {}))
         assert entries(second) == [Row(1, 0, {}), Row(2, 0, {})]
     assert "damaged" in caplog.text
 
 
-def test_a_file_that_is_no_journal_is_told_and_left(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("text", ["hello\n", "", "12\n"])
+def test_a_file_that_is_no_journal_is_told_and_left(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x-y.journal"
-    path.write_text("hello\n")
-    assert Journal.adopt(path) is None
-    assert "is no journal" in caplog.text
-    assert path.read_text() == "hello\n"
+    path.write_text(text)
+    with pytest.raises(DataError, match="is no journal"):
+        Journal.adopt(path)
+    assert path.read_text() == text
 
 
 def test_a_journal_that_is_all_taken_starts_anew(
@@ -176,13 +176,16 @@ def fill_the_disk(folder: Path) -> None:
     for row in rows:
         journal.append(row)
     assert 0 < len(entries(journal)) < 6
+    assert journal.left() == 6
     taken = []
     while found := journal.pending(2):
+        if found[0].end == -1 and len(rows) == 6:  # somebody makes room while it is being sent
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+            rows.append(Row(6, 0, {"loss": 0.5}))
+            journal.append(rows[-1])
         taken += [stored.entry for stored in found]
         journal.take(found[-1].end)
-        if len(taken) == 4:  # somebody makes room
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert taken == rows
+    assert taken == rows and len(rows) == 7
     assert journal.left() == 0
     journal.close()
     os._exit(0)

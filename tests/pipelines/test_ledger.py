@@ -19,8 +19,9 @@ from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints, outbox, stored_state
 from pipelines.history import HistoryWriter
 from pipelines.journal import About, Artifact, Ended, Journal, Row, journals
-from pipelines.ledger import Ledger
+from pipelines.ledger import Ledger, begin_anew
 from pipelines.local_mlflow import LocalMlflow, free_port, mlflow_server
+from pipelines.pretrain import located
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.secrets import redact
 from pipelines.storage import open_place
@@ -276,7 +277,11 @@ def test_the_newest_process_writes_and_an_older_one_sends_no_more(
         assert living.living
     assert history(uri, newer.run_id, "loss") == [(step, step) for step in range(20)]
     assert MlflowClient(uri).get_run(newer.run_id).info.status == "FINISHED"
+    (synced,) = sync(str(tmp_path))  # MLflow has all of it by now
+    assert (synced.left, synced.overtaken) == (0, 0)
     assert sync(str(tmp_path)) == []
+    assert history(uri, newer.run_id, "loss") == [(step, step) for step in range(20)]
+    assert MlflowClient(uri).get_run(newer.run_id).info.status == "FINISHED"
 
 
 def test_a_resumed_run_takes_over_what_a_killed_one_left(uri: str, tmp_path: Path) -> None:
@@ -322,8 +327,8 @@ def test_a_journal_of_an_address_with_a_password_asks_for_it(tmp_path: Path) -> 
     about = About("http://***@h", "run", "a run", "/runs/a", "000001-abc")
     with closing(Journal.create(tmp_path, about)) as left:
         left.append(Row(1, 0, {"loss": 1}))
-    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
-        sync(str(tmp_path))
+    (synced,) = sync(str(tmp_path))
+    assert "MLFLOW_TRACKING_URI" in synced.error
     assert len(journals(tmp_path)) == 1
 
 
@@ -335,9 +340,141 @@ def test_a_place_that_is_no_folder_of_runs_is_an_error(tmp_path: Path) -> None:
 def test_values_of_secret_variables_are_blotted_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_TOKEN", "abcdef123456")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
-    monkeypatch.setenv("PASSWORD_FILE", "/run/secrets/password")
-    text = "run --x abcdef123456 wJalrXUtnFEMI/K7MDENG /run/secrets/password"
-    assert redact(text) == "run --x *** *** /run/secrets/password"
+    monkeypatch.setenv("SLASHED_SECRET", "/K7MDENG/wJalrXUtnFEMI")
+    monkeypatch.setenv("PASSWORD_FILE", __file__)
+    text = f"run --x abcdef123456 wJalrXUtnFEMI/K7MDENG /K7MDENG/wJalrXUtnFEMI {__file__}"
+    assert redact(text) == f"run --x *** *** *** {__file__}"
+    assert redact("postgresql+psycopg2://me:p/w#?@host/db") == "postgresql+psycopg2://***@host/db"
+
+
+@pytest.mark.parametrize("field", ["path", "holdout"])
+def test_a_recipe_with_a_secret_in_it_is_refused_before_it_is_written(field: str) -> None:
+    recipe = Recipe(data=Data(**{field: "s3://KEY:hunter2@bucket/data"}))
+    with pytest.raises(
+        ConfigError, match=rf"data\.{field} must hold no secret.*\*\*\*@bucket"
+    ) as info:
+        located(recipe)
+    assert "hunter2" not in str(info.value)
+
+
+def test_a_store_that_takes_no_files_holds_up_no_metric(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: MlflowClient, *_: Any) -> None:
+        raise ImportError("no module named google")  # as with artifacts on gs:// without its client
+
+    monkeypatch.setattr(outbox, "_PAUSES_S", (0.01, 0.05))
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", refuse)
+        with ledger(uri, tmp_path) as ours:
+            ours.text("a/first.txt", "one")
+            ours.text("second.txt", "two")
+            ours.log(1, {"loss": 1})
+    assert "no module named google" in caplog.text and "takes no files" in caplog.text
+    run = MlflowClient(uri).get_run(ours.run_id)
+    assert (run.data.metrics, run.info.status) == ({"loss": 1}, "FINISHED")
+    (synced,) = sync(str(tmp_path))
+    assert (synced.left, synced.error) == (0, "")
+    found = MlflowClient(uri).list_artifacts(ours.run_id)
+    assert sorted(file.path for file in found) == ["a", "second.txt"]
+    assert MlflowClient(uri).get_run(ours.run_id).info.status == "FINISHED"
+    assert sync(str(tmp_path)) == []
+
+
+def test_one_value_that_mlflow_refuses_costs_no_other(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ledger(uri, tmp_path) as ours:
+        for step in range(20):
+            ours.log(step, {"loss": step, "images_per_s": 1})
+        ours.log(20, {"loss": 20, "not*allowed": 1, "images_per_s": 1})
+        ours.tag({"kept": "yes"}, {"bad*name": "1"})
+        ours.log(21, {"loss": 21})
+    assert history(uri, ours.run_id, "loss") == [(step, step) for step in range(22)]
+    assert len(history(uri, ours.run_id, "images_per_s")) == 21
+    assert MlflowClient(uri).get_run(ours.run_id).data.tags["kept"] == "yes"
+    assert "never take not*allowed" in caplog.text
+
+
+def test_what_is_logged_to_a_deleted_run_waits_for_its_return(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "_PAUSES_S", (0.01, 0.05))
+    client = MlflowClient(uri)
+    with ledger(uri, tmp_path) as ours:
+        ours.log(1, {"loss": 1})
+        wait_for(lambda: len(history(uri, ours.run_id, "loss")) == 1)
+        client.delete_run(ours.run_id)
+        ours.log(2, {"loss": 2})
+        wait_for(lambda: ours.away)
+        client.restore_run(ours.run_id)
+    assert history(uri, ours.run_id, "loss") == [(1, 1), (2, 2)]
+
+
+def test_a_run_that_has_ended_stays_as_it_ended(uri: str, tmp_path: Path) -> None:
+    """Its process was killed between the end of the run and that of its journal."""
+    with ledger(uri, tmp_path) as ours:
+        ours.log(1, {"loss": 1})
+        about = ours._journal.about
+    left = Journal.create(tmp_path / "again", about)
+    left.append(Row(1, 1, {"loss": 1}))
+    left._file.close()
+    (synced,) = sync(str(tmp_path / "again"))
+    assert (synced.sent, synced.left) == (2, 0)
+    assert MlflowClient(uri).get_run(ours.run_id).info.status == "FINISHED"
+    assert history(uri, ours.run_id, "loss") == [(1, 1)]
+
+
+def test_a_gap_is_filled_from_storage(uri: str, tmp_path: Path) -> None:
+    home = open_place(str(tmp_path / "run"))
+    writer = HistoryWriter(home, "group", 0)
+    rows = [writer.add(step, {"loss": step}) for step in range(60)]
+    writer.cut(60)()
+    stored_state.save(home, 60, {"model": {"w": torch.ones(2)}}, {}, checkpoints.Retention(1))
+    with ledger(uri, tmp_path) as ours:
+        ours.replay(iter(rows[:10] + rows[50:]))
+    (synced,) = sync(home.uri)
+    assert (synced.left, synced.error) == (0, "")
+    assert history(uri, ours.run_id, "loss") == [(step, step) for step in range(60)]
+
+
+def test_a_run_that_is_gone_and_a_file_that_is_no_journal_are_told_at_once(
+    uri: str, tmp_path: Path
+) -> None:
+    spool = tmp_path / "spool"
+    about = About(uri, "0123456789abcdef0123456789abcdef", "gone", "/runs/gone", "000001-abc")
+    with closing(Journal.create(spool, about)) as left:
+        left.append(Row(1, 0, {"loss": 1}))
+    (spool / "x-y.journal").write_text("")
+    lost = About(f"sqlite:///{tmp_path}/moved.db", "run", "moved", "/runs/moved", "000001-abc")
+    with closing(Journal.create(spool, lost)) as left:
+        left.append(Row(1, 0, {"loss": 1}))
+    began = time.monotonic()
+    errors = sorted(one.error for one in sync(str(tmp_path)))
+    assert time.monotonic() - began < 30
+    assert len(errors) == 3
+    for told in ("MLflow has no such run", "is no journal", "no database"):
+        assert any(told in error for error in errors), errors
+    assert len(journals(spool)) == 3 and not (tmp_path / "moved.db").exists()
+
+
+def test_a_field_that_is_changed_back_is_told(uri: str, tmp_path: Path) -> None:
+    for workers in (1, 2, 1):
+        with ledger(uri, tmp_path, resume=True) as ours:
+            ours.describe(Recipe(run=Run(workers=workers)), {})
+    data = MlflowClient(uri).get_run(ours.run_id).data
+    assert data.tags["changed.run.workers"] == "1"
+
+
+def test_a_run_that_goes_on_from_anothers_weights_is_another_run(uri: str, tmp_path: Path) -> None:
+    with ledger(uri, tmp_path) as first:
+        first.log(100, {"loss": 1})
+    begin_anew(open_place(str(tmp_path / "run")))
+    with ledger(uri, tmp_path, resume=True) as second:
+        second.log(80, {"loss": 2})
+    assert second.run_id != first.run_id
+    with ledger(uri, tmp_path, resume=True) as third:
+        assert third.run_id == second.run_id
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:

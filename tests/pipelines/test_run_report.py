@@ -2,6 +2,7 @@
 
 import re
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from math import exp
@@ -137,10 +138,18 @@ def test_it_tells_what_the_run_came_to(text: str, saved: Saved) -> None:
 
 
 def test_words_follow_the_figures() -> None:
-    assert "has learnt" in verdict(METRICS, 1)[0]
+    assert "has learnt" in verdict(METRICS, 1, 1)[0]
     guessing = {**METRICS, "holdout/position/accuracy_low_95": 0.05}
-    assert "is still guessing" in verdict(guessing, 1)[0]
-    assert verdict({}, 7) == ["Step 7 was not measured on held-out pictures (data.holdout)."]
+    assert "is still guessing" in verdict(guessing, 1, 1)[0]
+    assert "These figures are of step 5" in verdict(METRICS, 7, 5)[-1]
+    assert "nothing was measured" in verdict({}, 7, None)[0]
+
+
+def test_a_checkpoint_that_was_not_measured_is_given_no_later_figures(saved: Saved) -> None:
+    """MLflow has the figures of a later step; the report is of the run as it was."""
+    earlier = replace(saved, step=STEPS - 1, record={**saved.record, "metrics": {}})
+    words = Page(run_report(earlier)).words
+    assert "nothing was measured" in words and "42.0%" not in words
 
 
 def test_without_mlflow_and_with_data_gone_the_rest_is_told(
