@@ -159,10 +159,13 @@ def _run(job: FinetuneJob, heard: Heard) -> list[int]:
     recipe = replace(job.recipe, compute=replace(job.recipe.compute, device=device))
     job = replace(job, recipe=recipe)
     counts: list[int] = []
+    gave_up: list[str] = []
 
     def told(event: Mapping[str, Any]) -> None:
         if event["kind"] == "tested":
             counts[:] = event["counts"]
+        if event["kind"] == "gave_up":
+            gave_up.append(event["error"])
 
     running = in_background(_trainer(job, on_gpu).fit)
     try:
@@ -180,6 +183,8 @@ def _run(job: FinetuneJob, heard: Heard) -> list[int]:
         raise cause_of(error) from error
     if error is not None:
         raise error
+    if gave_up:
+        raise TrainingError(gave_up[-1])
     if not counts:
         raise TrainingError(
             "the workers ended without a word of what they classified; add --resume: the newest "

@@ -6,6 +6,7 @@ Every rank runs this. As in pre-training, where it starts is decided by storage 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from droppos.errors import DataError
+from droppos.errors import DataError, TrainingError
 from droppos.measure.finetune import (
     FinetuneState,
     Labelled,
@@ -61,8 +62,24 @@ class FinetuneJob:
     itself, or every message to it would carry them."""
 
 
+class DivergedError(TrainingError):
+    """The loss is not finite any more; starting again as it is would only repeat it."""
+
+
 def finetune_worker(job: FinetuneJob) -> None:
-    """Fine-tune from the newest checkpoint to the last step, then classify held-out pictures."""
+    """Fine-tune from the newest checkpoint to the last step, then classify held-out pictures.
+
+    What all ranks found at once, and starting again as it is would only repeat, ends here.
+    """
+    try:
+        _finetune(job)
+    except DivergedError as error:
+        if dist.get_rank() == 0:
+            job.events.send({"kind": "gave_up", "error": str(error)})
+    job.events.flush(FLUSH_S)
+
+
+def _finetune(job: FinetuneJob) -> None:
     recipe, schedule = job.recipe, job.schedule
     torch.set_num_threads(recipe.run.cpus_per_worker)
     weights, labels = ray.get(job.held[0])
@@ -90,7 +107,6 @@ def finetune_worker(job: FinetuneJob) -> None:
             _save(job, state)
             pace.pause()
     _test(job, state)
-    job.events.flush(FLUSH_S)
 
 
 def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
@@ -164,11 +180,10 @@ def _save(job: FinetuneJob, state: FinetuneState) -> None:
 
 def _log(job: FinetuneJob, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
     """Average over ranks and tell the driver: where a step waits for the device."""
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
+    mean = mean_loss(loss, state.step)
     if dist.get_rank() == 0:
         values = {
-            "train/loss": mean.item() / dist.get_world_size(),
+            "train/loss": mean,
             "train/lr": max(group["lr"] for group in state.optimizer.param_groups),
             "train/epoch": state.epoch,
             "data/images_per_s": pace.images_per_s,
@@ -176,6 +191,24 @@ def _log(job: FinetuneJob, state: FinetuneState, loss: Tensor, pace: Pace) -> No
         }
         job.events.send({"kind": "metrics", "step": state.step, "values": values})
     pace.reset()
+
+
+def mean_loss(loss: Tensor, step: int) -> float:
+    """Average over ranks, on all of them; before a checkpoint is made of what diverged.
+
+    Raises:
+        DivergedError: On all ranks, if it is not finite.
+    """
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    value = mean.item() / dist.get_world_size()
+    if not isfinite(value):
+        raise DivergedError(
+            f"the loss was {value} at or before step {step}: the fine-tuning diverged; begin again "
+            "under another --name with a lower --optim.lr-per-256, more --optim.warmup-epochs, an "
+            "--optim.clip-norm, or --precision float32"
+        )
+    return value
 
 
 def _test(job: FinetuneJob, state: FinetuneState) -> None:

@@ -21,7 +21,7 @@ from pipelines import checkpoints, stored_state
 from pipelines.augmented import read_augmented
 from pipelines.finetune import Finetuned, finetune
 from pipelines.finetune_run import FinetuneRun
-from pipelines.finetune_worker import labelled
+from pipelines.finetune_worker import DivergedError, labelled, mean_loss
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
 from pipelines.recipe import Tracking
@@ -156,6 +156,13 @@ def test_what_cannot_be_learnt_or_asked_is_refused(
         tune(backbone, data, tmp_path, holdout=str(tmp_path / "cats"))
     with pytest.raises(ConfigError, match=r"run\.workers"):
         FinetuneRun(workers=0)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_loss_that_is_not_finite_ends_the_run() -> None:
+    assert mean_loss(torch.tensor(1.5), 7) == 1.5
+    with pytest.raises(DivergedError, match=r"nan at or before step 7.*lr-per-256"):
+        mean_loss(torch.tensor(float("nan")), 7)
 
 
 @pytest.fixture(scope="module")
