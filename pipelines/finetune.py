@@ -32,6 +32,7 @@ from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
 from pipelines.cost import HOURS, Cost
 from pipelines.crew import worker_resources
 from pipelines.events import Events
+from pipelines.extraction import heads_of
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import FinetuneJob, finetune_worker
 from pipelines.heard import Heard, OnEvent
@@ -274,6 +275,7 @@ def _facts(
     settings["optim"].pop("accumulate")
     return {
         "backbone": digest.hexdigest(),
+        "heads": heads_of(trained.encoder),
         "data": schedule.manifest.digest,
         "seed": whole.run.seed,
         "window": whole.data.window,

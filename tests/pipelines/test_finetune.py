@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from droppos.config import Method, Optim
+from droppos.encoder import build_encoder
 from droppos.errors import ConfigError, DataError
 from droppos.export.flow import export
 from droppos.export.timm_vit import TIMM
@@ -19,12 +20,14 @@ from droppos.model import DropPos
 from droppos.trained import Trained
 from pipelines import checkpoints, stored_state
 from pipelines.augmented import read_augmented
-from pipelines.finetune import Finetuned, finetune
+from pipelines.backbone import Backbone
+from pipelines.finetune import Finetuned, _facts, finetune
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import DivergedError, labelled, mean_loss
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
-from pipelines.recipe import Tracking
+from pipelines.pretrain import plan
+from pipelines.recipe import Recipe, Tracking
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch
@@ -163,6 +166,23 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     assert mean_loss(torch.tensor(1.5), 7) == 1.5
     with pytest.raises(DivergedError, match=r"nan at or before step 7.*lr-per-256"):
         mean_loss(torch.tensor(float("nan")), 7)
+
+
+def facts_of(trained: Backbone, data: str, holdout: str, folder: Path) -> dict[str, Any]:
+    run = FinetuneRun(storage=str(folder))
+    whole = Recipe(model=trained.model, optim=RECIPE.optim, data=run.data(data, holdout))
+    return _facts(trained, RECIPE, whole, plan(whole))
+
+
+def test_a_checkpoint_is_of_one_number_of_heads(data: str, tmp_path: Path) -> None:
+    four = build_encoder(TINY)
+    one = build_encoder(replace(TINY, heads=1))
+    one.load_state_dict(four.state_dict())
+    ours, theirs = (
+        facts_of(Backbone(encoder, TINY, None), data, data, tmp_path) for encoder in (four, one)
+    )
+    assert ours["backbone"] == theirs["backbone"]
+    assert {name for name in ours if ours[name] != theirs[name]} == {"heads"}
 
 
 @pytest.fixture(scope="module")
