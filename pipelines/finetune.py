@@ -267,6 +267,7 @@ def _facts(
     trained: Backbone, recipe: Finetune, whole: Recipe, schedule: Schedule
 ) -> dict[str, Any]:
     """Tell all that must be the same for a checkpoint to be of this run."""
+    assert whole.data.holdout is not None
     digest = sha256()
     for _, value in sorted(trained.encoder.state_dict().items()):
         digest.update(value.contiguous().numpy().tobytes())
@@ -277,6 +278,7 @@ def _facts(
         "backbone": digest.hexdigest(),
         "heads": heads_of(trained.encoder),
         "data": schedule.manifest.digest,
+        "holdout": load_manifest(open_place(whole.data.holdout)).digest,
         "seed": whole.run.seed,
         "window": whole.data.window,
         **{name: _plain(value) for name, value in settings.items()},

@@ -185,6 +185,15 @@ def test_a_checkpoint_is_of_one_number_of_heads(data: str, tmp_path: Path) -> No
     assert {name for name in ours if ours[name] != theirs[name]} == {"heads"}
 
 
+def test_a_checkpoint_is_of_one_held_out_set(data: str, photographs: Path, tmp_path: Path) -> None:
+    prepare(str(photographs / "cat"), str(tmp_path / "cats"))
+    backbone = Backbone(build_encoder(TINY), TINY, None)
+    ours, theirs = (
+        facts_of(backbone, data, holdout, tmp_path) for holdout in (data, str(tmp_path / "cats"))
+    )
+    assert {name for name in ours if ours[name] != theirs[name]} == {"holdout"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
