@@ -39,7 +39,7 @@ from pipelines.recipe import Recipe
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch, batches
-from pipelines.worker import FLUSH_S, grouped, tell_skipped
+from pipelines.worker import FLUSH_S, grouped, started, tell_skipped
 
 TEST_BATCH = 64
 """Pictures of a forward pass."""
@@ -86,6 +86,7 @@ def _finetune(job: FinetuneJob) -> None:
     state = _create(job, weights)
     home = open_place(recipe.home)
     _restore(state, checkpoints.newest(home))
+    job.events.send(started(state.step, state.device))
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None
     stream = batches(

@@ -21,6 +21,7 @@ from droppos.trained import Trained
 from pipelines import checkpoints, stored_state
 from pipelines.augmented import read_augmented
 from pipelines.backbone import Backbone
+from pipelines.cost import HOURS
 from pipelines.finetune import Finetuned, _facts, finetune
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import DivergedError, labelled, mean_loss
@@ -218,6 +219,7 @@ def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
     run = client.get_run(whole.tracking_run)
     assert run.data.metrics["finetune/accuracy"] == whole.top_1.value
     assert run.data.metrics["finetune/accuracy_low_95"] == whole.top_1.interval[0]
+    assert run.data.metrics[HOURS] > 0 and run.data.tags["hardware.workers"]
     losses = client.get_metric_history(whole.tracking_run, "train/loss")
     assert [point.step for point in losses] == list(range(1, 19))
 
