@@ -26,7 +26,7 @@ from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from pipelines import checkpoints
-from pipelines.augmented import read_augmented
+from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
 from pipelines.cost import HOURS, Cost
@@ -101,6 +101,8 @@ def finetune(
         TrainingError: If the workers failed more often than run.max_failures.
     """
     trained = open_backbone(backbone)
+    if recipe.augment:  # here, or the tasks that decode would be the first to refuse it
+        rand_augment(recipe.augment, min(trained.model.image_size))
     whole = located(
         Recipe(
             model=trained.model,

@@ -203,7 +203,7 @@ def test_one_that_diverged_counts_nothing() -> None:
         {"drop_path": 1.0},
         {"mixup": -1.0},
         {"cutmix": float("inf")},
-        {"label_smoothing": 1.5},
+        {"label_smoothing": 1.0},
         {"random_erasing": -0.1},
         {"crop_scale": (0.5, 0.2)},
         {"augment": "augmix-m5"},
