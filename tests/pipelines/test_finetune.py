@@ -153,7 +153,7 @@ def test_what_cannot_be_learnt_or_asked_is_refused(
     backbone: str, data: str, photographs: Path, tmp_path: Path
 ) -> None:
     odd = replace(RECIPE, optim=replace(RECIPE.optim, global_batch=6))
-    for name in ("rand-q9", "rand-m9.5", "random-m9", "rand-tmine"):
+    for name in ("rand-q9", "rand-m9.5", "random-m9"):
         with pytest.raises(ConfigError, match=f"augment must be .*'{name}'"):
             tune(backbone, data, tmp_path, replace(RECIPE, augment=name))
     with pytest.raises(ConfigError, match="in pairs, but a worker's micro-batch has 3"):
