@@ -30,6 +30,9 @@ EXACT_VALUES = 2**27
 """Largest number of features and logits for which the exact probe is taken: 1 GiB each of float64,
 several times over while it solves."""
 
+PROBED = 5
+"""Fewest pictures that a linear probe learns from."""
+
 Solver = Literal["auto", "lbfgs", "sgd", "lars"]
 
 
@@ -126,9 +129,18 @@ def evaluate(
             learnt = extract(trained.encoder, train, size, limit=limit, spread=spread)
             _require_same_classes(train, learnt, data, asked)
             known, asked_labelled = _Labelled.of(learnt), _Labelled.of(asked)
-        pair = known.on(device()), asked_labelled.on(device())
-        knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
-        found = _probe(*pair, probe, notes)
+        if (reason := _why_not(known, asked_labelled)) is not None:
+            notes.append(f"k-NN and linear probe: {reason}")
+        else:
+            pair = known.on(device()), asked_labelled.on(device())
+            knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
+            if len(known.labels) >= PROBED:
+                found = _probe(*pair, probe, notes)
+            else:
+                notes.append(
+                    f"linear probe: {len(known.labels)} labelled pictures to learn from are too "
+                    f"few, it takes {PROBED}; give a larger data set"
+                )
     return Evaluation(
         backbone=trained.uri,
         data=open_place(data).uri,
@@ -222,13 +234,18 @@ def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str])
 def _part(pictures: Extracted) -> tuple[_Labelled, _Labelled]:
     """Part a data set that comes alone."""
     known = in_known_share(pictures.keys)
-    if known.all() or not known.any():
-        raise DataError(
-            f"{len(known)} pictures are too few to part for k-NN and probe; "
-            "give a larger data set, or another one with --train"
-        )
     both = _Labelled.of(pictures)
     return both.where(known), both.where(~known)
+
+
+def _why_not(known: _Labelled, asked: _Labelled) -> str | None:
+    """Tell why nothing can be learnt or asked, where that is so; other figures can be had."""
+    told = f"{len(known.labels)} labelled pictures to learn from and {len(asked.labels)} to ask"
+    if len(known.labels) == 0 or len(asked.labels) == 0:
+        return f"{told} are too few; give a larger data set, or another one with --train"
+    if len(known.labels.unique()) < 2:
+        return f"{told}, but those to learn from are all of one class; give some of two or more"
+    return None
 
 
 def _require_same_classes(train: str, known: Extracted, data: str, asked: Extracted) -> None:

@@ -100,6 +100,24 @@ def test_pictures_without_labels_have_no_classes_to_tell(
         evaluate(backbone, data, train=str(tmp_path / "cats"), measure=MEASURE)
 
 
+def test_what_labels_do_not_allow_is_told_and_ends_nothing(
+    backbone: str, photographs: Path, data: str, tmp_path: Path
+) -> None:
+    alone = evaluate(backbone, data, measure=MEASURE, limit=1)
+    assert alone.knn is None and alone.probe is None and alone.position is not None
+    assert "are too few" in " ".join(alone.notes)
+    few = evaluate(backbone, data, train=data, measure=MEASURE, limit=4)
+    assert few.knn is not None and few.probe is None
+    assert "4 labelled pictures to learn from are too few, it takes 5" in " ".join(few.notes)
+
+
+def test_one_class_among_several_teaches_nothing() -> None:
+    one = job._Labelled(torch.zeros(9, 2), torch.full((9,), 3))
+    two = job._Labelled(torch.zeros(9, 2), torch.arange(9) % 2)
+    assert "all of one class" in str(job._why_not(one, two))
+    assert job._why_not(two, one) is None
+
+
 def test_five_classes_have_no_first_five() -> None:
     probe = Probe(Proportion(3, 4), None, "lbfgs, l2 1")
     found = Evaluation("b", "d", None, 4, None, probe, None, 1.0, 2)
