@@ -115,7 +115,8 @@ def evaluate(
     size = trained.model.image_size
     asked = extract(trained.encoder, data, size, limit=limit, spread=spread)
     notes: list[str] = []
-    position = _positions(trained, data, measure)
+    here = device(spread)
+    position = _positions(trained, data, measure, here)
     if position is None:
         notes.append("position accuracy: this backbone has no position head")
 
@@ -132,7 +133,7 @@ def evaluate(
         if (reason := _why_not(known, asked_labelled)) is not None:
             notes.append(f"k-NN and linear probe: {reason}")
         else:
-            pair = known.on(device()), asked_labelled.on(device())
+            pair = known.on(here), asked_labelled.on(here)
             knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
             if len(known.labels) >= PROBED:
                 found = _probe(*pair, probe, notes)
@@ -175,20 +176,24 @@ def track(evaluation: Evaluation, tracking: Tracking) -> str:
     )
 
 
-def device() -> torch.device:
-    """Choose where this process measures."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(spread: Spread) -> torch.device:
+    """Choose where this process measures: a driver need not have the GPU that its workers have."""
+    if spread.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
-def _positions(trained: Backbone, data: str, measure: Measure) -> PositionReport | None:
+def _positions(
+    trained: Backbone, data: str, measure: Measure, device: torch.device
+) -> PositionReport | None:
     """Ask for positions just as a run does while it trains: of the same pictures."""
     if trained.droppos is None:
         return None
     pictures = load_pictures(data, trained.model.image_size, measure.pictures)
     exactly = Compute(strategy="single", precision="float32")
-    holdout = Holdout(measure, exactly, pictures, device())
+    holdout = Holdout(measure, exactly, pictures, device)
     try:
-        return holdout.positions(trained.droppos.to(device()))
+        return holdout.positions(trained.droppos.to(device))
     finally:
         trained.droppos.cpu()
 
@@ -221,7 +226,7 @@ def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str])
         exact = linear_probe(*four)
         top_5 = exact.top_5 if classes > 5 else None
         return Probe(exact.accuracy, top_5, f"lbfgs, l2 {exact.l2:g}")
-    found = sgd_probe(*four, LARS if solver == "lars" else LinearRecipe(), device=device())
+    found = sgd_probe(*four, LARS if solver == "lars" else LinearRecipe(), device=asked.features.device)
     if found.at_edge:
         notes.append(
             f"linear probe: rate {found.rate:g} is at the end of {solver}'s grid, a better one may "

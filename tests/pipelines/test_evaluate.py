@@ -118,6 +118,14 @@ def test_one_class_among_several_teaches_nothing() -> None:
     assert job._why_not(two, one) is None
 
 
+def test_a_cpu_that_is_asked_for_is_taken_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = [job.device(Spread(device=device)).type for device in ("auto", "cpu", "cuda")]
+    assert found == ["cuda", "cpu", "cuda"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert job.device(Spread(device="cuda")).type == "cpu"
+
+
 def test_five_classes_have_no_first_five() -> None:
     probe = Probe(Proportion(3, 4), None, "lbfgs, l2 1")
     found = Evaluation("b", "d", None, 4, None, probe, None, 1.0, 2)
