@@ -124,11 +124,13 @@ def evaluate(
     if asked.labels is None:
         notes.append("k-NN and linear probe: the data set has no labels")
     else:
+        _note_unlabelled(data, asked, notes)
         if train is None:
             known, asked_labelled = _part(asked)
         else:
             learnt = extract(trained.encoder, train, size, limit=limit, spread=spread)
             _require_same_classes(train, learnt, data, asked)
+            _note_unlabelled(train, learnt, notes)
             known, asked_labelled = _Labelled.of(learnt), _Labelled.of(asked)
         if (reason := _why_not(known, asked_labelled)) is not None:
             notes.append(f"k-NN and linear probe: {reason}")
@@ -204,12 +206,12 @@ class _Labelled:
     labels: Tensor
 
     @classmethod
-    def of(cls, extracted: Extracted) -> "_Labelled":
+    def of(cls, extracted: Extracted, chosen: Tensor | None = None) -> "_Labelled":
+        """Take the chosen ones of those pictures that have a label."""
         assert extracted.labels is not None
-        return cls(extracted.features, extracted.labels)
-
-    def where(self, chosen: Tensor) -> "_Labelled":
-        return _Labelled(self.features[chosen], self.labels[chosen])
+        there = extracted.labels >= 0
+        taken = there if chosen is None else there & chosen
+        return cls(extracted.features[taken], extracted.labels[taken])
 
     def on(self, device: torch.device) -> "_Labelled":
         return _Labelled(self.features.to(device), self.labels.to(device))
@@ -239,8 +241,16 @@ def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str])
 def _part(pictures: Extracted) -> tuple[_Labelled, _Labelled]:
     """Part a data set that comes alone."""
     known = in_known_share(pictures.keys)
-    both = _Labelled.of(pictures)
-    return both.where(known), both.where(~known)
+    return _Labelled.of(pictures, known), _Labelled.of(pictures, ~known)
+
+
+def _note_unlabelled(uri: str, pictures: Extracted, notes: list[str]) -> None:
+    assert pictures.labels is not None
+    if missing := int((pictures.labels < 0).sum()):
+        notes.append(
+            f"k-NN and linear probe: {missing} of {len(pictures.labels)} pictures of {uri} have no "
+            "label, and are left out"
+        )
 
 
 def _why_not(known: _Labelled, asked: _Labelled) -> str | None:
@@ -261,6 +271,6 @@ def _require_same_classes(train: str, known: Extracted, data: str, asked: Extrac
         )
     if known.labels is None:
         raise DataError(
-            f"some pictures of {train} have no label, so nothing can be learnt from it; prepare it "
+            f"no picture of {train} has a label, so nothing can be learnt from it; prepare it "
             "from a folder with a sub-folder per class"
         )

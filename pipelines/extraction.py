@@ -69,7 +69,7 @@ class Extracted:
     """Means of the patch tokens after the last norm, on the CPU."""
     keys: list[str]
     labels: Int[Tensor, " P"] | None
-    """Class of each picture, where the data set has classes."""
+    """Class of each picture, -1 for one without; None where no picture has any."""
     classes: tuple[str, ...] | None
 
 
@@ -126,7 +126,7 @@ def pieces_of(chosen: Sequence[Chosen]) -> list[Piece]:
 
 def _joined(parts: Sequence[Columns], manifest: Manifest) -> Extracted:
     labels = torch.from_numpy(np.concatenate([part["labels"] for part in parts]))
-    labelled = manifest.classes is not None and bool((labels >= 0).all())
+    labelled = manifest.classes is not None and bool((labels >= 0).any())
     return Extracted(
         features=torch.from_numpy(np.concatenate([part["features"] for part in parts])),
         keys=[str(key) for part in parts for key in part["keys"]],

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -124,6 +126,26 @@ def test_a_cpu_that_is_asked_for_is_taken_beside_a_gpu(monkeypatch: pytest.Monke
     assert found == ["cuda", "cpu", "cuda"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert job.device(Spread(device="cuda")).type == "cpu"
+
+
+def test_pictures_without_a_label_among_others_are_left_out(
+    backbone: str, photographs: Path, tmp_path: Path
+) -> None:
+    files = sorted(file for file in photographs.rglob("*") if file.is_file())
+    labels = [None if i < 3 else i % 4 for i in range(len(files))]
+    images = pa.array([{"bytes": file.read_bytes(), "path": None} for file in files])
+    table = pa.table({"image": images, "label": labels})
+    (tmp_path / "given").mkdir()
+    pq.write_table(table, str(tmp_path / "given" / "some.parquet"))
+    prepare(str(tmp_path / "given"), str(tmp_path / "some"))
+    some = str(tmp_path / "some")
+    found = evaluate(backbone, some, train=some, measure=MEASURE)
+    told = f"3 of {len(files)} pictures of {some} have no label, and are left out"
+    assert sum(told in note for note in found.notes) == 2
+    assert found.knn is not None and found.knn.total == len(files) - 3
+    assert found.probe is not None and found.pictures == len(files)
+    parted = evaluate(backbone, some, measure=MEASURE)
+    assert parted.knn is not None and 0 < parted.knn.total < len(files) - 3
 
 
 def test_five_classes_have_no_first_five() -> None:
