@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from droppos.config import Compute, Heads
-from droppos.errors import DataError
+from droppos.errors import ConfigError, DataError
 from droppos.measure.intervals import Proportion
 from droppos.measure.knn import knn_accuracy
 from droppos.measure.linear import LARS, LinearRecipe, sgd_probe
@@ -108,9 +108,11 @@ def evaluate(
         heads: Attention heads, for weights of another project that don't tell.
 
     Raises:
-        ConfigError: If workers have no room.
+        ConfigError: If workers have no room, or no picture is to be taken.
         DataError: If backbone or data cannot be read, or their classes differ.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--pictures must be 1 or more, got {limit}; leave it out to take all")
     trained = open_backbone(backbone, heads)
     size = trained.model.image_size
     asked = extract(trained.encoder, data, size, limit=limit, spread=spread)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from droppos.config import Method
-from droppos.errors import DataError
+from droppos.errors import ConfigError, DataError
 from droppos.export.flow import export
 from droppos.export.timm_vit import TIMM
 from droppos.measure.intervals import Proportion
@@ -16,10 +16,12 @@ from droppos.model import DropPos
 from droppos.trained import Trained
 from pipelines import evaluate as job
 from pipelines.evaluate import Evaluation, Probe, evaluate, track
+from pipelines.holdout import choose
 from pipelines.prepare import prepare
 from pipelines.recipe import Measure, Tracking
 from pipelines.report import evaluation_rows
 from pipelines.scores import Origin
+from pipelines.shards import load_manifest
 from pipelines.spread import Spread
 from pipelines.storage import open_place
 from tests.droppos.tiny import TINY
@@ -146,6 +148,13 @@ def test_pictures_without_a_label_among_others_are_left_out(
     assert found.probe is not None and found.pictures == len(files)
     parted = evaluate(backbone, some, measure=MEASURE)
     assert parted.knn is not None and 0 < parted.knn.total < len(files) - 3
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_no_picture_at_all_is_refused(backbone: str, data: str, limit: int) -> None:
+    with pytest.raises(ConfigError, match=f"--pictures must be 1 or more, got {limit}"):
+        evaluate(backbone, data, measure=MEASURE, limit=limit)
+    assert choose(load_manifest(open_place(data)), 0) == []
 
 
 def test_five_classes_have_no_first_five() -> None:
