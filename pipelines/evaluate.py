@@ -230,7 +230,9 @@ def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str])
         exact = linear_probe(*four)
         top_5 = exact.top_5 if classes > 5 else None
         return Probe(exact.accuracy, top_5, f"lbfgs, l2 {exact.l2:g}")
-    found = sgd_probe(*four, LARS if solver == "lars" else LinearRecipe(), device=asked.features.device)
+    found = sgd_probe(
+        *four, LARS if solver == "lars" else LinearRecipe(), device=asked.features.device
+    )
     if found.at_edge:
         notes.append(
             f"linear probe: rate {found.rate:g} is at the end of {solver}'s grid, a better one may "

@@ -6,7 +6,7 @@ holds the pixels of more than two pieces, and only features of the whole set are
 
 Layout of what is kept, below a folder::
 
-    a1b2c3d4e5f60718/        hash of the encoder's weights and heads, the data set and what was taken
+    a1b2c3d4e5f60718/        hash of the encoder's weights and heads, the data, and what was taken
         part-00000.npz       features, keys and labels of the first piece
         part-00001.npz       ...
 
