@@ -166,11 +166,11 @@ def track(evaluation: Evaluation, tracking: Tracking) -> str:
     Raises:
         ConfigError: If MLflow cannot be reached.
     """
-    facts = {"pictures": str(evaluation.pictures)}
-    if evaluation.train is not None:
-        facts["train"] = evaluation.train
-    if evaluation.probe is not None:
-        facts["probe"] = evaluation.probe.solver
+    facts = {  # none is written, too: an earlier evaluation's tag would stand
+        "pictures": str(evaluation.pictures),
+        "train": evaluation.train or "none",
+        "probe": "none" if evaluation.probe is None else evaluation.probe.solver,
+    }
     return track_figures(
         evaluation.metrics(),
         backbone=evaluation.backbone,

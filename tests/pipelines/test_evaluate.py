@@ -1,5 +1,6 @@
 """An evaluation from a folder to its figures, on the terminal and in MLflow."""
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from pipelines.holdout import choose
 from pipelines.prepare import prepare
 from pipelines.recipe import Measure, Tracking
 from pipelines.report import evaluation_rows
-from pipelines.scores import Origin
+from pipelines.scores import Origin, name_in
 from pipelines.shards import load_manifest
 from pipelines.spread import Spread
 from pipelines.storage import open_place
@@ -170,6 +171,14 @@ def test_a_checkpoint_tells_its_run() -> None:
     assert Origin.of("/some/export") == Origin(None, None, 0)
 
 
+def test_two_data_sets_of_one_last_folder_have_two_names() -> None:
+    first, second = "s3://bucket/birds/validation", "s3://bucket/cats/validation"
+    tags = {"evaluation.validation.data": first}
+    assert name_in({}, first) == name_in(tags, first) == "validation"
+    other = name_in(tags, second)
+    assert other == name_in(tags, second) and re.fullmatch("validation-[0-9a-f]{6}", other)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -190,6 +199,7 @@ def test_figures_go_to_the_run_that_made_the_backbone_and_leave_its_state(
     assert run.data.metrics[name] == measured.knn.value
     assert run.data.metrics[f"{name}_low_95"] == measured.knn.interval[0]
     assert run.data.tags["evaluation.validation.backbone"] == measured.backbone
+    assert run.data.tags["evaluation.validation.train"] == "none"
 
     home = str(tmp_path / "runs" / "mine")
     own = client.create_run(run.info.experiment_id, tags={"droppos.home": home}).info.run_id
