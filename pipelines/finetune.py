@@ -21,7 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
-from droppos.config import Method
+from droppos.config import Heads, Method
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
@@ -81,6 +81,7 @@ def finetune(
     *,
     tracking: Tracking,
     resume: bool = False,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
     on_event: OnEvent | None = None,
 ) -> Finetuned:
     """Fine-tune a backbone, and classify held-out pictures with the result.
@@ -93,6 +94,7 @@ def finetune(
         run: Name, storage and workers.
         tracking: Where MLflow is.
         resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
+        heads: Attention heads, for weights of another project that don't tell.
         on_event: Hears of progress.
 
     Raises:
@@ -100,7 +102,7 @@ def finetune(
         DataError: If data or storage cannot be read, or labels are missing.
         TrainingError: If the workers failed more often than run.max_failures.
     """
-    trained = open_backbone(backbone)
+    trained = open_backbone(backbone, heads)
     if recipe.augment:  # here, or the tasks that decode would be the first to refuse it
         rand_augment(recipe.augment, min(trained.model.image_size))
     whole = located(
