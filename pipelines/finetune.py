@@ -26,6 +26,7 @@ from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from pipelines import checkpoints
+from pipelines.attempt import claim_for_driver
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
@@ -125,6 +126,7 @@ def finetune(
     saved = checkpoints.newest(home)
     _check_resume(whole, saved, facts, resume)
     connect(whole)
+    driver = claim_for_driver(home)
     with Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger:
         described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
         ledger.describe(whole, {**described, "finetune.backbone": trained.uri})
@@ -147,6 +149,7 @@ def finetune(
             schedule=schedule,
             classes=len(classes),
             facts=facts,
+            driver=driver,
             events=Events.start(),
             held=[ray.put((trained.encoder.state_dict(), labels))],
         )

@@ -29,6 +29,7 @@ from droppos.measure.finetune import (
 from droppos.measure.finetune_recipe import Finetune
 from droppos.parallel import resolve_device
 from pipelines import checkpoints, stored_state
+from pipelines.attempt import Attempt, SupersededError, claim_for_group
 from pipelines.events import Events
 from pipelines.extraction import decode, pieces_of
 from pipelines.holdout import choose
@@ -56,6 +57,8 @@ class FinetuneJob:
     classes: int
     facts: Mapping[str, Any]
     """What a checkpoint depends on."""
+    driver: str
+    """Who took the run over (:mod:`pipelines.attempt`)."""
     events: Events
     held: Sequence[Any]
     """A reference to the encoder's weights and each row's label, in a list: fetched by the worker
@@ -73,7 +76,7 @@ def finetune_worker(job: FinetuneJob) -> None:
     """
     try:
         _finetune(job)
-    except DivergedError as error:
+    except (DivergedError, SupersededError) as error:
         if dist.get_rank() == 0:
             job.events.send({"kind": "gave_up", "error": str(error)})
     job.events.flush(FLUSH_S)
@@ -85,6 +88,7 @@ def _finetune(job: FinetuneJob) -> None:
     weights, labels = ray.get(job.held[0])
     state = _create(job, weights)
     home = open_place(recipe.home)
+    attempt = claim_for_group(home, job.driver, state.device)  # nobody else adds one now
     _restore(state, checkpoints.newest(home))
     job.events.send(started(state.step, state.device))
     shard = ray.train.get_dataset_shard("train")
@@ -105,7 +109,7 @@ def _finetune(job: FinetuneJob) -> None:
         if ended or state.step % recipe.run.log_every == 0:
             _log(job, state, loss, pace)
         if ended:
-            _save(job, state)
+            _save(job, state, attempt)
             pace.pause()
     _test(job, state)
 
@@ -165,7 +169,7 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     state.step = saved.step
 
 
-def _save(job: FinetuneJob, state: FinetuneState) -> None:
+def _save(job: FinetuneJob, state: FinetuneState, attempt: Attempt) -> None:
     """Write a checkpoint, all ranks together; training waits, once an epoch."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
     saved = stored_state.save(
@@ -174,6 +178,7 @@ def _save(job: FinetuneJob, state: FinetuneState) -> None:
         {"model": model, "optimizer": optimizer},
         {"finetune": dict(job.facts)},
         checkpoints.Retention(job.recipe.run.keep_checkpoints),
+        attempt.check,
     )
     if dist.get_rank() == 0:
         job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})

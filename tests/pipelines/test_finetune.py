@@ -15,16 +15,19 @@ from droppos.encoder import build_encoder
 from droppos.errors import ConfigError, DataError
 from droppos.export.flow import export
 from droppos.export.timm_vit import TIMM
+from droppos.measure.finetune import FinetuneState, build_classifier
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import DropPos
 from droppos.trained import Trained
 from pipelines import checkpoints, stored_state
+from pipelines.attempt import SupersededError, claim_for_driver, claim_for_group
 from pipelines.augmented import read_augmented
 from pipelines.backbone import Backbone
 from pipelines.cost import HOURS
+from pipelines.events import Events
 from pipelines.finetune import Finetuned, _facts, finetune
 from pipelines.finetune_run import FinetuneRun
-from pipelines.finetune_worker import DivergedError, labelled, mean_loss
+from pipelines.finetune_worker import DivergedError, FinetuneJob, _save, labelled, mean_loss
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
 from pipelines.pretrain import plan
@@ -196,6 +199,33 @@ def test_a_checkpoint_is_of_one_held_out_set(data: str, photographs: Path, tmp_p
         facts_of(backbone, data, holdout, tmp_path) for holdout in (data, str(tmp_path / "cats"))
     )
     assert {name for name in ours if ours[name] != theirs[name]} == {"holdout"}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_path: Path) -> None:
+    run = FinetuneRun(storage=str(tmp_path))
+    whole = Recipe(model=TINY, optim=RECIPE.optim, data=run.data(data, data), run=run.run)
+    home = open_place(whole.home)
+    job = FinetuneJob(
+        recipe=whole,
+        finetune=RECIPE,
+        schedule=plan(whole),
+        classes=6,
+        facts={},
+        driver=claim_for_driver(home),
+        events=Events(None),
+        held=[],
+    )
+    cpu = torch.device("cpu")
+    model = build_classifier(build_encoder(TINY).state_dict(), TINY, 6, RECIPE)
+    state = FinetuneState.create(
+        RECIPE, model, 6, compute=run.compute, steps_per_epoch=6, device=cpu
+    )
+    attempt = claim_for_group(home, job.driver, cpu)
+    claim_for_driver(home)
+    with pytest.raises(SupersededError, match="was taken over by process"):
+        _save(job, state, attempt)
+    assert checkpoints.newest(home) is None
 
 
 @pytest.fixture(scope="module")
