@@ -19,10 +19,10 @@ from droppos.measure.finetune import FinetuneState, build_classifier
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import DropPos
 from droppos.trained import Trained
-from pipelines import checkpoints, stored_state
+from pipelines import checkpoints, receipt, stored_state
 from pipelines.attempt import SupersededError, claim_for_driver, claim_for_group
 from pipelines.augmented import read_augmented
-from pipelines.backbone import Backbone
+from pipelines.backbone import Backbone, from_checkpoint
 from pipelines.cost import HOURS
 from pipelines.events import Events
 from pipelines.finetune import Finetuned, _facts, finetune
@@ -32,6 +32,7 @@ from pipelines.order import Schedule
 from pipelines.prepare import prepare
 from pipelines.pretrain import plan
 from pipelines.recipe import Recipe, Tracking
+from pipelines.run_report import run_report
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch
@@ -226,6 +227,15 @@ def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_pat
     with pytest.raises(SupersededError, match="was taken over by process"):
         _save(job, state, attempt)
     assert checkpoints.newest(home) is None
+
+
+def test_a_checkpoint_of_a_fine_tuning_says_why_it_is_no_backbone(tmp_path: Path) -> None:
+    home = open_place(str(tmp_path))
+    facts, state = {"finetune": {}}, {"w": torch.ones(3)}
+    saved = stored_state.save(home, 6, state, facts, checkpoints.Retention(1))
+    for refuse in (from_checkpoint, receipt.make, run_report):
+        with pytest.raises(DataError, match=r"a fine-tuned classifier; .*finetune\.backbone"):
+            refuse(saved)
 
 
 @pytest.fixture(scope="module")
