@@ -111,7 +111,13 @@ def test_what_labels_do_not_allow_is_told_and_ends_nothing(
     alone = evaluate(backbone, data, measure=MEASURE, limit=1)
     assert alone.knn is None and alone.probe is None and alone.position is not None
     assert "are too few" in " ".join(alone.notes)
-    few = evaluate(backbone, data, train=data, measure=MEASURE, limit=4)
+    for file in [*sorted(photographs.glob("cat/*"))[:2], *sorted(photographs.glob("coffee/*"))[:2]]:
+        copy = tmp_path / "few" / file.relative_to(photographs)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    prepare(str(tmp_path / "few"), str(tmp_path / "prepared"))
+    four = str(tmp_path / "prepared")
+    few = evaluate(backbone, four, train=four, measure=MEASURE)
     assert few.knn is not None and few.probe is None
     assert "4 labelled pictures to learn from are too few, it takes 5" in " ".join(few.notes)
 
