@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from ray.data.block import Block, BlockAccessor
 
+from droppos.errors import ConfigError
 from droppos.pictures import crop_seed
 from pipelines.order import Window
 from pipelines.windows import read_window
@@ -56,16 +57,23 @@ def rand_augment(name: str, side: int) -> Callable[[Image.Image], Image.Image]:
     Args:
         name: Such as ``rand-m9-mstd0.5-inc1``.
         side: Shorter side of the images, in pixels.
+
+    Raises:
+        ConfigError: If timm knows no such RandAugment.
     """
     from timm.data.auto_augment import rand_augment_transform
 
     from droppos.model import IMAGENET_MEAN
 
-    return rand_augment_transform(
-        name,
-        {
-            "translate_const": int(TRANSLATED * side),
-            "img_mean": tuple(round(255 * share) for share in IMAGENET_MEAN),
-            "interpolation": Image.Resampling.BICUBIC,
-        },
-    )
+    settings = {
+        "translate_const": int(TRANSLATED * side),
+        "img_mean": tuple(round(255 * share) for share in IMAGENET_MEAN),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        return rand_augment_transform(name, settings)
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"augment must be one of timm's RandAugments, got {name!r}, of which timm says "
+            f"{error!r}; rand-m9-mstd0.5-inc1 is the published one, an empty name does none"
+        ) from error

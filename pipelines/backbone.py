@@ -71,11 +71,7 @@ def from_checkpoint(saved: checkpoints.Saved) -> Backbone:
         DataError: If it does not tell what model it is of.
         TrainingError: If its weights are not those of that model.
     """
-    if "recipe" not in saved.record:
-        raise DataError(
-            f"checkpoint {saved.uri} names no recipe, so its model is unknown; "
-            "was it written by droppos pretrain?"
-        )
+    checkpoints.require_recipe(saved)
     recipe = from_dict(saved.record["recipe"])
     weights = stored_state.load_full(saved, {"model"})["model"]
     try:

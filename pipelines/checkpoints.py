@@ -122,6 +122,25 @@ class Retention:
         return kept
 
 
+def require_recipe(saved: Saved) -> None:
+    """Refuse a checkpoint that is of no pre-training, so that its model is not known.
+
+    Raises:
+        DataError: If it names no recipe.
+    """
+    if "finetune" in saved.record:
+        raise DataError(
+            f"checkpoint {saved.uri} is of a fine-tuned classifier; only pre-trained backbones are "
+            "exported, evaluated and reported: name the one it began with, which MLflow has as "
+            "the run's tag finetune.backbone"
+        )
+    if "recipe" not in saved.record:
+        raise DataError(
+            f"checkpoint {saved.uri} names no recipe, so its model is unknown; "
+            "was it written by droppos pretrain?"
+        )
+
+
 def newest(home: Place) -> Saved | None:
     """Find a run's newest checkpoint that counts; newer ones that don't are named in the log."""
     for place in _folders(home):

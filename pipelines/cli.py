@@ -309,6 +309,7 @@ def finetune(
     resume: bool = False,
     recipe: FinetuneFlags = Finetune(),  # noqa: B008 - frozen
     run: FinetuneRunFlags = FinetuneRun(),  # noqa: B008 - frozen
+    heads: Heads = Heads(),  # noqa: B008 - frozen
     tracking: Tracking = Tracking(),  # noqa: B008 - frozen
 ) -> None:
     """Fine-tune a backbone on labelled pictures by the published recipe, and classify others.
@@ -320,6 +321,7 @@ def finetune(
         resume: Go on from the newest checkpoint of --storage/--name, if there is one.
         recipe: How it is fine-tuned.
         run: Name, storage and workers.
+        heads: For a file of weights.
         tracking: Where MLflow is.
     """
     _announce()
@@ -336,6 +338,7 @@ def finetune(
             run,
             tracking=tracking,
             resume=resume,
+            heads=heads,
             on_event=screen.event,
         )
     show_finetuned(console, done)
@@ -346,6 +349,7 @@ def look(
     data: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path],
     measure: MeasureFlags = Measure(pictures=256),  # noqa: B008 - frozen
+    heads: Heads = Heads(),  # noqa: B008 - frozen
 ) -> None:
     """Draw what a backbone sees and answers, and tell whether it takes shortcuts.
 
@@ -354,12 +358,13 @@ def look(
         data: Prepared data set that it was not trained on.
         out: Folder of the PNGs.
         measure: Protocol of position accuracy; so many pictures are looked at.
+        heads: For a file of weights.
     """
     from pipelines.look import look as job
     from pipelines.report import show_look
 
     with console.status("looking"):
-        found = job(backbone, data, out, measure=measure)
+        found = job(backbone, data, out, measure=measure, heads=heads)
     show_look(console, found)
 
 

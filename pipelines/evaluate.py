@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from droppos.config import Compute, Heads
-from droppos.errors import DataError
+from droppos.errors import ConfigError, DataError
 from droppos.measure.intervals import Proportion
 from droppos.measure.knn import knn_accuracy
 from droppos.measure.linear import LARS, LinearRecipe, sgd_probe
@@ -29,6 +29,9 @@ from pipelines.storage import open_place
 EXACT_VALUES = 2**27
 """Largest number of features and logits for which the exact probe is taken: 1 GiB each of float64,
 several times over while it solves."""
+
+PROBED = 5
+"""Fewest pictures that a linear probe learns from."""
 
 Solver = Literal["auto", "lbfgs", "sgd", "lars"]
 
@@ -105,14 +108,17 @@ def evaluate(
         heads: Attention heads, for weights of another project that don't tell.
 
     Raises:
-        ConfigError: If workers have no room.
+        ConfigError: If workers have no room, or no picture is to be taken.
         DataError: If backbone or data cannot be read, or their classes differ.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--pictures must be 1 or more, got {limit}; leave it out to take all")
     trained = open_backbone(backbone, heads)
     size = trained.model.image_size
     asked = extract(trained.encoder, data, size, limit=limit, spread=spread)
     notes: list[str] = []
-    position = _positions(trained, data, measure)
+    here = device(spread)
+    position = _positions(trained, data, measure, here)
     if position is None:
         notes.append("position accuracy: this backbone has no position head")
 
@@ -120,15 +126,26 @@ def evaluate(
     if asked.labels is None:
         notes.append("k-NN and linear probe: the data set has no labels")
     else:
+        _note_unlabelled(data, asked, notes)
         if train is None:
             known, asked_labelled = _part(asked)
         else:
             learnt = extract(trained.encoder, train, size, limit=limit, spread=spread)
             _require_same_classes(train, learnt, data, asked)
+            _note_unlabelled(train, learnt, notes)
             known, asked_labelled = _Labelled.of(learnt), _Labelled.of(asked)
-        pair = known.on(device()), asked_labelled.on(device())
-        knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
-        found = _probe(*pair, probe, notes)
+        if (reason := _why_not(known, asked_labelled)) is not None:
+            notes.append(f"k-NN and linear probe: {reason}")
+        else:
+            pair = known.on(here), asked_labelled.on(here)
+            knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
+            if len(known.labels) >= PROBED:
+                found = _probe(*pair, probe, notes)
+            else:
+                notes.append(
+                    f"linear probe: {len(known.labels)} labelled pictures to learn from are too "
+                    f"few, it takes {PROBED}; give a larger data set"
+                )
     return Evaluation(
         backbone=trained.uri,
         data=open_place(data).uri,
@@ -149,11 +166,11 @@ def track(evaluation: Evaluation, tracking: Tracking) -> str:
     Raises:
         ConfigError: If MLflow cannot be reached.
     """
-    facts = {"pictures": str(evaluation.pictures)}
-    if evaluation.train is not None:
-        facts["train"] = evaluation.train
-    if evaluation.probe is not None:
-        facts["probe"] = evaluation.probe.solver
+    facts = {  # none is written, too: an earlier evaluation's tag would stand
+        "pictures": str(evaluation.pictures),
+        "train": evaluation.train or "none",
+        "probe": "none" if evaluation.probe is None else evaluation.probe.solver,
+    }
     return track_figures(
         evaluation.metrics(),
         backbone=evaluation.backbone,
@@ -163,20 +180,24 @@ def track(evaluation: Evaluation, tracking: Tracking) -> str:
     )
 
 
-def device() -> torch.device:
-    """Choose where this process measures."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(spread: Spread) -> torch.device:
+    """Choose where this process measures: a driver need not have the GPU that its workers have."""
+    if spread.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda")
 
 
-def _positions(trained: Backbone, data: str, measure: Measure) -> PositionReport | None:
+def _positions(
+    trained: Backbone, data: str, measure: Measure, device: torch.device
+) -> PositionReport | None:
     """Ask for positions just as a run does while it trains: of the same pictures."""
     if trained.droppos is None:
         return None
     pictures = load_pictures(data, trained.model.image_size, measure.pictures)
     exactly = Compute(strategy="single", precision="float32")
-    holdout = Holdout(measure, exactly, pictures, device())
+    holdout = Holdout(measure, exactly, pictures, device)
     try:
-        return holdout.positions(trained.droppos.to(device()))
+        return holdout.positions(trained.droppos.to(device))
     finally:
         trained.droppos.cpu()
 
@@ -187,12 +208,12 @@ class _Labelled:
     labels: Tensor
 
     @classmethod
-    def of(cls, extracted: Extracted) -> "_Labelled":
+    def of(cls, extracted: Extracted, chosen: Tensor | None = None) -> "_Labelled":
+        """Take the chosen ones of those pictures that have a label."""
         assert extracted.labels is not None
-        return cls(extracted.features, extracted.labels)
-
-    def where(self, chosen: Tensor) -> "_Labelled":
-        return _Labelled(self.features[chosen], self.labels[chosen])
+        there = extracted.labels >= 0
+        taken = there if chosen is None else there & chosen
+        return cls(extracted.features[taken], extracted.labels[taken])
 
     def on(self, device: torch.device) -> "_Labelled":
         return _Labelled(self.features.to(device), self.labels.to(device))
@@ -209,7 +230,9 @@ def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str])
         exact = linear_probe(*four)
         top_5 = exact.top_5 if classes > 5 else None
         return Probe(exact.accuracy, top_5, f"lbfgs, l2 {exact.l2:g}")
-    found = sgd_probe(*four, LARS if solver == "lars" else LinearRecipe(), device=device())
+    found = sgd_probe(
+        *four, LARS if solver == "lars" else LinearRecipe(), device=asked.features.device
+    )
     if found.at_edge:
         notes.append(
             f"linear probe: rate {found.rate:g} is at the end of {solver}'s grid, a better one may "
@@ -222,13 +245,26 @@ def _probe(known: _Labelled, asked: _Labelled, solver: Solver, notes: list[str])
 def _part(pictures: Extracted) -> tuple[_Labelled, _Labelled]:
     """Part a data set that comes alone."""
     known = in_known_share(pictures.keys)
-    if known.all() or not known.any():
-        raise DataError(
-            f"{len(known)} pictures are too few to part for k-NN and probe; "
-            "give a larger data set, or another one with --train"
+    return _Labelled.of(pictures, known), _Labelled.of(pictures, ~known)
+
+
+def _note_unlabelled(uri: str, pictures: Extracted, notes: list[str]) -> None:
+    assert pictures.labels is not None
+    if missing := int((pictures.labels < 0).sum()):
+        notes.append(
+            f"k-NN and linear probe: {missing} of {len(pictures.labels)} pictures of {uri} have no "
+            "label, and are left out"
         )
-    both = _Labelled.of(pictures)
-    return both.where(known), both.where(~known)
+
+
+def _why_not(known: _Labelled, asked: _Labelled) -> str | None:
+    """Tell why nothing can be learnt or asked, where that is so; other figures can be had."""
+    told = f"{len(known.labels)} labelled pictures to learn from and {len(asked.labels)} to ask"
+    if len(known.labels) == 0 or len(asked.labels) == 0:
+        return f"{told} are too few; give a larger data set, or another one with --train"
+    if len(known.labels.unique()) < 2:
+        return f"{told}, but those to learn from are all of one class; give some of two or more"
+    return None
 
 
 def _require_same_classes(train: str, known: Extracted, data: str, asked: Extracted) -> None:
@@ -239,6 +275,6 @@ def _require_same_classes(train: str, known: Extracted, data: str, asked: Extrac
         )
     if known.labels is None:
         raise DataError(
-            f"some pictures of {train} have no label, so nothing can be learnt from it; prepare it "
+            f"no picture of {train} has a label, so nothing can be learnt from it; prepare it "
             "from a folder with a sub-folder per class"
         )

@@ -6,7 +6,7 @@ holds the pixels of more than two pieces, and only features of the whole set are
 
 Layout of what is kept, below a folder::
 
-    a1b2c3d4e5f60718/        hash of the encoder's weights, the data set and what was taken of it
+    a1b2c3d4e5f60718/        hash of the encoder's weights and heads, the data, and what was taken
         part-00000.npz       features, keys and labels of the first piece
         part-00001.npz       ...
 
@@ -53,7 +53,7 @@ AHEAD = 2
 """Pieces a worker has at once: one is read and decoded while the encoder is busy with the other."""
 RESTARTS = 3
 """Times a lost worker is started again."""
-FORMAT = "droppos features 1"
+FORMAT = "droppos features 2"
 
 Piece = list[Chosen]
 Columns = dict[str, np.ndarray]
@@ -69,7 +69,7 @@ class Extracted:
     """Means of the patch tokens after the last norm, on the CPU."""
     keys: list[str]
     labels: Int[Tensor, " P"] | None
-    """Class of each picture, where the data set has classes."""
+    """Class of each picture, -1 for one without; None where no picture has any."""
     classes: tuple[str, ...] | None
 
 
@@ -126,7 +126,7 @@ def pieces_of(chosen: Sequence[Chosen]) -> list[Piece]:
 
 def _joined(parts: Sequence[Columns], manifest: Manifest) -> Extracted:
     labels = torch.from_numpy(np.concatenate([part["labels"] for part in parts]))
-    labelled = manifest.classes is not None and bool((labels >= 0).all())
+    labelled = manifest.classes is not None and bool((labels >= 0).any())
     return Extracted(
         features=torch.from_numpy(np.concatenate([part["features"] for part in parts])),
         keys=[str(key) for part in parts for key in part["keys"]],
@@ -139,11 +139,19 @@ def _digest(
     encoder: VisionTransformer, manifest: Manifest, size: tuple[int, int], limit: int | None
 ) -> str:
     """Hash all that decides the features, and the way they are parted."""
-    digest = hashlib.sha256(json.dumps([FORMAT, manifest.digest, size, limit, PIECE]).encode())
+    heads = heads_of(encoder)  # weights of another project don't tell them
+    told = [FORMAT, manifest.digest, size, limit, PIECE, heads]
+    digest = hashlib.sha256(json.dumps(told).encode())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def heads_of(encoder: VisionTransformer) -> list[int]:
+    """Tell the attention heads of each block, which no weight's shape does."""
+    attentions: list[Any] = [block.attn for block in encoder.blocks]
+    return [attention.num_heads for attention in attentions]
 
 
 def _name(number: int) -> str:

@@ -21,17 +21,19 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
-from droppos.config import Method
+from droppos.config import Heads, Method
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from pipelines import checkpoints
-from pipelines.augmented import read_augmented
+from pipelines.attempt import claim_for_driver
+from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
 from pipelines.cost import HOURS, Cost
 from pipelines.crew import worker_resources
 from pipelines.events import Events
+from pipelines.extraction import heads_of
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import FinetuneJob, finetune_worker
 from pipelines.heard import Heard, OnEvent
@@ -80,6 +82,7 @@ def finetune(
     *,
     tracking: Tracking,
     resume: bool = False,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
     on_event: OnEvent | None = None,
 ) -> Finetuned:
     """Fine-tune a backbone, and classify held-out pictures with the result.
@@ -92,6 +95,7 @@ def finetune(
         run: Name, storage and workers.
         tracking: Where MLflow is.
         resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
+        heads: Attention heads, for weights of another project that don't tell.
         on_event: Hears of progress.
 
     Raises:
@@ -99,7 +103,9 @@ def finetune(
         DataError: If data or storage cannot be read, or labels are missing.
         TrainingError: If the workers failed more often than run.max_failures.
     """
-    trained = open_backbone(backbone)
+    trained = open_backbone(backbone, heads)
+    if recipe.augment:  # here, or the tasks that decode would be the first to refuse it
+        rand_augment(recipe.augment, min(trained.model.image_size))
     whole = located(
         Recipe(
             model=trained.model,
@@ -120,6 +126,7 @@ def finetune(
     saved = checkpoints.newest(home)
     _check_resume(whole, saved, facts, resume)
     connect(whole)
+    driver = claim_for_driver(home)
     with Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger:
         described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
         ledger.describe(whole, {**described, "finetune.backbone": trained.uri})
@@ -142,6 +149,7 @@ def finetune(
             schedule=schedule,
             classes=len(classes),
             facts=facts,
+            driver=driver,
             events=Events.start(),
             held=[ray.put((trained.encoder.state_dict(), labels))],
         )
@@ -159,10 +167,13 @@ def _run(job: FinetuneJob, heard: Heard) -> list[int]:
     recipe = replace(job.recipe, compute=replace(job.recipe.compute, device=device))
     job = replace(job, recipe=recipe)
     counts: list[int] = []
+    gave_up: list[str] = []
 
     def told(event: Mapping[str, Any]) -> None:
         if event["kind"] == "tested":
             counts[:] = event["counts"]
+        if event["kind"] == "gave_up":
+            gave_up.append(event["error"])
 
     running = in_background(_trainer(job, on_gpu).fit)
     try:
@@ -180,6 +191,8 @@ def _run(job: FinetuneJob, heard: Heard) -> list[int]:
         raise cause_of(error) from error
     if error is not None:
         raise error
+    if gave_up:
+        raise TrainingError(gave_up[-1])
     if not counts:
         raise TrainingError(
             "the workers ended without a word of what they classified; add --resume: the newest "
@@ -261,6 +274,7 @@ def _facts(
     trained: Backbone, recipe: Finetune, whole: Recipe, schedule: Schedule
 ) -> dict[str, Any]:
     """Tell all that must be the same for a checkpoint to be of this run."""
+    assert whole.data.holdout is not None
     digest = sha256()
     for _, value in sorted(trained.encoder.state_dict().items()):
         digest.update(value.contiguous().numpy().tobytes())
@@ -269,7 +283,9 @@ def _facts(
     settings["optim"].pop("accumulate")
     return {
         "backbone": digest.hexdigest(),
+        "heads": heads_of(trained.encoder),
         "data": schedule.manifest.digest,
+        "holdout": load_manifest(open_place(whole.data.holdout)).digest,
         "seed": whole.run.seed,
         "window": whole.data.window,
         **{name: _plain(value) for name, value in settings.items()},

@@ -6,6 +6,7 @@ Every rank runs this. As in pre-training, where it starts is decided by storage 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from droppos.errors import DataError
+from droppos.errors import DataError, TrainingError
 from droppos.measure.finetune import (
     FinetuneState,
     Labelled,
@@ -28,6 +29,7 @@ from droppos.measure.finetune import (
 from droppos.measure.finetune_recipe import Finetune
 from droppos.parallel import resolve_device
 from pipelines import checkpoints, stored_state
+from pipelines.attempt import Attempt, SupersededError, claim_for_group
 from pipelines.events import Events
 from pipelines.extraction import decode, pieces_of
 from pipelines.holdout import choose
@@ -38,7 +40,7 @@ from pipelines.recipe import Recipe
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch, batches
-from pipelines.worker import FLUSH_S, grouped, tell_skipped
+from pipelines.worker import FLUSH_S, grouped, started, tell_skipped
 
 TEST_BATCH = 64
 """Pictures of a forward pass."""
@@ -55,20 +57,40 @@ class FinetuneJob:
     classes: int
     facts: Mapping[str, Any]
     """What a checkpoint depends on."""
+    driver: str
+    """Who took the run over (:mod:`pipelines.attempt`)."""
     events: Events
     held: Sequence[Any]
     """A reference to the encoder's weights and each row's label, in a list: fetched by the worker
     itself, or every message to it would carry them."""
 
 
+class DivergedError(TrainingError):
+    """The loss is not finite any more; starting again as it is would only repeat it."""
+
+
 def finetune_worker(job: FinetuneJob) -> None:
-    """Fine-tune from the newest checkpoint to the last step, then classify held-out pictures."""
+    """Fine-tune from the newest checkpoint to the last step, then classify held-out pictures.
+
+    What all ranks found at once, and starting again as it is would only repeat, ends here.
+    """
+    try:
+        _finetune(job)
+    except (DivergedError, SupersededError) as error:
+        if dist.get_rank() == 0:
+            job.events.send({"kind": "gave_up", "error": str(error)})
+    job.events.flush(FLUSH_S)
+
+
+def _finetune(job: FinetuneJob) -> None:
     recipe, schedule = job.recipe, job.schedule
     torch.set_num_threads(recipe.run.cpus_per_worker)
     weights, labels = ray.get(job.held[0])
     state = _create(job, weights)
     home = open_place(recipe.home)
+    attempt = claim_for_group(home, job.driver, state.device)  # nobody else adds one now
     _restore(state, checkpoints.newest(home))
+    job.events.send(started(state.step, state.device))
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None
     stream = batches(
@@ -87,10 +109,9 @@ def finetune_worker(job: FinetuneJob) -> None:
         if ended or state.step % recipe.run.log_every == 0:
             _log(job, state, loss, pace)
         if ended:
-            _save(job, state)
+            _save(job, state, attempt)
             pace.pause()
     _test(job, state)
-    job.events.flush(FLUSH_S)
 
 
 def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
@@ -148,7 +169,7 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     state.step = saved.step
 
 
-def _save(job: FinetuneJob, state: FinetuneState) -> None:
+def _save(job: FinetuneJob, state: FinetuneState, attempt: Attempt) -> None:
     """Write a checkpoint, all ranks together; training waits, once an epoch."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
     saved = stored_state.save(
@@ -157,6 +178,7 @@ def _save(job: FinetuneJob, state: FinetuneState) -> None:
         {"model": model, "optimizer": optimizer},
         {"finetune": dict(job.facts)},
         checkpoints.Retention(job.recipe.run.keep_checkpoints),
+        attempt.check,
     )
     if dist.get_rank() == 0:
         job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})
@@ -164,11 +186,10 @@ def _save(job: FinetuneJob, state: FinetuneState) -> None:
 
 def _log(job: FinetuneJob, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
     """Average over ranks and tell the driver: where a step waits for the device."""
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
+    mean = mean_loss(loss, state.step)
     if dist.get_rank() == 0:
         values = {
-            "train/loss": mean.item() / dist.get_world_size(),
+            "train/loss": mean,
             "train/lr": max(group["lr"] for group in state.optimizer.param_groups),
             "train/epoch": state.epoch,
             "data/images_per_s": pace.images_per_s,
@@ -176,6 +197,24 @@ def _log(job: FinetuneJob, state: FinetuneState, loss: Tensor, pace: Pace) -> No
         }
         job.events.send({"kind": "metrics", "step": state.step, "values": values})
     pace.reset()
+
+
+def mean_loss(loss: Tensor, step: int) -> float:
+    """Average over ranks, on all of them; before a checkpoint is made of what diverged.
+
+    Raises:
+        DivergedError: On all ranks, if it is not finite.
+    """
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    value = mean.item() / dist.get_world_size()
+    if not isfinite(value):
+        raise DivergedError(
+            f"the loss was {value} at or before step {step}: the fine-tuning diverged; begin again "
+            "under another --name with a lower --optim.lr-per-256, more --optim.warmup-epochs, an "
+            "--optim.clip-norm, or --precision float32"
+        )
+    return value
 
 
 def _test(job: FinetuneJob, state: FinetuneState) -> None:

@@ -102,7 +102,7 @@ def choose(manifest: Manifest, limit: int | None = None) -> list[Chosen]:
 
     A few dozen of each group it touches: taking one of every group would read the whole data set.
     """
-    limit = min(limit or manifest.rows, manifest.rows)
+    limit = manifest.rows if limit is None else min(limit, manifest.rows)
     wanted = ceil(limit / GROUP_SHARE)
     groups = [manifest.groups[i] for i in spread(len(manifest.groups), wanted)]
     while sum(group.rows for group in groups) < limit:  # short groups: take more of them

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from droppos.config import Heads
 from droppos.errors import ConfigError, DataError
 from droppos.measure.position import PositionReport, position_predictor
 from droppos.measure.shortcuts import ShortcutReport, measure_shortcuts
@@ -29,7 +30,14 @@ class Look:
     """What could not be looked at, and why."""
 
 
-def look(backbone: str, data: str, out: Path, *, measure: Measure) -> Look:
+def look(
+    backbone: str,
+    data: str,
+    out: Path,
+    *,
+    measure: Measure,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+) -> Look:
     """Draw what a backbone makes of a data set, and look for shortcuts.
 
     Args:
@@ -37,11 +45,12 @@ def look(backbone: str, data: str, out: Path, *, measure: Measure) -> Look:
         data: Prepared data set that it was not trained on.
         out: Folder of the PNGs; made if missing.
         measure: The protocol, and how many pictures.
+        heads: Attention heads, for weights of another project that don't tell.
 
     Raises:
         DataError: If backbone or data cannot be read.
     """
-    trained = open_backbone(backbone)
+    trained = open_backbone(backbone, heads)
     size = trained.model.image_size
     pictures = load_pictures(data, size, measure.pictures)
     files, notes = draw_sight(trained.encoder, trained.model.grid, pictures, out)

@@ -21,7 +21,7 @@ from typing import Any
 from droppos.errors import DataError, StorageError
 from pipelines import chain, checkpoints
 from pipelines.chain import PREVIOUS, Link
-from pipelines.checkpoints import COMPLETE, Saved
+from pipelines.checkpoints import COMPLETE, Saved, require_recipe
 from pipelines.ledger import pointer
 from pipelines.likeness import differing_weights
 from pipelines.recipe_file import flatten
@@ -50,8 +50,7 @@ def make(saved: Saved, backbone: str | None = None) -> tuple[Receipt, list[str]]
         DataError: If the checkpoint is of no run of droppos, its past is not whole, or the export
             is of another one.
     """
-    if "recipe" not in saved.record:
-        raise DataError(f"{saved.uri} names no recipe; was it written by droppos pretrain?")
+    require_recipe(saved)
     newest = Link.of((saved.place / COMPLETE).read_bytes())
     links = list(chain.walk(saved.home, newest))[::-1]
     receipt = {

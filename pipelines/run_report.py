@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from droppos.draw.course import draw_course
-from droppos.errors import DataError, DropposError
+from droppos.errors import DropposError
 from pipelines import history, receipt
 from pipelines.backbone import from_checkpoint
-from pipelines.checkpoints import Saved
+from pipelines.checkpoints import Saved, require_recipe
 from pipelines.gallery import draw_gallery, draw_sight
 from pipelines.holdout import load_pictures
 from pipelines.ledger import pointer
@@ -118,8 +118,7 @@ def run_report(saved: Saved) -> str:
     Raises:
         DataError: If it names no recipe.
     """
-    if "recipe" not in saved.record:
-        raise DataError(f"{saved.uri} names no recipe; was it written by droppos pretrain?")
+    require_recipe(saved)
     home = saved.home
     curves = _curves(saved)
     found = _Run(home, saved, from_dict(saved.record["recipe"]), _tracked(home), curves)

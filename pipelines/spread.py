@@ -17,7 +17,8 @@ class Spread:
     """CPUs of each, to read and decode with: what a GPU waits for. None takes each GPU's part of
     its machine's CPUs; without a GPU 1, and in this process all."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes GPUs if there are any now; a cluster that scales them from zero shows none."""
+    """auto takes GPUs if there are any now; a cluster that scales them from zero shows none. What
+    this process then measures takes the GPU that it sees, unless that is cpu."""
     cache: str | None = None
     """Folder or s3:// URI where features are kept, 4 bytes for each channel of each picture (3.9 GB
     for ImageNet with a ViT-B); none keeps nothing, so an interrupted evaluation starts anew."""

@@ -19,7 +19,7 @@ from pipelines import checkpoints
 from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
-from pipelines.events import Events
+from pipelines.events import Event, Events
 from pipelines.holdout import Holdout
 from pipelines.job import Job
 from pipelines.keeper import Keeper
@@ -70,17 +70,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
     agreement = Agreement(3, recipe.run.hang_timeout_s)
     keeper = Keeper(job, state, proof, saved, init_from)
-    job.events.send(
-        {
-            "kind": "started",
-            "step": state.step,
-            "rank": dist.get_rank(),
-            "workers": dist.get_world_size(),
-            "pid": os.getpid(),
-            "device": device_name(state.device),
-            "node": ray.get_runtime_context().get_node_id(),
-        }
-    )
+    job.events.send(started(state.step, state.device))
 
     shard = ray.train.get_dataset_shard("train")
     assert shard is not None
@@ -148,6 +138,19 @@ def _train(job: Job, pulse: Pulse) -> None:
     keeper.finish(last=not bad.too_many)  # the newest good one is what a rewind goes back to
     keeper.close()
     bad.refuse()
+
+
+def started(step: int, device: torch.device) -> Event:
+    """Tell the driver that this worker is there: from here its time costs, on that hardware."""
+    return {
+        "kind": "started",
+        "step": step,
+        "rank": dist.get_rank(),
+        "workers": dist.get_world_size(),
+        "pid": os.getpid(),
+        "device": device_name(device),
+        "node": ray.get_runtime_context().get_node_id(),
+    }
 
 
 def peak_of(state: TrainState) -> float:

@@ -258,6 +258,9 @@ def count_right(
     Returns:
         How many have the likeliest class right, and how many have it among the five likeliest, on
         the device.
+
+    Raises:
+        TrainingError: If a logit is not finite.
     """
     model = _inner(state.model)  # not through DDP: ranks need not have equally many batches
     training = model.training
@@ -267,5 +270,10 @@ def count_right(
             logits = model(normalise(images.to(state.device))).float()
     finally:
         model.train(training)
+    if not logits.isfinite().all():  # or the first class would be the likeliest of all
+        raise TrainingError(
+            f"the classifier of step {state.step} gives logits that are not finite: it diverged; "
+            "fine-tune again with a lower optim.lr_per_256, or with optim.clip_norm"
+        )
     likeliest = logits.topk(min(5, logits.shape[1])).indices == labels.to(state.device)[:, None]
     return torch.stack([likeliest[:, 0].sum(), likeliest.any(1).sum()])

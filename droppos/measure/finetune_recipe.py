@@ -52,9 +52,9 @@ class Finetune:
         for name in ("mixup", "cutmix"):
             value = getattr(self, name)
             require(0 <= value < float("inf"), name, value, "0 or more", "0 is none")
-        for name in ("label_smoothing", "random_erasing"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, name, value, "in [0, 1]", "0 is none")
+        smoothing, erasing = self.label_smoothing, self.random_erasing
+        require(0 <= smoothing < 1, "label_smoothing", smoothing, "in [0, 1)", "0 is none")
+        require(0 <= erasing <= 1, "random_erasing", erasing, "in [0, 1]", "0 is none")
         require(
             self.augment == "" or self.augment.startswith("rand"),
             "augment",

@@ -46,13 +46,14 @@ class LinearRecipe:
     """sgd: with momentum. lars: each step as long as a share of the weights (You et al., 2017), for
     batches of many thousands."""
     rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    """Peak learning rates for 256 pictures a step; the peak used is rate * batch / 256."""
+    """Peak learning rates for 256 pictures a step; the peak used is rate / 256 times the
+    pictures that a step has in the mean."""
     epochs: int = 90
     """Passes over the training pictures; MAE's probe takes 90."""
     warmup_epochs: float = 10.0
     """Epochs of linear warm-up from 0; a cosine to 0 follows."""
     batch: int = 1024
-    """Pictures of a step; all of them where there are fewer."""
+    """Most pictures of a step; an epoch is dealt evenly to as few steps as that takes."""
     momentum: float = 0.9
     """Share of the last update that is kept."""
     weight_decay: float = 0.0
@@ -249,7 +250,7 @@ def _train(
     weights = (FIRST_STD * first.to(device)).repeat(len(rates), 1, 1)
     found = _Classifiers(weights, torch.zeros(len(rates), 1, classes, device=device))
     moved = _Classifiers(torch.zeros_like(found.weights), torch.zeros_like(found.bias))
-    per_step = min(recipe.batch, len(rows)) / 256
+    per_step = len(rows) / ceil(len(rows) / recipe.batch) / 256  # of the batches there are
     peaks = torch.tensor(rates, device=device)[:, None, None] * per_step
     for epoch, batch in _batches(rows, recipe, seed):
         x, labels = known.take(batch)

@@ -188,6 +188,14 @@ def test_counting_leaves_the_mode_and_knows_the_five_likeliest() -> None:
     assert state.model.training
 
 
+def test_one_that_diverged_counts_nothing() -> None:
+    state, batch = state_of(PLAIN), pictures(4)
+    with torch.no_grad():
+        next(state.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingError, match="not finite: it diverged"):
+        count_right(state, batch.images, batch.labels)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -195,7 +203,7 @@ def test_counting_leaves_the_mode_and_knows_the_five_likeliest() -> None:
         {"drop_path": 1.0},
         {"mixup": -1.0},
         {"cutmix": float("inf")},
-        {"label_smoothing": 1.5},
+        {"label_smoothing": 1.0},
         {"random_erasing": -0.1},
         {"crop_scale": (0.5, 0.2)},
         {"augment": "augmix-m5"},

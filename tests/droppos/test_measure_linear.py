@@ -79,7 +79,7 @@ def test_steps_are_those_of_torchs_sgd() -> None:
     )
     for epoch, batch in linear._batches(rows, recipe, 0):
         for group in solver.param_groups:
-            group["lr"] = 0.1 * 64 / 256 * linear._share_of_peak(recipe, epoch)
+            group["lr"] = 0.1 * 50 / 256 * linear._share_of_peak(recipe, epoch)
         x, truth = known.take(batch)
         solver.zero_grad()
         F.cross_entropy(F.linear(x, weights, bias), truth).backward()

@@ -175,3 +175,11 @@ def test_a_missing_bucket_and_wrong_credentials_are_told_apart(
     assert code == 1
     assert "credential" in text or "denied" in text
     assert "wrong-secret-value" not in text
+
+
+@pytest.mark.parametrize("command", ["export", "evaluate", "look", "finetune"])
+def test_what_opens_a_file_of_weights_can_be_told_its_heads(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    code, text = said(capsys, command, "--help")
+    assert code == 0 and "--heads.encoder" in text

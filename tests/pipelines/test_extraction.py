@@ -1,5 +1,6 @@
 """Features of a whole data set: the same by one process and by many, and taken once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,18 @@ def test_other_weights_other_pictures_and_other_data_are_kept_apart(
     other = build_encoder(TINY).eval()
     extract(other, data, SIZE, spread=spread)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_same_weights_with_other_heads_are_other_features(
+    data: str, encoder: VisionTransformer, tmp_path: Path
+) -> None:
+    spread = Spread(cache=str(tmp_path))
+    first = extract(encoder, data, SIZE, limit=20, spread=spread)
+    other = build_encoder(replace(TINY, heads=1)).eval()
+    other.load_state_dict(encoder.state_dict())
+    found = extract(other, data, SIZE, limit=20, spread=spread)
+    assert not torch.allclose(first.features, found.features)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_no_worker_at_all_is_refused() -> None:

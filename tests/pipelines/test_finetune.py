@@ -11,20 +11,28 @@ import pytest
 import torch
 
 from droppos.config import Method, Optim
+from droppos.encoder import build_encoder
 from droppos.errors import ConfigError, DataError
 from droppos.export.flow import export
 from droppos.export.timm_vit import TIMM
+from droppos.measure.finetune import FinetuneState, build_classifier
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import DropPos
 from droppos.trained import Trained
-from pipelines import checkpoints, stored_state
+from pipelines import checkpoints, receipt, stored_state
+from pipelines.attempt import SupersededError, claim_for_driver, claim_for_group
 from pipelines.augmented import read_augmented
-from pipelines.finetune import Finetuned, finetune
+from pipelines.backbone import Backbone, from_checkpoint
+from pipelines.cost import HOURS
+from pipelines.events import Events
+from pipelines.finetune import Finetuned, _facts, finetune
 from pipelines.finetune_run import FinetuneRun
-from pipelines.finetune_worker import labelled
+from pipelines.finetune_worker import DivergedError, FinetuneJob, _save, labelled, mean_loss
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
-from pipelines.recipe import Tracking
+from pipelines.pretrain import plan
+from pipelines.recipe import Recipe, Tracking
+from pipelines.run_report import run_report
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch
@@ -149,6 +157,9 @@ def test_what_cannot_be_learnt_or_asked_is_refused(
     backbone: str, data: str, photographs: Path, tmp_path: Path
 ) -> None:
     odd = replace(RECIPE, optim=replace(RECIPE.optim, global_batch=6))
+    for name in ("rand-q9", "rand-m9.5", "random-m9"):
+        with pytest.raises(ConfigError, match=f"augment must be .*'{name}'"):
+            tune(backbone, data, tmp_path, replace(RECIPE, augment=name))
     with pytest.raises(ConfigError, match="in pairs, but a worker's micro-batch has 3"):
         tune(backbone, data, tmp_path, odd)
     prepare(str(photographs / "cat"), str(tmp_path / "cats"))
@@ -156,6 +167,75 @@ def test_what_cannot_be_learnt_or_asked_is_refused(
         tune(backbone, data, tmp_path, holdout=str(tmp_path / "cats"))
     with pytest.raises(ConfigError, match=r"run\.workers"):
         FinetuneRun(workers=0)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_loss_that_is_not_finite_ends_the_run() -> None:
+    assert mean_loss(torch.tensor(1.5), 7) == 1.5
+    with pytest.raises(DivergedError, match=r"nan at or before step 7.*lr-per-256"):
+        mean_loss(torch.tensor(float("nan")), 7)
+
+
+def facts_of(trained: Backbone, data: str, holdout: str, folder: Path) -> dict[str, Any]:
+    run = FinetuneRun(storage=str(folder))
+    whole = Recipe(model=trained.model, optim=RECIPE.optim, data=run.data(data, holdout))
+    return _facts(trained, RECIPE, whole, plan(whole))
+
+
+def test_a_checkpoint_is_of_one_number_of_heads(data: str, tmp_path: Path) -> None:
+    four = build_encoder(TINY)
+    one = build_encoder(replace(TINY, heads=1))
+    one.load_state_dict(four.state_dict())
+    ours, theirs = (
+        facts_of(Backbone(encoder, TINY, None), data, data, tmp_path) for encoder in (four, one)
+    )
+    assert ours["backbone"] == theirs["backbone"]
+    assert {name for name in ours if ours[name] != theirs[name]} == {"heads"}
+
+
+def test_a_checkpoint_is_of_one_held_out_set(data: str, photographs: Path, tmp_path: Path) -> None:
+    prepare(str(photographs / "cat"), str(tmp_path / "cats"))
+    backbone = Backbone(build_encoder(TINY), TINY, None)
+    ours, theirs = (
+        facts_of(backbone, data, holdout, tmp_path) for holdout in (data, str(tmp_path / "cats"))
+    )
+    assert {name for name in ours if ours[name] != theirs[name]} == {"holdout"}
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_path: Path) -> None:
+    run = FinetuneRun(storage=str(tmp_path))
+    whole = Recipe(model=TINY, optim=RECIPE.optim, data=run.data(data, data), run=run.run)
+    home = open_place(whole.home)
+    job = FinetuneJob(
+        recipe=whole,
+        finetune=RECIPE,
+        schedule=plan(whole),
+        classes=6,
+        facts={},
+        driver=claim_for_driver(home),
+        events=Events(None),
+        held=[],
+    )
+    cpu = torch.device("cpu")
+    model = build_classifier(build_encoder(TINY).state_dict(), TINY, 6, RECIPE)
+    state = FinetuneState.create(
+        RECIPE, model, 6, compute=run.compute, steps_per_epoch=6, device=cpu
+    )
+    attempt = claim_for_group(home, job.driver, cpu)
+    claim_for_driver(home)
+    with pytest.raises(SupersededError, match="was taken over by process"):
+        _save(job, state, attempt)
+    assert checkpoints.newest(home) is None
+
+
+def test_a_checkpoint_of_a_fine_tuning_says_why_it_is_no_backbone(tmp_path: Path) -> None:
+    home = open_place(str(tmp_path))
+    facts, state = {"finetune": {}}, {"w": torch.ones(3)}
+    saved = stored_state.save(home, 6, state, facts, checkpoints.Retention(1))
+    for refuse in (from_checkpoint, receipt.make, run_report):
+        with pytest.raises(DataError, match=r"a fine-tuned classifier; .*finetune\.backbone"):
+            refuse(saved)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +262,7 @@ def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
     run = client.get_run(whole.tracking_run)
     assert run.data.metrics["finetune/accuracy"] == whole.top_1.value
     assert run.data.metrics["finetune/accuracy_low_95"] == whole.top_1.interval[0]
+    assert run.data.metrics[HOURS] > 0 and run.data.tags["hardware.workers"]
     losses = client.get_metric_history(whole.tracking_run, "train/loss")
     assert [point.step for point in losses] == list(range(1, 19))
 
