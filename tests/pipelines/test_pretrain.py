@@ -96,7 +96,7 @@ def test_from_pictures_to_a_backbone_over_s3(recipe: Recipe, tmp_path: Path, buc
     held_out = {name: v for name, v in outcome.metrics.items() if name.startswith("holdout/")}
     assert measure_checkpoint(recipe, saved) == pytest.approx(held_out, rel=1e-5)
     assert {path.name for path in outcome.pictures} == {
-        "reassembly.png", "confusion.png", "curves.png"
+        "reassembly.png", "confusion.png", "curves.png", "attention.png", "features.png"
     }  # fmt: skip
     assert not any((tmp_path / "mlruns").glob("*"))
     assert curves(home, STEPS)["train/loss"] == history(recipe, outcome, "train/loss")
