@@ -18,6 +18,7 @@ def test_the_exact_guide_agrees_with_itself_and_others_less() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_prints_a_row_for_each_guide(capsys: pytest.CaptureFixture[str]) -> None:
     guide.main(["--quick", "--steps", "2", "--rounds", "1"])
     lines = capsys.readouterr().out.splitlines()
