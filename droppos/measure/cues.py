@@ -117,11 +117,13 @@ def _guess(known: Float[Tensor, "Q N K"], asked: Float[Tensor, "P N K"]) -> Int[
     # A few strong edges would drown a small shift of all the rest.
     known, asked = torch.asinh(known / scale), torch.asinh(asked / scale)
     means = known.nanmean(dim=0)
-    within = (known - means).flatten(0, 1).nan_to_num(0.0)
+    # Lines of black on white move many pixels as one: rounded to float32, such a spread has no
+    # Cholesky factor.
+    within = (known - means).flatten(0, 1).nan_to_num(0.0).double()
     spread = within.T @ within / len(spoken)
     ridge = 1e-3 * spread.diagonal().mean().clamp(min=1e-9)
-    inverse = torch.linalg.inv(spread + ridge * torch.eye(len(spread)))
-    whiten = torch.linalg.cholesky(inverse)
+    inverse = torch.linalg.inv(spread + ridge * torch.eye(len(spread)).double())
+    whiten = torch.linalg.cholesky(inverse).to(asked.dtype)
     # A cell in which no patch speaks is nobody's answer.
     means = means.nan_to_num(NOWHERE)
     guessed = torch.cdist(asked.nan_to_num(0.0) @ whiten, means @ whiten).argmin(dim=2)

@@ -61,6 +61,17 @@ def test_ordinary_photographs_have_no_cue(photographs: NDArray[np.uint8]) -> Non
     assert max(probe.low for probe in probes.values()) < THERE
 
 
+def test_black_lines_on_white_can_be_looked_at() -> None:
+    for seed in range(2):
+        random = np.random.default_rng(seed)
+        pictures = np.full((40, 96, 96, 3), 255, dtype=np.uint8)
+        for picture in pictures:
+            down, across = random.integers(96, size=2)
+            picture[down], picture[:, across] = 0, 0
+        probes = probe_cues(torch.from_numpy(pictures), GRID)
+        assert max(probe.low for probe in probes.values()) < THERE
+
+
 def test_light_from_above_is_no_lens(photographs: NDArray[np.uint8]) -> None:
     lit = torch.from_numpy(plants.planted(photographs, plants.layout))
     brightness = lit.float().mean(dim=(0, 2, 3))
