@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from droppos.config import Grid
+from droppos.draw.curves import INK, SOFT
 
-INK, SOFT = "#1D1F24", "#6B7079"
 COLOURS = "YlOrRd"
 MOST_HEADS = 12
 """Heads that are drawn; of more, the first ones, and the figure says so."""

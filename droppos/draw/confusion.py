@@ -10,7 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
-INK, SOFT = "#1D1F24", "#6B7079"
+from droppos.draw.curves import INK, SOFT
 
 
 def draw_confusion(

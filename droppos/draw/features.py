@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from droppos.config import Grid
+from droppos.draw.curves import INK, SOFT
 
-INK, SOFT = "#1D1F24", "#6B7079"
 ACROSS = 3
 """Photographs in a row, each beside its colours."""
 SIDE = 1.9

@@ -47,6 +47,8 @@ LEAST_PICTURES = 16
 """Below, a cell's mean is noise."""
 NOWHERE = 1e4
 """Statistic of a cell that is out of question."""
+PLAIN = 0.5
+"""Share of a picture's patches, those of least detail, that are asked for marks and fall-off."""
 PIXELS = 16
 """Largest side at which a patch's pixels are looked at; a larger patch is averaged down to it."""
 
@@ -57,7 +59,8 @@ class Probe:
 
     cue: Cue
     accuracy: Proportion
-    """Patches of pictures not fitted on that are put into exactly their cell."""
+    """Patches of pictures not fitted on that are put into exactly their cell, of those that can
+    be asked for it: for marks and fall-off a picture's plainest."""
     chance: float
     """1 of the cells that are asked for: all, or for the grid those inside."""
 
@@ -93,14 +96,17 @@ def probe_cues(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> dict[
 def _probe(cue: Cue, pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Probe:
     upright = STATISTICS[cue](pictures, grid)
     turned = STATISTICS[cue](pictures.flip(1, 2), grid) if cue in LENS else upright
-    asks = ~upright.isnan().any(dim=2).all(dim=0)
+    speaks = ~upright.isnan().any(dim=2)
+    asks = speaks.any(dim=0)
     cells = int(asks.sum()) or grid.cells  # where all is silent, every answer is missing
     hits = torch.zeros(len(pictures), dtype=torch.int64)
     for half in (0, 1):
         known, asked = slice(half, None, 2), slice(1 - half, None, 2)
         guessed = _guess(torch.cat([upright[known], turned[known]]), upright[asked])
         hits[asked] = (guessed == torch.arange(grid.cells)).sum(dim=1)
-    return Probe(cue, clustered(hits, cells), 1 / cells)
+    # Where a picture has a border, what else it would say counts as missed.
+    each = int(speaks.sum(dim=1).max()) or cells
+    return Probe(cue, clustered(hits, each), 1 / cells)
 
 
 def _guess(known: Float[Tensor, "Q N K"], asked: Float[Tensor, "P N K"]) -> Int[Tensor, "P N"]:
@@ -117,11 +123,13 @@ def _guess(known: Float[Tensor, "Q N K"], asked: Float[Tensor, "P N K"]) -> Int[
     # A few strong edges would drown a small shift of all the rest.
     known, asked = torch.asinh(known / scale), torch.asinh(asked / scale)
     means = known.nanmean(dim=0)
-    within = (known - means).flatten(0, 1).nan_to_num(0.0)
+    # Lines of black on white move many pixels as one: rounded to float32, such a spread has no
+    # Cholesky factor.
+    within = (known - means).flatten(0, 1).nan_to_num(0.0).double()
     spread = within.T @ within / len(spoken)
     ridge = 1e-3 * spread.diagonal().mean().clamp(min=1e-9)
-    inverse = torch.linalg.inv(spread + ridge * torch.eye(len(spread)))
-    whiten = torch.linalg.cholesky(inverse)
+    inverse = torch.linalg.inv(spread + ridge * torch.eye(len(spread)).double())
+    whiten = torch.linalg.cholesky(inverse).to(asked.dtype)
     # A cell in which no patch speaks is nobody's answer.
     means = means.nan_to_num(NOWHERE)
     guessed = torch.cdist(asked.nan_to_num(0.0) @ whiten, means @ whiten).argmin(dim=2)
@@ -145,7 +153,9 @@ def patches_of(planes: Float[Tensor, "P C rows columns"], grid: Grid) -> Float[T
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
-def _cells(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Float[Tensor, "P N 3 h w"]:
+def _cells(
+    pictures: UInt8[Tensor, "P rows columns 3"] | Float[Tensor, "P rows columns 3"], grid: Grid
+) -> Float[Tensor, "P N 3 h w"]:
     return patches_of(pictures.permute(0, 3, 1, 2).float(), grid)
 
 
@@ -175,13 +185,16 @@ def _silent_at_borders(
 
 
 def _marks(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Float[Tensor, "P N K"]:
-    """Take a patch's pixels, without mean and slope: a mark is the same in each picture."""
+    """Take a patch's pixels, without mean and slope: a mark is the same in each picture.
+
+    And it shines through where else there is least to be seen, away from what stands in the middle.
+    """
     cells = _cells(pictures, grid)
     grey = cells.mean(dim=2)
     side = (min(PIXELS, grey.shape[2]), min(PIXELS, grey.shape[3]))
     detail = _detail(F.adaptive_avg_pool2d(grey, side)).flatten(2)
     contrast = detail.abs().mean(dim=2, keepdim=True)
-    return _silent_at_borders(detail / (contrast + 1), cells)
+    return _silent_at_borders(_where_plain(detail / (contrast + 1), grey), cells)
 
 
 def _detail(grey: Float[Tensor, "P N h w"]) -> Float[Tensor, "P N h w"]:
@@ -201,16 +214,25 @@ def _slope(grey: Float[Tensor, "P N h w"], ramp: Tensor) -> Float[Tensor, "P N 1
     return (grey * ramp).sum(dim=(2, 3), keepdim=True) / along
 
 
-def _fall_off(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Float[Tensor, "P N 5"]:
-    """Take brightness, its slope and the colour cast, in logarithms: a lens multiplies."""
+def _fall_off(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Float[Tensor, "P N 2"]:
+    """Take the slope of brightness, in logarithms, where there is least detail: a lens multiplies.
+
+    Brightness itself tells of what stands in the middle, and its slope does at that thing's edge;
+    a lens darkens an empty wall as well.
+    """
     cells = _cells(pictures, grid)
     grey = (cells.mean(dim=2) + 4).log()
-    down, across = (_slope(grey, ramp)[..., 0, 0] for ramp in _ramps(grey))
-    red, green, blue = (cells.mean(dim=(3, 4)) + 4).log().unbind(dim=2)
-    brightness = grey.mean(dim=(2, 3))
-    whole = torch.stack([brightness, red - green, blue - green, down, across], dim=2)
-    silent = _silent_at_borders(whole - whole.mean(dim=(0, 1)), cells)
-    return silent
+    slopes = torch.stack([_slope(grey, ramp)[..., 0, 0] for ramp in _ramps(grey)], dim=2)
+    return _silent_at_borders(_where_plain(slopes, grey), cells)
+
+
+def _where_plain(
+    statistics: Float[Tensor, "P N K"], grey: Float[Tensor, "P N h w"]
+) -> Float[Tensor, "P N K"]:
+    """Let only those patches of a picture speak in which least is to be seen."""
+    detail = _detail(grey).square().mean(dim=(2, 3))
+    plain = detail.argsort(dim=1).argsort(dim=1) < PLAIN * grey.shape[1]
+    return torch.where(plain[..., None], statistics, torch.nan)
 
 
 def _fringes(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Float[Tensor, "P N 2"]:
@@ -241,8 +263,10 @@ def _grid(pictures: UInt8[Tensor, "P rows columns 3"], grid: Grid) -> Float[Tens
 
     Of any pitch, where it is not a patch's: a grid in phase with the patches tells nothing.
     """
-    # A mark has steps, too, always the same; those of blocks go up and down by chance.
-    cells = _cells(flatten_marks(pictures), grid)
+    # A mark has steps, too, and so has a fixed shade, always the same; those of blocks go up and
+    # down by chance.
+    clear = flatten_marks(pictures).float()
+    cells = _cells(clear - clear.mean(dim=0), grid)
     uneven = [
         steps[:, :, 1:-1] - (steps[:, :, :-2] + steps[:, :, 2:]) / 2
         for steps in _steps(cells.mean(dim=2))

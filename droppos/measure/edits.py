@@ -60,7 +60,9 @@ def flatten_marks(pictures: UInt8[Tensor, "P rows columns 3"]) -> UInt8[Tensor, 
     """Take away what the pictures have in common at fixed pixels.
 
     A mark that shines through is subtracted: it is the detail of the mean picture. One that covers
-    is filled from around it: its pixels are still. Broad shades are no mark, and stay.
+    is filled from around it: its pixels are still. Broad shades are no mark, and stay. Where a mark
+    drove pixels to black or white it cannot be subtracted: some of it is left there, and as it is
+    weaker in such pictures the mean has less of it, so some is left in the others, too.
     """
     planes = _planes(pictures)
     mean = planes.mean(dim=0, keepdim=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from droppos.config import Counts, Grid
-from droppos.errors import ConfigError, TrainingError
+from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.masking import Draw, draw_patches
 from droppos.measure.intervals import Proportion
 from droppos.model import DropPos, normalise
@@ -65,6 +65,8 @@ class PositionReport:
     picture being easy or hard together."""
     near: Proportion
     """Scored patches put into their cell or one that touches it, corners included."""
+    beside: Proportion | None
+    """Wrong answers that fall on a cell which touches the true one; None if none is wrong."""
     cross_entropy: float
     """Nats per scored patch, unsmoothed and unweighted; ln N is a uniform guess."""
     chance: float
@@ -73,14 +75,6 @@ class PositionReport:
     """Scored patches by (predicted - true) row and column; the centre is right."""
     wrong: Int[np.ndarray, "rows columns"]
     """Wrong answers by true cell."""
-
-    @property
-    def beside(self) -> Proportion | None:
-        """Wrong answers that fall on a cell which touches the true one; None if none is wrong."""
-        total, hits = self.accuracy.total, self.accuracy.hits
-        if hits == total:
-            return None
-        return Proportion(self.near.hits - hits, total - hits, self.accuracy.design_effect)
 
     @property
     def beside_chance(self) -> float | None:
@@ -145,14 +139,15 @@ class PositionMeter:
         shape = (2 * grid.rows - 1, 2 * grid.columns - 1)
         self.offsets = torch.zeros(shape, dtype=torch.int64, device=device)
         self.wrong = torch.zeros(grid.cells, dtype=torch.int64, device=device)
-        self.hits_squared = torch.zeros((), dtype=torch.int64, device=device)
-        """Sum over pictures of (right patches)², for the spread between pictures."""
+        self.products = torch.zeros(2, 2, dtype=torch.int64, device=device)
+        """Sum over pictures of the products of (right, near) patches, for the spread between
+        pictures: each figure has its own."""
         self.nats = torch.zeros((), dtype=torch.float64, device=device)
 
     @property
     def state(self) -> list[Tensor]:
         """The tensors to add up over ranks."""
-        return [self.offsets, self.wrong, self.hits_squared, self.nats]
+        return [self.offsets, self.wrong, self.products, self.nats]
 
     def update(self, logits: Float[Tensor, "B S N"], draw: Draw) -> None:
         """Count a batch."""
@@ -165,7 +160,11 @@ class PositionMeter:
         self.offsets += torch.bincount(flat, minlength=self.offsets.numel()).view_as(self.offsets)
         hit = predicted == true
         self.wrong.index_add_(0, true.flatten(), (~hit).flatten().to(self.wrong.dtype))
-        self.hits_squared += hit.sum(dim=1).square().sum()
+        # The centre of the offsets is (rows - 1, columns - 1).
+        near = ((down - rows + 1).abs() <= 1) & ((right - columns + 1).abs() <= 1)
+        counts = torch.stack([hit.sum(dim=1), near.sum(dim=1)], dim=1)
+        # By broadcasting: CUDA has no matmul of integers.
+        self.products += (counts[:, :, None] * counts[:, None]).sum(dim=0)
         self.nats += F.cross_entropy(
             logits.flatten(0, 1).float(), true.flatten(), reduction="sum"
         ).double()
@@ -181,8 +180,9 @@ class PositionMeter:
         row, column = self.grid.rows - 1, self.grid.columns - 1
         total, hits = int(offsets.sum()), int(offsets[row, column])
         near = int(offsets[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2].sum())
-        effect = self._design_effect(hits, total)
-        accuracy, nearby = Proportion(hits, total, effect), Proportion(near, total, effect)
+        if total == 0:
+            raise DataError("no position was scored; was anything measured?")
+        accuracy, nearby, beside = self._proportions(hits, near, total)
         nats = self.nats.item() / total
         if not np.isfinite(nats):
             raise TrainingError(
@@ -190,18 +190,38 @@ class PositionMeter:
                 "go back to an earlier checkpoint and lower optim.lr_per_256"
             )
         wrong = self.wrong.view(*self.grid).cpu().numpy()
-        return PositionReport(accuracy, nearby, nats, self.counts.chance, offsets, wrong)
+        return PositionReport(accuracy, nearby, beside, nats, self.counts.chance, offsets, wrong)
 
-    def _design_effect(self, hits: int, total: int) -> float:
-        """Compare the spread of right answers between pictures with independent patches'."""
+    def _proportions(
+        self, hits: int, near: int, total: int
+    ) -> tuple[Proportion, Proportion, Proportion | None]:
+        """Count the right, the near, and of the wrong those beside, each with its own interval."""
+        (right_right, right_near), (_, near_near) = self.products.tolist()
         scored = self.counts.scored
         pictures = total // scored
-        if pictures < 2 or hits in (0, total):
-            return 1.0
-        mean = hits / pictures
-        spread = (int(self.hits_squared) / pictures - mean**2) * pictures / (pictures - 1)
-        independent = mean * (1 - mean / scored)
-        return min(max(1.0, spread / independent), float(scored))
+
+        def effect(squares: float, found: int, of: int) -> float:
+            """Compare the spread between pictures with that of as many independent patches."""
+            if pictures < 2 or found in (0, of):
+                return 1.0
+            independent = of * (found / of) * (1 - found / of)
+            return min(max(1.0, squares * pictures / (pictures - 1) / independent), float(scored))
+
+        right_spread = right_right - hits**2 / pictures
+        near_spread = near_near - near**2 / pictures
+        accuracy = Proportion(hits, total, effect(right_spread, hits, total))
+        nearby = Proportion(near, total, effect(near_spread, near, total))
+        wrong, beside = total - hits, near - hits
+        if not wrong:
+            return accuracy, nearby, None
+        # A ratio of two sums over pictures: its spread is that of (beside - share * wrong), whose
+        # sum is 0, with beside = near - right and wrong = scored - right.
+        share = beside / wrong
+        rest = 1 - share
+        squares = near_near - 2 * rest * right_near + rest**2 * right_right
+        constant = share * scored
+        squares += constant * (pictures * constant - 2 * near + 2 * rest * hits)
+        return accuracy, nearby, Proportion(beside, wrong, effect(squares, beside, wrong))
 
 
 def position_predictor(model: DropPos, device: torch.device | str = "cpu") -> Predict:

@@ -42,7 +42,8 @@ from droppos.measure.position import Predict, protocol_draw
 
 THERE = 2.0
 """Times chance, at the interval's lower end, from which a cue counts as being there. Ordinary
-photographs gave 0.6 to 1.6 at that end, light from above among them, planted cues 2.0 to 190
+photographs gave 0.3 to 1.0 at that end, light from above among them, planted cues 3.0 to 31. On
+photographs it was not chosen on a planted cue was missed at 1.1, and faces reach 5 with none
 (docs/shortcuts.md)."""
 USED = 0.1
 """Share of the skill that a cue must carry, at the interval's lower end, to be made use of."""
@@ -136,6 +137,9 @@ class ShortcutReport:
     survives: Share | None
     """Skill that is left in a chimera; None if the model has no skill to explain."""
     cues: tuple[CueReport, ...]
+    few: bool = False
+    """Whether pictures are fewer than a picture's visible patches: then some patches of a chimera
+    come from one picture, and show parts of its scene together."""
 
     @property
     def found(self) -> tuple[CueReport, ...]:
@@ -146,6 +150,12 @@ class ShortcutReport:
     @property
     def verdict(self) -> str:
         """Tell in a sentence whether the task is solved by content."""
+        if self.few and self.survives is not None:
+            return f"{self._judgement}. Pictures are too few to take every scene apart: give more"
+        return self._judgement
+
+    @property
+    def _judgement(self) -> str:
         there = " and ".join(cue.name for cue in self.cues if cue.is_there)
         if self.survives is None:
             have = f", though the pictures have {there}" if there else ""
@@ -159,7 +169,8 @@ class ShortcutReport:
         if self.survives.low > UNEXPLAINED:
             return (
                 f"no known shortcut, but {self.survives} of the skill survives without a scene: "
-                "layout (sky above, ground below), or a cue that is not looked for"
+                "layout (sky above, ground below, a subject in the middle), or a cue that is not "
+                "looked for"
             )
         kept = f"{self.survives} of the skill survives without a scene"
         return f"no shortcut: {kept}" + (f"; {there}: there, not used" if there else "")
@@ -221,14 +232,15 @@ def measure_shortcuts(
 
     blind = counts.scored * counts.chance
     shares = _shares([mixed - blind, *carried, *missed], whole - blind, seed)
+    few = len(pictures) < counts.visible
     skill = (float(whole.mean()) - blind) / (counts.scored - blind)
     if shares is None:
         nothing = tuple(CueReport(cue, probes[cue], None, None) for cue in CUES)
-        return ShortcutReport(skill, None, nothing)
+        return ShortcutReport(skill, None, nothing, few)
     survives, rest = shares[0], shares[1:]
     parts = zip(CUES, rest[: len(CUES)], rest[len(CUES) :], strict=True)
     reports = tuple(CueReport(cue, probes[cue], carry, miss) for cue, carry, miss in parts)
-    return ShortcutReport(skill, survives, reports)
+    return ShortcutReport(skill, survives, reports, few)
 
 
 def _edits(seed: int) -> dict[Cue, Callable[[Tensor], Tensor]]:

@@ -100,3 +100,17 @@ def layout(picture: Tile) -> Tile:
     """Light from above: content, as far as a lens is concerned."""
     y, _ = _grid(picture)
     return _as_pixels(picture * (1 - 0.5 * y)[..., None] * 0.8)
+
+
+def centred(pictures: int, side: int) -> NDArray[np.uint8]:
+    """Bright things in the middle of a noisy backdrop, none quite like another: content."""
+    random = np.random.default_rng(3)
+    made = []
+    for _ in range(pictures):
+        y, x = _grid(np.empty((side, side, 3), dtype=np.uint8))
+        height, width = random.uniform(0.35, 0.65, 2)
+        down, right = random.uniform(-0.12, 0.12, 2)
+        inside = ((y - down) / height) ** 2 + ((x - right) / width) ** 2 < 1
+        shades = np.where(inside[..., None], random.uniform(140, 230, 3), random.uniform(30, 90, 3))
+        made.append(_as_pixels(shades + random.normal(0, 12, (side, side, 3))))
+    return np.stack(made)

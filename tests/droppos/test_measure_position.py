@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from droppos.config import Counts, Grid, Method, Model
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.masking import Draw
+from droppos.measure.intervals import Proportion
 from droppos.measure.position import (
     PositionMeter,
     PositionReport,
@@ -165,6 +166,37 @@ def test_pictures_that_are_right_or_wrong_as_a_whole_count_once() -> None:
     report = score(all_or_nothing, pictures=100)
     assert report.accuracy.value == 0.5
     assert report.accuracy.design_effect == pytest.approx(COUNTS.scored)
+
+
+def test_a_near_miss_has_an_interval_of_its_own() -> None:
+    def beside_or_far(images: Tensor, draw: Draw) -> Tensor:
+        """Answer one cell off in every other picture, and three off in the rest; never right."""
+        column = draw.asked % GRID.columns
+        side = torch.where(column < 3, 1, -1)
+        odd = torch.arange(len(images))[:, None] % 2
+        return one_hot(draw.asked + side * (1 + 2 * odd))
+
+    report = score(beside_or_far, pictures=100)
+    assert report.accuracy.value == 0 and report.beside is not None
+    coin_flips = Proportion(50, 100).interval
+    for share in (report.near, report.beside):
+        assert share.value == 0.5
+        assert share.interval == pytest.approx(coin_flips, abs=0.01)
+
+
+def test_wrong_answers_that_are_near_as_pictures_are_count_pictures() -> None:
+    def predict(images: Tensor, draw: Draw) -> Tensor:
+        """Half of a picture right, and the wrong half all near or all far, picture by picture."""
+        column = draw.asked % GRID.columns
+        side = torch.where(column < 3, 1, -1)
+        odd = torch.arange(len(images))[:, None] % 2
+        right = torch.arange(COUNTS.scored) % 2 == 0
+        return one_hot(draw.asked + torch.where(right, 0, side * (1 + 2 * odd)))
+
+    report = score(predict, pictures=100)
+    wrong = COUNTS.scored // 2
+    assert report.beside is not None and report.beside.value == 0.5
+    assert report.beside.design_effect == pytest.approx(wrong * 100 / 99)
 
 
 def test_independent_patches_count_each() -> None:
