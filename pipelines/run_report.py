@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from droppos.draw.course import draw_course
-from droppos.errors import DropposError
+from droppos.errors import DataError, DropposError
 from pipelines import history, receipt
 from pipelines.backbone import from_checkpoint
 from pipelines.checkpoints import Saved, require_recipe
