@@ -348,8 +348,10 @@ def look(
     backbone: tyro.conf.Positional[str],
     data: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path],
+    track: bool = False,
     measure: MeasureFlags = Measure(pictures=256),  # noqa: B008 - frozen
     heads: Heads = Heads(),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
 ) -> None:
     """Draw what a backbone sees and answers, and tell whether it takes shortcuts.
 
@@ -357,15 +359,21 @@ def look(
         backbone: Folder of an export, of a checkpoint, or of a run.
         data: Prepared data set that it was not trained on.
         out: Folder of the PNGs.
+        track: Write what was found of shortcuts to MLflow: to the run that made the backbone, if it
+            is known.
         measure: Protocol of position accuracy; so many pictures are looked at.
         heads: For a file of weights.
+        tracking: Where MLflow is.
     """
     from pipelines.look import look as job
+    from pipelines.look import track as write
     from pipelines.report import show_look
 
     with console.status("looking"):
         found = job(backbone, data, out, measure=measure, heads=heads)
     show_look(console, found)
+    if track:
+        print(write(found, tracking))
 
 
 def report(

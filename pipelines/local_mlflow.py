@@ -24,13 +24,24 @@ def free_port() -> int:
 class LocalMlflow:
     """A server process that can be killed and started again: same address, same runs."""
 
-    def __init__(self, folder: Path, port: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        port: int | None = None,
+        *,
+        database: str | None = None,
+        artifacts: str | None = None,
+    ) -> None:
         """Choose its port; nothing runs yet.
 
         Args:
             folder: Where its database, its artifacts and its log go.
             port: A free one when not given.
+            database: Address of another database; an SQLite file when not given.
+            artifacts: Folder or s3:// URI of the artifacts.
         """
+        self._database = database or f"sqlite:///{folder}/mlflow.db"
+        self._artifacts = artifacts or str(folder / "artifacts")
         self._folder = folder
         self._port = free_port() if port is None else port
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,8 +59,8 @@ class LocalMlflow:
         command = [
             *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"),
             *("--port", str(self._port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"),
-            *("--artifacts-destination", str(self._folder / "artifacts")),
+            *("--backend-store-uri", self._database),
+            *("--artifacts-destination", self._artifacts),
         ]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with log.open("ab") as file:

@@ -11,7 +11,9 @@ from droppos.model import DropPos
 from pipelines.backbone import open_backbone
 from pipelines.gallery import draw_answers, draw_sight
 from pipelines.holdout import Pictures, load_pictures, protocol
-from pipelines.recipe import Measure
+from pipelines.recipe import Measure, Tracking
+from pipelines.scores import track_figures
+from pipelines.storage import open_place
 
 WHOLE = 1.0
 """Side of what is looked at for shortcuts, over the largest crop that fits: borders are outside of
@@ -28,6 +30,9 @@ class Look:
     shortcuts: ShortcutReport | None
     notes: list[str]
     """What could not be looked at, and why."""
+    backbone: str
+    """Place of what was looked at, written out."""
+    data: str
 
 
 def look(
@@ -52,19 +57,40 @@ def look(
     """
     trained = open_backbone(backbone, heads)
     size = trained.model.image_size
+    seen = (trained.uri, open_place(data).uri)
     pictures = load_pictures(data, size, measure.pictures)
     files, notes = draw_sight(trained.encoder, trained.model.grid, pictures, out)
     if trained.droppos is None:
         notes.append("reassembly, confusion, shortcuts: this backbone has no position head")
-        return Look(files, None, None, notes)
+        return Look(files, None, None, notes, *seen)
     position, answers = draw_answers(trained.droppos, measure, pictures, out)
     files = answers + files
     whole = load_pictures(data, size, measure.pictures, ratio=WHOLE)
     try:
         shortcuts = find_shortcuts(trained.droppos, measure, whole)
     except (ConfigError, DataError) as error:
-        return Look(files, position, None, [*notes, f"shortcuts: {error}"])
-    return Look(files, position, shortcuts, notes)
+        return Look(files, position, None, [*notes, f"shortcuts: {error}"], *seen)
+    return Look(files, position, shortcuts, notes, *seen)
+
+
+def track(seen: Look, tracking: Tracking) -> str:
+    """Write what was found of shortcuts to MLflow; return the run's identifier.
+
+    Raises:
+        ConfigError: If MLflow cannot be reached, or nothing was found.
+    """
+    if seen.shortcuts is None:
+        raise ConfigError(
+            f"there is nothing of {seen.backbone} to track: {'; '.join(seen.notes)}; leave --track "
+            "out"
+        )
+    return track_figures(
+        seen.shortcuts.metrics(),
+        backbone=seen.backbone,
+        data=seen.data,
+        facts={"shortcuts": seen.shortcuts.verdict},
+        tracking=tracking,
+    )
 
 
 def find_shortcuts(model: DropPos, measure: Measure, pictures: Pictures) -> ShortcutReport:
