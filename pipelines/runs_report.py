@@ -28,16 +28,18 @@ SHOWN = {
 def show_runs(console: Console, runs: list[RunFacts]) -> None:
     """List runs, the newest first."""
     table = _table("Runs")
-    for heading in ("run", "status", "started (UTC)"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("run", overflow="fold")
+    for heading in ("status", "started"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("took", "step", *SHOWN.values()):
         table.add_column(heading, justify="right")
     for run in runs:
         values = [_number(run.metrics.get(name)) for name in SHOWN]
-        began = f"{run.started:%Y-%m-%d %H:%M}"
+        began = f"{run.started:%y-%m-%d %H:%M}"
         step = f"{run.step:,}" if run.step >= 0 else "-"
         table.add_row(escape(run.name), run.status, began, clock(run.seconds), step, *values)
     console.print(table, highlight=False)
+    console.print("[dim]started: UTC. RUNNING may be killed: `droppos sync` finds out[/]")
 
 
 def show_run(console: Console, run: RunFacts) -> None:
