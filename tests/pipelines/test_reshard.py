@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.droppos.ranks import Case, create, distance, everything, run_program, train
+from tests.droppos.ranks import Case, alike, create, distance, everything, run_program, train
 from tests.pipelines.reshard import LEGS, STEPS
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,8 @@ def test_each_leg_begins_with_the_bits_that_the_one_before_ended_with(
 def test_all_legs_together_are_one_run(found: list[list[dict[str, Any]]]) -> None:
     state = create(Case("single", 1))
     losses = torch.tensor(train(state, steps=STEPS * len(LEGS)))
-    torch.testing.assert_close(torch.cat([leg["losses"] for leg in found[0]]), losses)
-    assert distance(found[0][-1]["ended"], everything(state)) < 1e-4
+    alike(torch.cat([leg["losses"] for leg in found[0]]), losses)
+    assert distance(found[0][-1]["ended"], everything(state)) < 1e-3
 
 
 def test_each_rank_that_was_there_goes_on_with_its_own_random_numbers(

@@ -304,8 +304,7 @@ def test_a_killed_search_goes_on_and_its_trials_are_runs(tiny: Recipe, tmp_path:
     run = outcome.trials[1].tracking_run
     assert run is not None
     steps = [step for step, _ in steps_logged(client, run)]
-    assert steps == sorted(set(steps)) and set(steps) <= set(range(4, 241, 4))
-    assert len(steps) > 50  # what a killed process had not sent yet is lost
+    assert steps == list(range(4, 241, 4))  # also those that the killed process had not sent
     told = [event for event in heard if event["kind"] == "trial" and event["trial"] == second.name]
     begun = next(event["step"] for event in told if event["state"] == "running" and event["steps"])
     assert begun >= 8
