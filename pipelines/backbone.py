@@ -85,8 +85,7 @@ def _export(place: Place) -> Backbone:
     if not place.is_s3:
         return _load(Path(place.path), place.uri)
     with TemporaryDirectory() as folder:
-        for name in place.children():
-            (Path(folder) / name).write_bytes((place / name).read_bytes())
+        place.download(Path(folder))
         return _load(Path(folder), place.uri)
 
 

@@ -30,13 +30,10 @@ from math import isfinite, nan
 from typing import Any, NamedTuple
 
 from droppos.errors import DataError, TrainingError
-from pipelines import chain
-from pipelines.beside import steps_files
+from pipelines import chain, history
 from pipelines.storage import Place, open_place
 
 FOLDER = "checkpoints"
-HISTORY = "history"
-"""Folder of what was measured on the way to each (:mod:`pipelines.history`)."""
 INDEX = "index.json"
 COMPLETE = "complete.json"
 DAMAGED = "damaged.json"
@@ -214,11 +211,7 @@ def adopt(home: Place, saved: Saved) -> None:
             (place / COMPLETE).delete()
             place.delete()
     chain.bring(saved.home, chain.Link.of((saved.place / COMPLETE).read_bytes()), home)
-    for file in steps_files(home / HISTORY):
-        file.place.delete()
-    for file in steps_files(saved.home / HISTORY):
-        if file.end <= saved.step:
-            (home / HISTORY / file.place.name).write_bytes(file.place.read_bytes())
+    history.bring(saved.home, saved.step, home)
     copy = home / FOLDER / saved.place.name
     for name in [*saved.files, COMPLETE]:  # in this order: what is cut short must not count
         with (saved.place / name).open_input() as source, (copy / name).open_output() as target:

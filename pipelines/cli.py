@@ -23,8 +23,9 @@ from droppos.export import FormatName
 from droppos.measure.finetune_recipe import Finetune
 from pipelines import recipe_file
 from pipelines.finetune_run import FinetuneRun
-from pipelines.recipe import Measure, Recipe, Run, Tracking
+from pipelines.recipe import Measure, Recipe, Tracking
 from pipelines.spread import Spread
+from pipelines.tracking import Where
 
 if TYPE_CHECKING:
     from pipelines.search_outcome import SearchOutcome
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Pre-train vision transformers on your own pictures with DropPos."
 
-STORAGE, EXPERIMENT = Run().storage, Tracking().experiment
+STORAGE, EXPERIMENT = Where().storage, Where().experiment
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
 MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
 FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
 FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
 SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
+WhereFlags = Annotated[Where, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
 
 console = Console(stderr=True)
@@ -117,45 +119,37 @@ def pretrain(
 def resume(
     run: tyro.conf.Positional[str],
     allow_changes: bool = False,
-    uri: str | None = None,
-    experiment: str = EXPERIMENT,
-    storage: str = STORAGE,
+    where: WhereFlags = Where(),  # noqa: B008 - frozen
 ) -> None:
     """Go on with a pre-training run, found by its name in MLflow, as its recipe says.
 
     Args:
         run: Name of the run, or its id.
         allow_changes: Go on even if the data differ from the checkpoint's.
-        uri: MLflow server or database, where runs of `storage` are tracked when not given.
-        experiment: MLflow experiment.
-        storage: Folder of runs.
+        where: Where runs are looked for by name.
     """
     from pipelines.runs import Registry, recipe_of
 
-    recipe = recipe_of(Registry(uri, experiment, storage).run(run))
+    recipe = recipe_of(Registry(where).run(run))
     pretrain("", resume=True, allow_changes=allow_changes, recipe=recipe)
 
 
 def runs(
     names: tyro.conf.Positional[tuple[str, ...]] = (),
-    uri: str | None = None,
-    experiment: str = EXPERIMENT,
-    storage: str = STORAGE,
+    where: WhereFlags = Where(),  # noqa: B008 - frozen
     most: int = 20,
 ) -> None:
     """List runs, show one, or compare several.
 
     Args:
         names: Names or ids of runs; without any, the newest are listed.
-        uri: MLflow server or database, where runs of `storage` are tracked when not given.
-        experiment: MLflow experiment.
-        storage: Folder of runs.
+        where: Where runs are looked for by name.
         most: Runs to list.
     """
     from pipelines import runs_report
     from pipelines.runs import Registry
 
-    registry = Registry(uri, experiment, storage)
+    registry = Registry(where)
     match names:
         case ():
             runs_report.show_runs(console, registry.newest(most))
@@ -379,24 +373,20 @@ def look(
 def report(
     run: tyro.conf.Positional[str],
     out: Path = Path("droppos-runs/report.html"),
-    uri: str | None = None,
-    experiment: str = EXPERIMENT,
-    storage: str = STORAGE,
+    where: WhereFlags = Where(),  # noqa: B008 - frozen
 ) -> None:
     """Write all of a run as one HTML file: curves, pictures, figures, data, machines, receipt.
 
     Args:
         run: Folder of the run or of one of its checkpoints, or the run's name in MLflow.
         out: File to write.
-        uri: MLflow server or database, where runs of `storage` are tracked when not given.
-        experiment: MLflow experiment.
-        storage: Folder of runs.
+        where: Where runs are looked for by name.
     """
     from pipelines.receipt import locate
     from pipelines.run_report import run_report
 
     with console.status("reading and drawing"):
-        text = run_report(locate(run, uri, experiment, storage))
+        text = run_report(locate(run, where))
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
     console.print(f"report: {escape(str(out))}", soft_wrap=True, highlight=False)
@@ -463,9 +453,7 @@ def receipt(
     run: str | None = None,
     data: str | None = None,
     shards: bool = True,
-    uri: str | None = None,
-    experiment: str = EXPERIMENT,
-    storage: str = STORAGE,
+    where: WhereFlags = Where(),  # noqa: B008 - frozen
 ) -> None:
     """Write what a backbone came from into one file; or verify such a file.
 
@@ -478,9 +466,7 @@ def receipt(
         run: Folder of the run, if it is not where the receipt says.
         data: Prepared data set, if it is not where the receipt says.
         shards: Read the whole data set and hash it again.
-        uri: MLflow server or database, where runs of `storage` are tracked when not given.
-        experiment: MLflow experiment.
-        storage: Folder of runs.
+        where: Where runs are looked for by name.
     """
     if bool(source) == (verify is not None):
         raise ConfigError(
@@ -491,7 +477,7 @@ def receipt(
 
     if verify is None:
         with console.status("reading the run's past"):
-            made, notes = job.make(job.locate(source, uri, experiment, storage), backbone)
+            made, notes = job.make(job.locate(source, where), backbone)
         job.write(made, out)
         receipt_report.show_receipt(console, made, notes, out)
         return

@@ -30,7 +30,6 @@ from pipelines.attempt import claim_for_driver
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
-from pipelines.cost import HOURS, Cost
 from pipelines.crew import worker_resources
 from pipelines.events import Events
 from pipelines.extraction import heads_of
@@ -41,6 +40,7 @@ from pipelines.ledger import Ledger
 from pipelines.order import Schedule
 from pipelines.pretrain import located, plan
 from pipelines.recipe import Recipe, Tracking
+from pipelines.recipe_file import plain
 from pipelines.shards import Manifest, load_manifest, read_row_group
 from pipelines.skipped import Skipped
 from pipelines.source import Remaining, data_config
@@ -129,12 +129,10 @@ def finetune(
     driver = claim_for_driver(home)
     with Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger:
         described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
-        ledger.describe(whole, {**described, "finetune.backbone": trained.uri})
+        ledger.tag({**described, "finetune.backbone": trained.uri})
         limit = whole.data.skip_limit
         skipped = Skipped(home, schedule.manifest.rows, limit, resumed=saved is not None)
-        hours = ledger.last_value(HOURS) or 0.0 if ledger.reached else None
-        cost = Cost(hours, tracking.price_per_worker_hour)
-        heard = Heard(ledger, skipped, cost, on_event)
+        heard = Heard(ledger, skipped, tracking.price_per_worker_hour, on_event)
         heard.event(
             {
                 "kind": "plan",
@@ -288,15 +286,8 @@ def _facts(
         "holdout": load_manifest(open_place(whole.data.holdout)).digest,
         "seed": whole.run.seed,
         "window": whole.data.window,
-        **{name: _plain(value) for name, value in settings.items()},
+        **plain(settings),
     }
-
-
-def _plain(value: Any) -> Any:
-    """Write a value as JSON reads it back."""
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_resume(

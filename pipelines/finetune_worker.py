@@ -39,8 +39,8 @@ from pipelines.parts import DamagedError
 from pipelines.recipe import Recipe
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
-from pipelines.stream import Batch, batches
-from pipelines.worker import FLUSH_S, grouped, started, tell_skipped
+from pipelines.stream import Batch
+from pipelines.worker import FLUSH_S, started, steps_from, tell_skipped
 
 TEST_BATCH = 64
 """Pictures of a forward pass."""
@@ -91,17 +91,8 @@ def _finetune(job: FinetuneJob) -> None:
     attempt = claim_for_group(home, job.driver, state.device)  # nobody else adds one now
     _restore(state, checkpoints.newest(home))
     job.events.send(started(state.step, state.device))
-    shard = ray.train.get_dataset_shard("train")
-    assert shard is not None
-    stream = batches(
-        shard,
-        worker_batch=recipe.worker_batch,
-        start_step=state.step,
-        stop_step=schedule.steps,
-        accumulate=recipe.optim.accumulate,
-    )
     pace = Pace(recipe.optim.global_batch, 0, 1)
-    for group in grouped(stream, recipe.optim.accumulate):
+    for group in steps_from(state.step, recipe, schedule):
         loss = finetune_step(state, [labelled(batch, labels) for batch in group])
         pace.count(group)
         tell_skipped(job.events, group)

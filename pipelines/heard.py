@@ -6,7 +6,7 @@ from typing import Any
 
 from droppos.errors import DataError
 from pipelines.aside import Aside
-from pipelines.cost import Cost
+from pipelines.cost import HOURS, Cost
 from pipelines.events import Event, Events
 from pipelines.ledger import Ledger
 from pipelines.machine import over_nodes
@@ -27,7 +27,7 @@ class Heard:
         self,
         ledger: Ledger,
         skipped: Skipped,
-        cost: Cost,
+        price_per_hour: float | None,
         on_event: OnEvent | None,
         aside: Aside | None = None,
     ) -> None:
@@ -36,13 +36,14 @@ class Heard:
         Args:
             ledger: Keeps the metrics.
             skipped: Keeps the pictures that were skipped.
-            cost: Counts the time that workers are held.
+            price_per_hour: What one worker costs an hour; None if that is not known.
             on_event: Told of each event, too.
             aside: Measures checkpoints; None where the workers do.
         """
         self._ledger = ledger
         self._skipped = skipped
-        self._cost = cost
+        hours = ledger.last_value(HOURS) or 0.0 if ledger.reached else None
+        self._cost = Cost(hours, price_per_hour)
         self._on_event = on_event
         self._workers: dict[int, Event] = {}
         self._machines: dict[str, Mapping[str, float]] = {}

@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 from droppos.errors import DataError
 from pipelines.beside import Beside, steps_files
-from pipelines.checkpoints import HISTORY
 from pipelines.journal import now_ms
 from pipelines.storage import Place
 
-FOLDER = HISTORY
+FOLDER = "history"
 
 
 class Logged(NamedTuple):
@@ -74,6 +73,19 @@ def read(home: Place, stop_step: int, start_step: int = 0) -> Iterator[Logged]:
                     yield Logged(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise DataError(f"{file.place} is damaged: {error!r}; was it changed?") from error
+
+
+def bring(source: Place, step: int, target: Place) -> None:
+    """Copy what was measured up to a checkpoint to the run that takes it over, in place of its own.
+
+    Raises:
+        DataError: If storage refuses.
+    """
+    for file in steps_files(target / FOLDER):
+        file.place.delete()
+    for file in steps_files(source / FOLDER):
+        if file.end <= step:
+            (target / FOLDER / file.place.name).write_bytes(file.place.read_bytes())
 
 
 def curves(home: Place, stop_step: int) -> dict[str, list[tuple[int, float]]]:

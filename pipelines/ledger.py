@@ -37,7 +37,14 @@ from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.secrets import redact, redact_uris
 from pipelines.storage import Place, open_place
-from pipelines.tracking import client_of, experiment_id, local_folder, reachable, tracking_uri
+from pipelines.tracking import (
+    active_run,
+    client_of,
+    experiment_id,
+    local_folder,
+    reachable,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -356,18 +363,11 @@ class Ledger:
     def _find(
         self, client: "MlflowClient", experiment: str, known: Mapping[str, str]
     ) -> "Run | None":
-        from mlflow.exceptions import MlflowException
-
         if "run_id" in known:
             if not known["run_id"]:  # see `begin_anew`
                 return None
-            try:
-                run = client.get_run(known["run_id"])
-                if run.info.lifecycle_stage == "active":
-                    return run
-            except MlflowException as error:  # another server than before
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
+            if run := active_run(client, known["run_id"]):
+                return run  # otherwise it was deleted, or this is another server than before
         return newest_run(client, experiment, self.home)
 
 

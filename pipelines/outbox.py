@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.journal import Artifact, Ended, Journal, Names, Row, Stored, files_beside
 from pipelines.secrets import redact
+from pipelines.tracking import active_run
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -184,9 +185,9 @@ class Outbox:
         from mlflow.exceptions import MlflowException
 
         try:
-            gone = self._client.get_run(self._run_id).info.lifecycle_stage != "active"
-        except MlflowException as error:
-            gone = error.error_code == "RESOURCE_DOES_NOT_EXIST"
+            gone = active_run(self._client, self._run_id) is None
+        except MlflowException:  # the server is away
+            gone = False
         self.gone = gone and not self._living  # who lives waits for it to be restored
         return gone
 

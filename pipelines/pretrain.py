@@ -16,7 +16,6 @@ from pipelines.aside import Aside
 from pipelines.attempt import claim_for_driver
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import connect, gpu_workers
-from pipelines.cost import HOURS, Cost
 from pipelines.facts import check_resume
 from pipelines.gallery import draw_gallery
 from pipelines.heard import Heard, OnEvent
@@ -119,10 +118,8 @@ def pretrain(
         if saved is not None:
             replay(ledger, home, saved)
         ledger.tag(cluster_hardware())
-        hours = ledger.last_value(HOURS) or 0.0 if ledger.reached else None
-        cost = Cost(hours, recipe.tracking.price_per_worker_hour)
         aside = Aside(recipe, schedule) if recipe.aside_cpus else None
-        heard = Heard(ledger, skipped, cost, on_event, aside)
+        heard = Heard(ledger, skipped, recipe.tracking.price_per_worker_hour, on_event, aside)
         heard.event(
             {
                 "kind": "plan",

@@ -9,8 +9,6 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from pipelines.secrets import redact
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +45,8 @@ def packages() -> str:
 
 def cluster_hardware() -> dict[str, str]:
     """Tell what the cluster has now, as tags; a Ray must be connected."""
+    import ray  # here: half of the time of the ledger's import, which needs none
+
     nodes = [node for node in ray.nodes() if node["Alive"]]
     have = ray.cluster_resources()
     kinds = sorted(

@@ -28,6 +28,7 @@ from pipelines.recipe_file import flatten
 from pipelines.secrets import redact
 from pipelines.shards import load_manifest
 from pipelines.storage import Place, open_place
+from pipelines.tracking import Where
 
 FORMAT = "droppos-receipt/1"
 HASH_BYTES = 8 * 2**20
@@ -207,14 +208,12 @@ def load(uri: str) -> Receipt:
     return receipt
 
 
-def locate(run: str, uri: str | None, experiment: str, storage: str) -> Saved:
+def locate(run: str, where: Where) -> Saved:
     """Find the checkpoint that a person means by a place, or by the name of a run in MLflow.
 
     Args:
         run: Folder of a run or of a checkpoint; or a run's name, or its id.
-        uri: MLflow server or database, where runs of `storage` are tracked when not given.
-        experiment: Its experiment.
-        storage: Folder of runs.
+        where: Where runs are looked for by name.
 
     Raises:
         DataError: If there is neither.
@@ -224,7 +223,7 @@ def locate(run: str, uri: str | None, experiment: str, storage: str) -> Saved:
     from pipelines.runs import Registry
 
     try:
-        found = Registry(uri, experiment, storage).run(run)
+        found = Registry(where).run(run)
     except DataError as error:
         raise DataError(f"there is no folder {run}, and {error}") from error
     if not found.home:

@@ -78,13 +78,14 @@ def flatten(recipe: Recipe | Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 def to_yaml(recipe: Recipe) -> str:
     """Write a recipe that :func:`read` reads and `droppos pretrain` takes as it is."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
     return yaml.safe_dump(plain(asdict(recipe)), sort_keys=False)
+
+
+def plain(value: Any) -> Any:
+    """Write a value as YAML and JSON read it back: tuples as lists."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_dict(content: Mapping[str, Any]) -> Recipe:

@@ -40,8 +40,15 @@ from pipelines.registry import (
     point,
 )
 from pipelines.secrets import redact
-from pipelines.storage import Place, open_place
-from pipelines.tracking import client_of, experiment_id, for_files, reachable, tracking_uri
+from pipelines.storage import open_place
+from pipelines.tracking import (
+    active_run,
+    client_of,
+    experiment_id,
+    for_files,
+    reachable,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -157,15 +164,8 @@ def _export_to(folder: Path, backbone: str, checkpoint: str | None) -> Saved | N
     saved = None if checkpoint is None else checkpoints.at(checkpoint)
     if saved is not None and (differing := differing_weights(saved, place)):
         raise DataError(f"{backbone} was not exported from {saved.uri}: {differing[0]}")
-    _copy(place, folder)
+    place.download(folder)
     return saved
-
-
-def _copy(place: Place, folder: Path) -> None:
-    for file in place.files():
-        copy = folder / file.name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes((place / file.name).read_bytes())
 
 
 def _tracking_of(saved: Saved | None) -> str:
@@ -179,7 +179,7 @@ def _run(
 ) -> Iterator[str]:
     """Find the MLflow run that trained the backbone, or make one for the model alone."""
     known = {} if saved is None else pointer(saved.home)
-    if known.get("uri") == redact(where) and _is_there(client, known["run_id"]):
+    if known.get("uri") == redact(where) and active_run(client, known["run_id"]):
         yield known["run_id"]  # it keeps its status and its end
         return
     run = client.create_run(experiment_id(client, where, experiment), run_name=name)
@@ -189,17 +189,6 @@ def _run(
         client.set_terminated(run.info.run_id, "FAILED")
         raise
     client.set_terminated(run.info.run_id)
-
-
-def _is_there(client: "MlflowClient", run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
 
 
 def _log(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from droppos.errors import ConfigError, DataError
 from pipelines.recipe import Recipe
 from pipelines.secrets import redact
-from pipelines.tracking import client_of, for_files, reachable, sqlite_file, tracking_uri
+from pipelines.tracking import client_of, for_files, missing_database, reachable, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -61,8 +61,7 @@ def existing(uri: str | None) -> "tuple[str, MlflowClient]":
         DataError: If it is a database that does not exist.
     """
     where = uri or tracking_uri(Recipe())
-    file = sqlite_file(where)
-    if file is not None and not file.exists():
+    if file := missing_database(where):
         raise DataError(
             f"there are no registered models: {file} does not exist; name the server or database "
             "with --uri, or MLFLOW_TRACKING_URI"

@@ -13,7 +13,7 @@ from pipelines.recipe import Recipe, Run, Tracking
 from pipelines.recipe_file import flatten, from_dict
 from pipelines.secrets import redact
 from pipelines.storage import open_place
-from pipelines.tracking import client_of, reachable, sqlite_file, tracking_uri
+from pipelines.tracking import Where, client_of, missing_database, reachable, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
@@ -78,22 +78,19 @@ class Comparison:
 class Registry:
     """The runs of one MLflow experiment."""
 
-    def __init__(self, uri: str | None, experiment: str, storage: str = Run().storage) -> None:
+    def __init__(self, where: Where) -> None:
         """Reach MLflow.
 
         Args:
-            uri: Tracking server or database; where runs of ``storage`` are tracked if not given.
-            experiment: Its experiment.
-            storage: Folder of runs.
+            where: Which MLflow, and its experiment.
 
         Raises:
             ConfigError: If MLflow cannot be reached.
             DataError: If there is no database, or no such experiment.
         """
-        recipe = Recipe(run=Run(storage=storage), tracking=Tracking(uri=uri))
+        recipe = Recipe(run=Run(storage=where.storage), tracking=Tracking(uri=where.uri))
         self.uri = tracking_uri(recipe)
-        file = sqlite_file(self.uri)
-        if file is not None and not file.exists():
+        if file := missing_database(self.uri):
             raise DataError(
                 f"there are no runs: {file} does not exist; name the server or database with "
                 "--uri (or MLFLOW_TRACKING_URI), or the folder of runs with --storage"
@@ -101,13 +98,13 @@ class Registry:
         with reachable(self.uri):
             self._client: MlflowClient = client_of(self.uri)
             experiments = {each.name: each for each in self._client.search_experiments()}
-        if experiment not in experiments:
+        if where.experiment not in experiments:
             known = ", ".join(sorted(experiments))
             raise DataError(
-                f"MLflow has no experiment {experiment!r}; it has {known}: name one with "
+                f"MLflow has no experiment {where.experiment!r}; it has {known}: name one with "
                 "--experiment"
             )
-        self._experiment = experiments[experiment].experiment_id
+        self._experiment = experiments[where.experiment].experiment_id
 
     def newest(self, most: int) -> list[RunFacts]:
         """List the newest runs, the newest first, trials of searches left out."""

@@ -153,7 +153,7 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
     if best is not None and best.objective is not None:
         ledger.log(len(finished), {f"search/best_{run.objective}": best.objective})
         point = {f"best.{name}": str(value) for name, value in best.point.items()}
-        ledger.describe(recipe, {**point, "best.trial": best.name})
+        ledger.tag({**point, "best.trial": best.name})
         files["best.yaml"] = (
             f"# Best of {len(finished)} finished trials: {run.objective} {best.objective:.4f}, "
             f"{best.name}.\n# `droppos pretrain best.yaml` runs it anew.\n"

@@ -178,6 +178,13 @@ class Place:
         """Read the whole object."""
         return self.read(s3.read_whole if self.is_s3 else lambda file: file.read())
 
+    def download(self, folder: Path) -> None:
+        """Copy every file below to a folder of this machine, which need not exist."""
+        for file in self.files():
+            copy = folder / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes((self / file.name).read_bytes())
+
     def write_bytes(self, data: bytes | pa.Buffer) -> None:
         """Write the whole object, or nothing: no reader ever sees half of it."""
         if self.is_s3:

@@ -20,7 +20,7 @@ from pipelines.ledger import pointer
 from pipelines.outbox import Outbox, send_file, told
 from pipelines.secrets import redact
 from pipelines.storage import Place, open_place
-from pipelines.tracking import client_of, reachable, sqlite_file
+from pipelines.tracking import client_of, missing_database, reachable
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -130,8 +130,7 @@ def _sync_home(home: Place, known: dict[str, str], patience_s: float) -> Synced:
 def _send(journal: Journal, source: str, patience_s: float) -> Synced:
     about = journal.about
     uri = real_uri(about.uri)
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():
+    if file := missing_database(uri):
         raise ConfigError(f"there is no database {file} any more; was the folder moved?")
     with reachable(uri):
         client = client_of(uri)

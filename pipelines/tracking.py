@@ -10,19 +10,33 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from droppos.errors import ConfigError
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, Run, Tracking
 from pipelines.secrets import redact
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run as MlflowRun
     from mlflow.tracking import MlflowClient
 
 FILE_S = 600
 """Seconds for one file of a model to go through a server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where runs are looked for by name."""
+
+    uri: str | None = None
+    """MLflow server or database, where runs of `storage` are tracked when not given."""
+    experiment: str = Tracking().experiment
+    """MLflow experiment."""
+    storage: str = Run().storage
+    """Folder of runs."""
 
 
 def local_folder(recipe: Recipe) -> Path:
@@ -109,6 +123,12 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(path).absolute() if scheme.startswith("sqlite") and path else None
 
 
+def missing_database(uri: str) -> Path | None:
+    """Name the file of a database that does not exist: who only reads must not make one."""
+    file = sqlite_file(uri)
+    return None if file is None or file.exists() else file
+
+
 def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
     """Find or make an experiment.
 
@@ -134,6 +154,23 @@ def experiment_id(client: "MlflowClient", uri: str, name: str) -> str:
             "restore it there, or take another name"
         )
     return found.experiment_id
+
+
+def active_run(client: "MlflowClient", run_id: str) -> "MlflowRun | None":
+    """Find a run by its id; None if there is none, or it was deleted.
+
+    Raises:
+        MlflowException: If that cannot be asked.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 @contextmanager

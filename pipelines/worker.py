@@ -25,6 +25,7 @@ from pipelines.job import Job
 from pipelines.keeper import Keeper
 from pipelines.kept_state import restore
 from pipelines.machine import device_name
+from pipelines.order import Schedule
 from pipelines.pace import Pace
 from pipelines.passed import PassedOver
 from pipelines.proof import Proof
@@ -72,15 +73,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     keeper = Keeper(job, state, proof, saved, init_from)
     job.events.send(started(state.step, state.device))
 
-    shard = ray.train.get_dataset_shard("train")
-    assert shard is not None
-    stream = batches(
-        shard,
-        worker_batch=recipe.worker_batch,
-        start_step=state.step,
-        stop_step=schedule.steps,
-        accumulate=recipe.optim.accumulate,
-    )
+    stream = steps_from(state.step, recipe, schedule)
     aside = recipe.aside_cpus > 0  # then the driver has each such checkpoint measured
     holdout = None if aside else Holdout.open(recipe, state.device)
     pace.reset()
@@ -88,7 +81,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     saves = 0
     leave = told_to_go = False
     pulse.now("waiting for pictures", state.step)
-    for group in grouped(stream, recipe.optim.accumulate):
+    for group in stream:
         pulse.now("training", state.step)
         proof.count(group)  # before the step: what is not of the schedule is not trained on
         if state.step in passed.steps:
@@ -244,6 +237,20 @@ def measure(job: Job, proof: Proof, state: TrainState, holdout: Holdout) -> dict
 def at_epoch(state: TrainState, every: int) -> bool:
     """Tell whether a step has just ended an epoch that is to be measured."""
     return state.step % (every * state.steps_per_epoch) == 0
+
+
+def steps_from(step: int, recipe: Recipe, schedule: Schedule) -> Iterator[list[Batch]]:
+    """Give this worker's micro-batches of each step until the run's last, from Ray's stream."""
+    shard = ray.train.get_dataset_shard("train")
+    assert shard is not None
+    stream = batches(
+        shard,
+        worker_batch=recipe.worker_batch,
+        start_step=step,
+        stop_step=schedule.steps,
+        accumulate=recipe.optim.accumulate,
+    )
+    return grouped(stream, recipe.optim.accumulate)
 
 
 def grouped(stream: Iterable[Batch], size: int) -> Iterator[list[Batch]]:

@@ -14,6 +14,7 @@ from pipelines.recipe import Recipe, Run
 from pipelines.recipe_file import to_yaml
 from pipelines.runs import Registry, recipe_of
 from pipelines.storage import open_place
+from pipelines.tracking import Where
 
 # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -52,7 +53,7 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def registry(storage: Path) -> Registry:
-    return Registry(None, "droppos", str(storage))
+    return Registry(Where(storage=str(storage)))
 
 
 def test_the_newest_come_first_and_trials_are_left_out(registry: Registry) -> None:
@@ -85,10 +86,10 @@ def test_a_run_that_is_not_there_is_told_with_those_that_are(registry: Registry)
 
 def test_no_database_and_no_experiment_are_errors(storage: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there are no runs: .*--storage"):
-        Registry(None, "droppos", str(tmp_path))
+        Registry(Where(storage=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(DataError, match=r"no experiment 'x'; it has .*droppos"):
-        Registry(None, "x", str(storage))
+        Registry(Where(experiment="x", storage=str(storage)))
 
 
 def test_a_run_is_gone_on_with_by_its_own_recipe(registry: Registry, storage: Path) -> None:
