@@ -33,8 +33,7 @@ class Pulse:
         self._events = events
         self._rank = rank
         self._node = ray.get_runtime_context().get_node_id()
-        first_of_node = ray.train.get_context().get_local_rank() == 0
-        self._machine = Machine() if first_of_node else None
+        self._first_of_node = ray.train.get_context().get_local_rank() == 0
         self._doing = "starting"
         self._step = 0
         self._ended = threading.Event()
@@ -60,6 +59,8 @@ class Pulse:
         self._doing, self._step = doing, step
 
     def _run(self) -> None:
+        # psutil counts a CPU's time from the last look of the same thread.
+        machine = Machine() if self._first_of_node else None
         beats = 0
         told = None
         while not self._ended.wait(EVERY_S if told else 0):
@@ -77,8 +78,9 @@ class Pulse:
                         "step": now[1],
                     }
                 )
-            if self._machine is not None and beats % SAMPLES == 1:
-                values = self._machine.sample()
+            # The first time with the second beat: a share of a CPU's time needs some time to be of.
+            if machine is not None and beats % SAMPLES == 2:
+                values = machine.sample()
                 self._events.send({"kind": "machine", "node": self._node, "values": values})
             if self._rank == 0:
                 self._events.ask()
