@@ -161,7 +161,9 @@ def own_node(address: str) -> str:
     Raises:
         DropposError: If there is none that is alive, or several.
     """
-    from ray._private.services import node_ip_address_from_perspective
+    from ray._private.services import (
+        node_ip_address_from_perspective,  # pyright: ignore[reportAttributeAccessIssue]
+    )
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
     from ray.core.generated import gcs_pb2
 
@@ -207,7 +209,7 @@ def watch(
                 passed_on = notice.kind
                 _log.warning("%s, at %s: the node is drained", notice, notice.at)
             trouble = ""
-        except Exception as error:  # noqa: BLE001 - whatever it is, the notice is still to come
+        except Exception as error:  # whatever it is, the notice is still to come
             if trouble != str(error):
                 trouble = str(error)
                 _log.warning("not heard or not passed on, trying again: %s", trouble)
