@@ -11,7 +11,7 @@ from typing import Any
 
 import boto3
 
-OPERATORS = {"StringEquals": str.__eq__, "ArnEquals": fnmatchcase}
+OPERATORS = {"StringEquals": str.__eq__, "StringLike": fnmatchcase, "ArnEquals": fnmatchcase}
 
 
 def statements(role: str) -> list[Mapping[str, Any]]:
