@@ -5,6 +5,7 @@ from typing import Any
 
 import boto3
 import pytest
+import yaml
 from cfnlint.api import lint_file
 from moto import mock_aws
 
@@ -191,6 +192,22 @@ def test_the_head_starts_machines_like_its_own(head: list[Any], account: Stack) 
     for touched in ("network-interface/eni-1", "volume/vol-1", "spot-instances-request/sir-1"):
         assert allowed(head, "ec2:RunInstances", f"{EC2}:{touched}"), touched
     assert allowed(head, "ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/ami-1")
+
+
+def test_the_head_may_start_every_worker_of_cluster_yaml(head: list[Any], account: Stack) -> None:
+    cluster = yaml.safe_load((AWS.parents[1] / "cluster.yaml").read_text())
+    types = cluster["available_node_types"]
+    workers = [types[name]["node_config"] for name in types if name != cluster["head_node_type"]]
+    assert workers
+    for node in workers:
+        profile = f"arn:aws:iam::123456789012:instance-profile/{node['IamInstanceProfile']['Name']}"
+        request = {
+            "aws:RequestTag/ray-cluster-name": cluster["cluster_name"],
+            "ec2:MetadataHttpTokens": node["MetadataOptions"]["HttpTokens"],
+            "ec2:InstanceProfile": profile,
+        }
+        assert allowed(head, "ec2:RunInstances", f"{EC2}:instance/i-1", request)
+        assert node["KeyName"] == account.outputs["KeyName"]
 
 
 @pytest.mark.parametrize("missing", NEW)
