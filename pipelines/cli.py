@@ -587,6 +587,20 @@ def drill(
         sys.exit(1)
 
 
+def watch_spot(head: tyro.conf.Positional[str]) -> None:
+    """Watch this EC2 machine for the notice that it is taken back, and drain its Ray node then.
+
+    cluster.yaml starts it on each machine that may be. It ends once the notice has been passed on.
+
+    Args:
+        head: Address of the cluster's head: host:port.
+    """
+    from pipelines.notices import only_watcher, watch
+
+    with only_watcher():
+        watch(head)
+
+
 COMMANDS = {
     "demo": demo,
     "demo-search": demo_search,
@@ -606,6 +620,7 @@ COMMANDS = {
     "audit": audit,
     "receipt": receipt,
     "register": register,
+    "watch-spot": watch_spot,
 }
 
 
