@@ -5,11 +5,10 @@ from typing import Any
 
 import boto3
 import pytest
-import yaml
 from cfnlint.api import lint_file
 from moto import mock_aws
 
-from tests.infra.rights import allowed, listed, statements
+from tests.infra.rights import EC2, allowed, listed, statements
 from tests.infra.stacks import (
     ACCOUNT,
     AWS,
@@ -24,9 +23,10 @@ from tests.infra.stacks import (
 pytestmark = unknown_kinds_are_left_out
 
 NAME = "account.yaml"
-EC2 = f"arn:aws:ec2:{REGION}:123456789012"
 WORKER_PROFILE = "arn:aws:iam::123456789012:instance-profile/droppos-ray-worker"
-OURS = {"aws:ResourceTag/ray-cluster-name": "droppos"}
+OURS = ("droppos", "droppos-vit-base")
+"""Names of clusters: by hand, and as `droppos launch` calls them."""
+THEIRS = ("another", "dropposs", "another-droppos", "drop", "")
 NEW = {
     "aws:RequestTag/ray-cluster-name": "droppos",
     "ec2:MetadataHttpTokens": "required",
@@ -65,7 +65,7 @@ def test_the_linter_has_nothing_to_say() -> None:
 
 def test_the_launch_finds_all_it_needs(account: Stack) -> None:
     assert set(account.outputs) == {
-        *("Bucket", "VpcId", "HeadSubnetIds", "WorkerSubnetIds", "SecurityGroupId"),
+        *("Bucket", "VpcId", "SubnetIds", "HeadSecurityGroupId", "WorkerSecurityGroupId"),
         *("HeadProfile", "WorkerProfile", "KeyName", "ImageRepository", "Region"),
     }
     assert account.outputs["Region"] == REGION
@@ -82,63 +82,69 @@ def test_only_what_the_mock_does_not_know_was_left_out(account: Stack) -> None:
     assert missing == {"Key", "BucketTls", "Budget"}
 
 
-def test_workers_are_in_three_zones_and_have_no_public_addresses(account: Stack) -> None:
-    for kind in ("Head", "Worker"):
-        found = subnets(account.outputs[f"{kind}SubnetIds"])
-        assert len({subnet["AvailabilityZone"] for subnet in found}) == 3
-        assert {subnet["VpcId"] for subnet in found} == {account.outputs["VpcId"]}
-        # Which the mock forgets.
-        public = {properties(f"{kind}Subnet{zone}")["MapPublicIpOnLaunch"] for zone in "ABC"}
-        assert public == {kind == "Head"}
+def test_machines_are_in_three_zones_and_have_public_addresses(account: Stack) -> None:
+    found = subnets(account.outputs["SubnetIds"])
+    assert len({subnet["AvailabilityZone"] for subnet in found}) == 3
+    assert {subnet["VpcId"] for subnet in found} == {account.outputs["VpcId"]}
+    # Which the mock forgets.
+    assert all(properties(f"Subnet{zone}")["MapPublicIpOnLaunch"] for zone in "ABC")
 
 
-def routes(account: Stack, table: str) -> dict[str, str]:
-    """Gateways of a route table, by where they lead to."""
+def test_machines_reach_the_internet_and_storage_by_a_way_of_its_own(account: Stack) -> None:
     ec2 = boto3.client("ec2", REGION)
-    (found,) = ec2.describe_route_tables(RouteTableIds=[account.made[table]])["RouteTables"]
-    return {
-        route.get("DestinationCidrBlock", "s3"): route.get("NatGatewayId") or route["GatewayId"]
-        for route in found["Routes"]
+    (found,) = ec2.describe_route_tables(RouteTableIds=[account.made["Routes"]])["RouteTables"]
+    ways = {
+        route.get("DestinationCidrBlock", "s3"): route["GatewayId"] for route in found["Routes"]
     }
-
-
-def test_workers_reach_the_internet_by_nat_and_storage_without_it(account: Stack) -> None:
-    workers, head = routes(account, "WorkerRoutes"), routes(account, "HeadRoutes")
-    assert workers == {
+    assert ways == {
         "10.42.0.0/16": "local",
-        "0.0.0.0/0": account.made["Nat"],
+        "0.0.0.0/0": account.made["Internet"],
         "s3": account.made["S3Endpoint"],
     }
-    assert head["0.0.0.0/0"] == account.made["Internet"]
-    assert head["s3"] == account.made["S3Endpoint"]
 
 
-@pytest.mark.parametrize("kind", ["Head", "Worker"])
 @pytest.mark.parametrize("zone", "ABC")
-def test_every_subnet_has_the_routes_of_its_kind(kind: str, zone: str) -> None:
-    association = properties(f"{kind}Routes{zone}")
-    assert association["SubnetId"] == {"Ref": f"{kind}Subnet{zone}"}
-    assert association["RouteTableId"] == {"Ref": f"{kind}Routes"}
+def test_every_subnet_has_these_routes(zone: str) -> None:
+    association = properties(f"Routes{zone}")
+    assert association["SubnetId"] == {"Ref": f"Subnet{zone}"}
+    assert association["RouteTableId"] == {"Ref": "Routes"}
 
 
-def test_without_nat_workers_still_reach_storage(account: Stack) -> None:
-    second = deploy(NAME, {**ACCOUNT, "NatGateway": "false", "ClusterName": "second"}, "second")
-    assert set(routes(second, "WorkerRoutes")) == {"10.42.0.0/16", "s3"}
-    assert not {"Nat", "NatAddress", "WorkersToInternet"} & set(second.made)
+def test_nothing_costs_while_no_machine_runs() -> None:
+    kinds = {resource["Type"] for resource in template(NAME)["Resources"].values()}
+    assert not kinds & {
+        *("AWS::EC2::NatGateway", "AWS::EC2::EIP", "AWS::EC2::Instance"),
+        *("AWS::EC2::TransitGateway", "AWS::EC2::ClientVpnEndpoint", "AWS::KMS::Key"),
+    }
+    assert properties("S3Endpoint")["VpcEndpointType"] == "Gateway"  # of the other kind they cost
+
+
+def test_a_second_cluster_stands_beside_the_first(account: Stack) -> None:
+    second = deploy(NAME, {**ACCOUNT, "ClusterName": "second"}, "second")
     assert second.outputs["HeadProfile"] == "second-ray-head"
+    same = {name for name in second.outputs if second.outputs[name] == account.outputs[name]}
+    assert same == {"Region"}
 
 
-def test_only_ssh_from_the_administrators_comes_in(account: Stack) -> None:
-    group = account.outputs["SecurityGroupId"]
+def ingress(group: str) -> set[tuple[str, int | None, str]]:
+    """Rules of a group, as protocol, port (None is all), and who it lets in."""
     ec2 = boto3.client("ec2", REGION)
     (found,) = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
-    ssh, members = sorted(found["IpPermissions"], key=lambda rule: rule["IpProtocol"], reverse=True)
-    assert (ssh["IpProtocol"], ssh["FromPort"], ssh["ToPort"]) == ("tcp", 22, 22)
-    assert [given["CidrIp"] for given in ssh["IpRanges"]] == [ACCOUNT["AdminCidr"]]
-    assert ssh["UserIdGroupPairs"] == ssh["Ipv6Ranges"] == []
-    assert members["IpProtocol"] == "-1"
-    assert [pair["GroupId"] for pair in members["UserIdGroupPairs"]] == [group]
-    assert members["IpRanges"] == members["Ipv6Ranges"] == []
+    rules = set()
+    for rule in found["IpPermissions"]:
+        assert rule.get("FromPort") == rule.get("ToPort")
+        assert rule["Ipv6Ranges"] == rule["PrefixListIds"] == []
+        sources = [given["CidrIp"] for given in rule["IpRanges"]]
+        sources += [pair["GroupId"] for pair in rule["UserIdGroupPairs"]]
+        rules |= {(rule["IpProtocol"], rule.get("FromPort"), source) for source in sources}
+    return rules
+
+
+def test_from_outside_only_ssh_comes_in_and_only_to_the_head(account: Stack) -> None:
+    head, worker = (account.outputs[f"{kind}SecurityGroupId"] for kind in ("Head", "Worker"))
+    members = {("-1", None, head), ("-1", None, worker)}
+    assert ingress(head) == {("tcp", 22, ACCOUNT["AdminCidr"]), *members}
+    assert ingress(worker) == members
 
 
 def test_profiles_bear_the_roles_of_their_names(account: Stack) -> None:
@@ -182,32 +188,18 @@ def test_a_worker_has_no_say_over_machines_roles_or_secrets(worker: list[Any]) -
     }
 
 
-def test_the_head_starts_machines_like_its_own(head: list[Any], account: Stack) -> None:
-    assert allowed(head, "ec2:RunInstances", f"{EC2}:instance/i-1", NEW)
-    for subnet in account.outputs["WorkerSubnetIds"].split(","):
-        assert allowed(head, "ec2:RunInstances", f"{EC2}:subnet/{subnet}")
-    group = account.outputs["SecurityGroupId"]
-    assert allowed(head, "ec2:RunInstances", f"{EC2}:security-group/{group}")
-    assert allowed(head, "ec2:RunInstances", f"{EC2}:key-pair/droppos")
-    for touched in ("network-interface/eni-1", "volume/vol-1", "spot-instances-request/sir-1"):
-        assert allowed(head, "ec2:RunInstances", f"{EC2}:{touched}"), touched
-    assert allowed(head, "ec2:RunInstances", f"arn:aws:ec2:{REGION}::image/ami-1")
+@pytest.mark.parametrize("cluster", OURS)
+def test_the_head_starts_machines_of_clusters_that_bear_the_stacks_name(
+    head: list[Any], cluster: str
+) -> None:
+    request = {**NEW, "aws:RequestTag/ray-cluster-name": cluster}
+    assert allowed(head, "ec2:RunInstances", f"{EC2}:instance/i-1", request)
 
 
-def test_the_head_may_start_every_worker_of_cluster_yaml(head: list[Any], account: Stack) -> None:
-    cluster = yaml.safe_load((AWS.parents[1] / "cluster.yaml").read_text())
-    types = cluster["available_node_types"]
-    workers = [types[name]["node_config"] for name in types if name != cluster["head_node_type"]]
-    assert workers
-    for node in workers:
-        profile = f"arn:aws:iam::123456789012:instance-profile/{node['IamInstanceProfile']['Name']}"
-        request = {
-            "aws:RequestTag/ray-cluster-name": cluster["cluster_name"],
-            "ec2:MetadataHttpTokens": node["MetadataOptions"]["HttpTokens"],
-            "ec2:InstanceProfile": profile,
-        }
-        assert allowed(head, "ec2:RunInstances", f"{EC2}:instance/i-1", request)
-        assert node["KeyName"] == account.outputs["KeyName"]
+@pytest.mark.parametrize("cluster", THEIRS)
+def test_the_head_starts_no_machines_of_other_clusters(head: list[Any], cluster: str) -> None:
+    request = {**NEW, "aws:RequestTag/ray-cluster-name": cluster}
+    assert not allowed(head, "ec2:RunInstances", f"{EC2}:instance/i-1", request)
 
 
 @pytest.mark.parametrize("missing", NEW)
@@ -225,11 +217,23 @@ def test_the_head_starts_nothing_in_networks_of_others(head: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("action", ["ec2:TerminateInstances", "ec2:CreateTags"])
-def test_the_head_touches_machines_of_its_cluster_only(head: list[Any], action: str) -> None:
-    machine = f"{EC2}:instance/i-1"
-    assert allowed(head, action, machine, OURS)
-    assert not allowed(head, action, machine)
-    assert not allowed(head, action, machine, {"aws:ResourceTag/ray-cluster-name": "another"})
+def test_the_head_touches_machines_of_its_clusters_only(head: list[Any], action: str) -> None:
+    def may(cluster: str) -> bool:
+        return allowed(head, action, f"{EC2}:instance/i-1", {tag: cluster})
+
+    tag = "aws:ResourceTag/ray-cluster-name"
+    assert all(may(cluster) for cluster in OURS)
+    assert not any(may(cluster) for cluster in THEIRS)
+    assert not allowed(head, action, f"{EC2}:instance/i-1")
+
+
+def test_the_head_looks_up_images_of_machines_and_no_other_parameter(head: list[Any]) -> None:
+    public = f"arn:aws:ssm:{REGION}::parameter/aws/service"
+    ours = f"{public}/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
+    assert allowed(head, "ssm:GetParameters", ours)
+    assert not allowed(head, "ssm:GetParameters", f"{public}/ami-amazon-linux-latest/x")
+    own = f"arn:aws:ssm:{REGION}:123456789012:parameter/aws/service/deeplearning/x"
+    assert not allowed(head, "ssm:GetParameters", own)
 
 
 def test_the_head_tags_what_it_starts(head: list[Any]) -> None:
@@ -316,10 +320,11 @@ def test_somebody_is_told_before_the_budget_is_spent() -> None:
         ("PublicKey", ACCOUNT["PublicKey"], "~/.ssh/droppos.pub"),
         ("BudgetEmail", "a@example.org", "nobody"),
         ("MonthlyBudget", "1", "0"),
-        ("NatGateway", "false", "no"),
         ("VpcPrefix", "10.0", "192.168"),
         ("VpcPrefix", "10.255", "10.256"),
-        ("ClusterName", "vision-team", "Vision"),
+        ("ClusterName", "vision2", "Vision"),
+        # Clusters of a stack droppos-b would be within the rights of a stack droppos.
+        ("ClusterName", "droppos", "droppos-b"),
         ("KeepDeletedDays", "30", "0"),
     ],
 )
