@@ -24,6 +24,13 @@ pytestmark = unknown_kinds_are_left_out
 
 NAME = "mlflow.yaml"
 SECRETS = f"arn:aws:secretsmanager:{REGION}:123456789012:secret:droppos/mlflow"
+DIGEST = f"sha256:{'0' * 64}"
+
+
+def given_by_the_account() -> set[str]:
+    """Parameters that have to be given, beside the image."""
+    rules = template(NAME)["Parameters"]
+    return {name for name, rule in rules.items() if "Default" not in rule} - {"Image"}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +43,8 @@ def account() -> Iterator[Stack]:
 def mlflow(account: Stack) -> Stack:
     outputs = account.outputs
     parameters = {
-        "Image": f"{outputs['ImageRepository']}:v1",
-        "Bucket": outputs["Bucket"],
-        "VpcId": outputs["VpcId"],
-        "SubnetIds": outputs["WorkerSubnetIds"],
-        "ClusterSecurityGroupId": outputs["SecurityGroupId"],
+        "Image": f"{outputs['ImageRepository']}@{DIGEST}",
+        **{name: outputs[name] for name in given_by_the_account()},
     }
     return deploy(NAME, parameters, "droppos-mlflow")
 
@@ -59,6 +63,20 @@ def properties(resource: str) -> dict[str, Any]:
 
 def test_the_linter_has_nothing_to_say() -> None:
     assert lint_file(AWS / NAME) == []
+
+
+def test_its_parameters_have_the_names_of_the_accounts_outputs(account: Stack) -> None:
+    assert given_by_the_account() == {
+        *("Bucket", "VpcId", "SubnetIds", "HeadSecurityGroupId", "WorkerSecurityGroupId"),
+    }
+    assert given_by_the_account() <= set(account.outputs)
+
+
+@pytest.mark.parametrize("parameter", ["ClusterName", "VpcPrefix"])
+def test_what_both_stacks_are_told_has_the_same_default_and_form(parameter: str) -> None:
+    ours, accounts = (template(name)["Parameters"][parameter] for name in (NAME, "account.yaml"))
+    for same in ("Default", "AllowedPattern", "ConstraintDescription"):
+        assert ours[same] == accounts[same]
 
 
 def test_only_what_the_mock_does_not_know_was_left_out(mlflow: Stack) -> None:
@@ -88,8 +106,24 @@ def test_the_database_is_encrypted_private_and_backed_up(mlflow: Stack, account:
     assert not database["PubliclyAccessible"]
     assert database["BackupRetentionPeriod"] == 14
     subnets = {subnet["SubnetIdentifier"] for subnet in database["DBSubnetGroup"]["Subnets"]}
-    assert subnets == set(account.outputs["WorkerSubnetIds"].split(","))
+    assert subnets == {mlflow.made[f"DatabaseSubnet{zone}"] for zone in "ABC"}
+    assert not subnets & set(account.outputs["SubnetIds"].split(","))
     assert mlflow.outputs["DatabaseEndpoint"] == database["Endpoint"]["Address"]
+
+
+def test_the_databases_subnets_are_in_three_zones_and_lead_nowhere(mlflow: Stack) -> None:
+    ec2 = boto3.client("ec2", REGION)
+    ids = [mlflow.made[f"DatabaseSubnet{zone}"] for zone in "ABC"]
+    found = ec2.describe_subnets(SubnetIds=ids)["Subnets"]
+    assert len({subnet["AvailabilityZone"] for subnet in found}) == 3
+    table = mlflow.made["DatabaseRoutes"]
+    (routes,) = ec2.describe_route_tables(RouteTableIds=[table])["RouteTables"]
+    assert [route["GatewayId"] for route in routes["Routes"]] == ["local"]
+    for zone in "ABC":
+        association = properties(f"DatabaseRoutes{zone}")
+        assert association["SubnetId"] == {"Ref": f"DatabaseSubnet{zone}"}
+        assert association["RouteTableId"] == {"Ref": "DatabaseRoutes"}
+        assert properties(f"DatabaseSubnet{zone}")["MapPublicIpOnLaunch"] is False
 
 
 def test_the_database_outlives_its_stack() -> None:
@@ -117,11 +151,13 @@ def ingress(group: str) -> list[tuple[str, int, int, str]]:
 def test_the_cluster_reaches_the_server_and_only_the_server_the_database(
     mlflow: Stack, account: Stack
 ) -> None:
-    server, cluster = mlflow.made["ServerGroup"], account.outputs["SecurityGroupId"]
-    assert ingress(server) == [("tcp", 5000, 5000, cluster)]
+    server = mlflow.made["ServerGroup"]
+    cluster = {account.outputs[f"{kind}SecurityGroupId"] for kind in ("Head", "Worker")}
+    assert set(ingress(server)) == {("tcp", 5000, 5000, group) for group in cluster}
     assert ingress(mlflow.made["DatabaseGroup"]) == [("tcp", 5432, 5432, server)]
     network = properties("Service")["NetworkConfiguration"]["AwsvpcConfiguration"]
-    assert network["AssignPublicIp"] == "DISABLED"
+    assert network["AssignPublicIp"] == "ENABLED"  # or it has no way to its image
+    assert network["Subnets"] == {"Ref": "SubnetIds"}
     assert network["SecurityGroups"] == [{"Fn::GetAtt": ["ServerGroup", "GroupId"]}]
 
 
@@ -156,7 +192,7 @@ def test_the_container_is_told_where_things_are(
     assert told["MLFLOW_ARTIFACTS"] == f"s3://{account.outputs['Bucket']}/mlflow"
     address = mlflow.outputs["MlflowUri"].removeprefix("http://")
     assert told["MLFLOW_SERVER_ALLOWED_HOSTS"] == f"{address},localhost:5000"
-    assert container["image"] == f"{account.outputs['ImageRepository']}:v1"
+    assert container["image"] == f"{account.outputs['ImageRepository']}@{DIGEST}"
     assert container["user"] == "1000"
     assert container["linuxParameters"]["capabilities"]["drop"] == ["ALL"]
 
@@ -194,7 +230,8 @@ def test_one_server_at_a_time() -> None:
         ("Bucket", "droppos-bucket-1", "s3://droppos-bucket-1"),
         ("DatabaseClass", "db.m7g.large", "m7g.large"),
         ("SecondZone", "true", "yes"),
-        ("ClusterName", "vision-team", "vision_team"),
+        ("ClusterName", "vision2", "vision-team"),
+        ("VpcPrefix", "10.7", "10.256"),
     ],
 )
 def test_a_wrong_parameter_is_refused(parameter: str, right: str, wrong: str) -> None:
