@@ -1,6 +1,7 @@
 """The container image: what its Dockerfile promises, without building it."""
 
 import re
+import subprocess
 import tomllib
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -116,9 +117,54 @@ def test_it_has_what_ray_calls_by_name() -> None:
     assert "rm -rf /var/lib/apt/lists/*" in packages
 
 
-def test_ray_is_found_in_any_kind_of_shell() -> None:
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """The user's home, made by the Dockerfile's own commands, in a folder in place of the root."""
+    (setup,) = [run for run in all_of("RUN") if "useradd" in run]
+    commands = [part.strip() for part in setup.split("&&")]
+    (user,) = [index for index, part in enumerate(commands) if part.startswith("useradd")]
+    assert "--create-home" in commands[user]
+    # Everything in the home is the user's, whatever was made before.
+    assert commands[-1] == "chown -R ray:ray /home/ray"
+    for folder in ("etc/profile.d", "home/ray", "opt/venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    moved = [
+        re.sub(r"/(?=etc/|home/|opt/)", f"{tmp_path}/", part) for part in commands[user + 1 : -1]
+    ]
+    subprocess.run(["bash", "-ec", "\n".join(moved)], check=True)
+    (tmp_path / "opt/venv/bin/ray").write_text("#!/bin/sh\necho of the image\n")
+    (tmp_path / "opt/venv/bin/ray").chmod(0o755)
+    return tmp_path / "home/ray"
+
+
+def said(home: Path, *shell: str) -> str:
+    """What a shell says on the image's files; it starts with nothing of this one's environment."""
+    env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
+    # In a session of its own, an interactive shell can't take this one's terminal.
+    done = subprocess.run(
+        shell, env=env, capture_output=True, text=True, check=True, start_new_session=True
+    )
+    return done.stdout.strip()
+
+
+def test_rays_launcher_finds_ray(home: Path) -> None:
+    """Exactly as it calls it; the login shell sets a PATH of its own first."""
+    command = "source ~/.bashrc; export OMP_NUM_THREADS=1; ray --version"
+    assert said(home, "bash", "--login", "-c", "-i", command) == "of the image"
+
+
+def test_a_login_shell_finds_ray(home: Path) -> None:
+    (profile,) = (home.parents[1] / "etc/profile.d").iterdir()
+    assert said(home, "sh", "-c", f". {profile}; ray --version") == "of the image"
+
+
+def test_a_plain_process_finds_ray() -> None:
     assert any(rest.startswith("PATH=/opt/venv/bin:") for rest in all_of("ENV"))
-    assert any("/etc/profile.d/" in run and "/opt/venv/bin" in run for run in all_of("RUN"))
+
+
+def test_the_tokens_folder_is_there_before_docker_mounts_into_it(home: Path) -> None:
+    assert (home / ".ray").is_dir()
+    assert list((home / ".ray").iterdir()) == []
 
 
 def test_dependencies_are_installed_by_the_lock_and_never_built() -> None:
