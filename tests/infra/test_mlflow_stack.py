@@ -1,5 +1,6 @@
 """The stack of a team's MLflow: deployed into a mock of AWS on the account's outputs."""
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -88,6 +89,10 @@ def test_the_launch_is_told_address_and_secret(mlflow: Stack) -> None:
     assert mlflow.outputs["MlflowUri"] == "http://mlflow.droppos.internal:5000"
     assert mlflow.outputs["MlflowSecretArn"] == f"{SECRETS}/jobs"
     assert properties("JobsSecret")["Name"] == {"Fn::Sub": "${ClusterName}/mlflow/jobs"}
+    # `droppos launch` has the head look for these two.
+    made = properties("JobsSecret")["GenerateSecretString"]
+    assert json.loads(made["SecretStringTemplate"]) == {"MLFLOW_TRACKING_USERNAME": "jobs"}
+    assert made["GenerateStringKey"] == "MLFLOW_TRACKING_PASSWORD"
     assert properties("Names")["Name"] == {"Fn::Sub": "${ClusterName}.internal"}
     assert properties("Name")["Name"] == "mlflow"
 
@@ -195,6 +200,17 @@ def test_the_container_is_told_where_things_are(
     assert container["image"] == f"{account.outputs['ImageRepository']}@{DIGEST}"
     assert container["user"] == "1000"
     assert container["linuxParameters"]["capabilities"]["drop"] == ["ALL"]
+
+
+def test_each_password_is_taken_from_a_key_that_its_secret_has() -> None:
+    for given in properties("Task")["ContainerDefinitions"][0]["Secrets"]:
+        if "Ref" in given["ValueFrom"]:  # the whole of a secret that is no JSON
+            made = properties(given["ValueFrom"]["Ref"])["GenerateSecretString"]
+            assert "GenerateStringKey" not in made
+            continue
+        name, key = given["ValueFrom"]["Fn::Sub"].removesuffix("::").split(":")
+        made = properties(name.strip("${}"))["GenerateSecretString"]
+        assert key == made["GenerateStringKey"], name
 
 
 def test_no_password_is_in_the_template_or_in_plain_environment(
