@@ -19,7 +19,7 @@ import yaml
 from droppos.errors import ConfigError
 
 _SHIPPED = Path(__file__).with_name("instances.yaml")
-_GPU_FIELDS = {"memory_gb", "bf16_tflops", "link_gbyte_s"}
+_GPU_FIELDS = {"memory_gb", "bf16_tflops", "float32_tflops", "link_gbyte_s"}
 _NEEDED = {"cpus", "memory_gb", "network_gbit", "on_demand"}
 _OPTIONAL = {"gpu", "gpus", "spot"}
 
@@ -39,6 +39,8 @@ class Instance:
     """Of one GPU; 0 without."""
     bf16_tflops: float | None
     """Dense peak of one GPU."""
+    float32_tflops: float | None
+    """The same in float32, without TF32."""
     link_gbyte_s: float
     """GB/s that a GPU sends to another in the machine; 0 without."""
     network_gbit: float
@@ -128,6 +130,7 @@ def _instance(
         gpu=gpu,
         gpu_memory_gb=kind.get("memory_gb", 0),
         bf16_tflops=kind.get("bf16_tflops"),
+        float32_tflops=kind.get("float32_tflops"),
         link_gbyte_s=kind.get("link_gbyte_s", 0),
         network_gbit=has["network_gbit"],
         on_demand=has["on_demand"],

@@ -13,7 +13,7 @@ CLUSTER = Path(__file__).parents[2] / "cluster.yaml"
 OWN = """
 priced: 2026-10-01
 gpus:
-  B200: {memory_gb: 192, bf16_tflops: 2250, link_gbyte_s: 900}
+  B200: {memory_gb: 192, bf16_tflops: 2250, float32_tflops: 80, link_gbyte_s: 900}
 machines:
   ours.8: {cpus: 192, memory_gb: 2048, gpu: B200, gpus: 8, network_gbit: 3200, on_demand: 30}
   ours.old: {cpus: 16, memory_gb: 64, gpu: L4, gpus: 1, network_gbit: 10, on_demand: 1, spot: 0.2}
