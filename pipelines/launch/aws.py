@@ -122,7 +122,7 @@ class Aws:
     def _check_key(self) -> str:
         needs_program("ssh", "install OpenSSH's client")
         needs_program("rsync", "install rsync; `ray up` copies files with it")
-        key = _key(self._source)
+        key = clusterfile.key_of(self._source)
         if not key.is_file():
             raise Wrong(
                 f"no {key}",
@@ -269,7 +269,7 @@ class Aws:
                 "-L",
                 f"127.0.0.1:{port}:127.0.0.1:{PORT}",
                 "-i",
-                str(_key(self.filled)),
+                str(clusterfile.key_of(self.filled)),
             ),
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
@@ -283,10 +283,6 @@ def check_data(recipe: Recipe) -> str:
         if place.startswith("s3://"):
             said.append(f"{place}: {load_manifest(open_place(place)).rows:,} pictures")
     return "; ".join(said) or "on the cluster itself, not looked at"
-
-
-def _key(config: Mapping[str, Any]) -> Path:
-    return Path(config["auth"].get("ssh_private_key", "~/.ssh/droppos.pem")).expanduser()
 
 
 def _tag(machine: Mapping[str, Any], name: str) -> str:

@@ -24,6 +24,13 @@ class Kind:
     """US dollars an hour for one of them; None if nobody could tell."""
     source: str
     """Where the price was found, and of what day it is."""
+    fallback: float | None = None
+    """The same on demand, where that is bought when there is none on spot."""
+
+    @property
+    def dearest(self) -> float:
+        """US dollars an hour that one may come to cost; 0 if nobody could tell."""
+        return max(self.dollars or 0, self.fallback or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,9 @@ class Cost:
         if self.most_machines is not None:
             left = self.most_machines
         total = self.standing
-        for kind in sorted(self.kinds, key=lambda kind: -(kind.dollars or 0)):
+        for kind in sorted(self.kinds, key=lambda kind: -kind.dearest):
             grown = min(kind.most - kind.standing, left)
-            total += grown * (kind.dollars or 0)
+            total += grown * kind.dearest
             left -= grown
         return total
 
@@ -83,7 +90,9 @@ def table(cost: Cost) -> Table:
     shown.add_column("price by")
     for kind in cost.kinds:
         each = "unknown" if kind.dollars is None else f"{kind.dollars:.3f}"
-        whole = "unknown" if kind.dollars is None else f"{kind.most * kind.dollars:.2f}"
+        if kind.fallback is not None:
+            each += f" ({kind.fallback:.3f} if on demand)"
+        whole = "unknown" if kind.dollars is None else f"{kind.most * kind.dearest:.2f}"
         shown.add_row(
             escape(kind.name),
             escape(kind.machine),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from droppos.errors import ConfigError
+from pipelines.launch import clusterfile
 from pipelines.launch.account import Account
 from pipelines.launch.check import Wrong
 from pipelines.launch.cost import Cost, Kind
@@ -35,6 +36,8 @@ class Fleet:
     cluster: Cluster
     """As `droppos pretrain` sees it, before anything has grown."""
     most_added: int | None
+    falls_back: bool = False
+    """Whether spot machines that can't be had are bought on demand."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Fleet":
@@ -54,7 +57,9 @@ class Fleet:
             )
             for name, kind in kinds.items()
         ]
-        return cls(groups, cluster_of([head], [], limits), limits.machines)
+        return cls(
+            groups, cluster_of([head], [], limits), limits.machines, clusterfile.falls_back(config)
+        )
 
     @property
     def types(self) -> list[str]:
@@ -109,7 +114,11 @@ class Fleet:
             most=group.most,
             dollars=price.dollars,
             source=price.source,
+            fallback=_listed(group, account).dollars if self._may_fall_back(group) else None,
         )
+
+    def _may_fall_back(self, group: Group) -> bool:
+        return self.falls_back and group.market == "spot"
 
 
 def describe(fit: Fit) -> str:
@@ -121,6 +130,10 @@ def describe(fit: Fit) -> str:
 def _price(group: Group, account: Account) -> Price:
     if group.market == "spot":
         return spot_price(account.client("ec2"), group.machine, account.zones)
+    return _listed(group, account)
+
+
+def _listed(group: Group, account: Account) -> Price:
     return on_demand_price(account.client("pricing", PRICE_LIST), group.machine, account.region)
 
 

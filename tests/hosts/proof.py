@@ -39,7 +39,6 @@ CLUSTER = f"{STACK}-{NAME}"
 NOTICE_S = 45
 """Seconds from the notice to the end; EC2 gives 120."""
 PICTURES = 224
-AMI_PARAMETER = "/aws/service/deeplearning/ami"
 
 
 class NotPermittedError(Exception):
@@ -75,7 +74,15 @@ class Operator:
         self.key = self.home / ".ssh/droppos.pem"
         network.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.env = os.environ | aws.env | {"HOME": str(self.home), "PATH": path}
+        self.env = (
+            os.environ
+            | aws.env
+            | {
+                "HOME": str(self.home),
+                "PATH": path,
+                "PYTHONPATH": str(PROJECT),
+            }
+        )
 
     def droppos(self, *words: str, log: str) -> "subprocess.Popen[bytes]":
         """Start a command, as typed in the clone; what it says goes to a file."""
