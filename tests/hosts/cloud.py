@@ -43,6 +43,7 @@ class Cloud:
         self._s3 = s3
         self._hosts: dict[str, Host] = {}
         self._about: dict[str, tuple[str, str]] = {}
+        self._seen: set[str] = set()
         self._started = 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="cloud")
@@ -134,7 +135,10 @@ class Cloud:
         for name in set(self._hosts) - set(alive):
             self._hosts.pop(name).kill()
             self._note(name, came=False)
-        new = [name for name in alive if name not in self._hosts]
+        # A machine's profile is added by the mock just after it is there: what is known of it at
+        # the second look is the whole.
+        new = [name for name in alive if name in self._seen and name not in self._hosts]
+        self._seen = set(alive)
         for name in new:
             about = alive[name]
             self._about[name] = (about["InstanceType"], about.get("InstanceLifecycle", "on-demand"))
@@ -214,7 +218,7 @@ def cloud(folder: Path) -> Iterator[Cloud]:
     made = Cloud(folder, s3)
     os.environ.update(made.env)
     try:
-        _wait_for(lambda: _answers(made, mock), 60, "the mock of AWS answers")
+        wait_for(lambda: _answers(made, mock), 60, "the mock of AWS answers")
         made.start()
         try:
             yield made
@@ -242,7 +246,7 @@ def _answers(made: Cloud, mock: "subprocess.Popen[bytes]") -> bool:
     return probe.returncode == 0
 
 
-def _wait_for(holds: Callable[[], bool], limit_s: float, what: str) -> None:
+def wait_for(holds: Callable[[], bool], limit_s: float, what: str) -> None:
     """Wait until something is so.
 
     Raises:

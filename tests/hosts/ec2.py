@@ -21,7 +21,8 @@ REQUESTS, SOLD_OUT = "run_instances.jsonl", "no_capacity.json"
 def put_right(folder: Path) -> None:
     """Have moto start as many machines as are asked for, refuse what is sold out, keep a record.
 
-    moto starts MinCount machines; EC2 starts MaxCount where it can. Ray asks for one at least.
+    moto starts MinCount machines, where EC2 starts MaxCount if it can, and gives the instance
+    profile to the first of them only.
     """
     original: Callable[[InstanceResponse], Any] = InstanceResponse.run_instances
 
@@ -43,7 +44,11 @@ def put_right(folder: Path) -> None:
         self._get_param = lambda name, *args, **kwargs: ask(  # type: ignore[method-assign]
             renamed.get(name, name), *args, **kwargs
         )
-        return original(self)
+        answer = original(self)
+        if profile := ask("IamInstanceProfile.Name"):
+            for instance in answer.result.instances[1:]:  # the first one has it
+                self.ec2_backend.associate_iam_instance_profile(instance.id, profile)
+        return answer
 
     InstanceResponse.run_instances = run_instances  # type: ignore[method-assign]
 
