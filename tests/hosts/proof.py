@@ -36,7 +36,7 @@ from tests.hosts.host import NEEDED, PROJECT, Image
 
 STACK, NAME = "droppos", "proof"
 CLUSTER = f"{STACK}-{NAME}"
-NOTICE_S = 45
+NOTICE_S = 30
 """Seconds from the notice to the end; EC2 gives 120."""
 PICTURES = 224
 
@@ -243,6 +243,7 @@ class Proof:
         assert self.follower.wait(timeout=420) == 0, self.operator.said("launch.log")
         said = self.operator.said("launch.log")
         assert "about to go: saving a checkpoint" in said, said
+        assert re.search(r"the workers leave after a checkpoint[\s\S]*step +\d", said), said
         self.operator.run("audit", f"{self.bucket}/runs/{NAME}", log="audit.log")
 
     def scale_down(self) -> None:
