@@ -13,6 +13,7 @@ import pytest
 import yaml
 from moto import mock_aws
 
+from pipelines.spot_first import MARKET
 from tests.infra.rights import EC2, IAM, allowed, refused, statements
 from tests.infra.stacks import ACCOUNT, REGION, Stack, deploy, template, unknown_kinds_are_left_out
 
@@ -54,6 +55,15 @@ def test_the_head_may_start_every_kind_of_worker(
     kind: str, cluster: str, account: Stack, head: list[Any]
 ) -> None:
     assert refused(head, filled(kind, account.outputs), cluster) == set()
+
+
+def test_the_head_may_buy_on_demand_what_is_sold_out_on_spot(
+    account: Stack, head: list[Any]
+) -> None:
+    machines = [filled(kind, account.outputs) for kind in WORKERS]
+    bought = [machine for machine in machines if machine.pop(MARKET, None)]
+    assert bought
+    assert all(refused(head, machine, CLUSTERS[0]) == set() for machine in bought)
 
 
 def test_the_head_may_start_no_other_head(account: Stack, head: list[Any]) -> None:
@@ -118,8 +128,8 @@ def test_ssh_from_outside_reaches_the_head_and_no_worker(account: Stack) -> None
     assert [from_outside(kind) for kind in WORKERS] == [[]] * len(WORKERS)
 
 
-def test_rays_provider_takes_the_subnets(account: Stack) -> None:
-    """It refuses subnets without public addresses unless the head is reached inside the network."""
+def test_machines_get_the_addresses_that_they_are_reached_by(account: Stack) -> None:
+    """Public ones: without, `ray up` waits for the head's for ever."""
     assert CONFIG["provider"]["use_internal_ips"] is False
     given = set(account.outputs["SubnetIds"].split(","))
     resources = template("account.yaml")["Resources"]

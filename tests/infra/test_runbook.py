@@ -182,8 +182,8 @@ def test_quotas_are_asked_for_all_machines_that_the_cluster_may_have(
         for call in of(calls, "aws", "service-quotas")
     }
     assert asked == {
-        "L-3819A6DF": most["gpu_spot"],
-        "L-DB2E81BA": most["gpu_on_demand"],
+        "L-3819A6DF": most["gpu"],
+        "L-DB2E81BA": most["gpu"],  # where there is none on spot
         "L-1216C47A": most["decode"] + 4,
     }
 
