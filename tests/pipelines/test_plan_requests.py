@@ -15,6 +15,7 @@ from tests.fault_proxy import FaultProxy
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's, of itself
 def test_each_row_group_costs_the_requests_that_a_plan_counts(
     photographs: Path, ray_s3: FaultProxy, s3_env: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
