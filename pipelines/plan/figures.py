@@ -184,7 +184,9 @@ def _option_json(each: Option) -> dict[str, Any]:
 
 def _scale_json(each: Scale) -> dict[str, Any]:
     found = {"gpus": each.gpus, "used": each.used, "bound": each.bound}
-    return found if each.option is None else _option_json(each.option) | found
+    if each.option is None:
+        return found
+    return _option_json(each.option) | {"lost": each.lost} | found
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def _scaling(console: Console, plan: Plan) -> None:
         "CPUs that decode",
         "GB/s from storage",
         "requests a second",
+        "lost to failures, %",
         "hours on spot",
         "USD on spot",
     )
@@ -137,6 +138,7 @@ def _scale_column(each: Scale) -> list[str]:
         number(planned.decode_cpus_needed),
         number(planned.storage_bytes_s / 1e9),
         number(planned.requests_s),
+        number(100 * each.lost),
         number(bill.hours),
         money(bill),
     ]

@@ -15,10 +15,10 @@ from droppos.errors import ConfigError, DataError
 from pipelines import cli, recipe_file
 from pipelines.instances import catalogue
 from pipelines.order import Schedule
-from pipelines.plan import Plan, Question, plan
 from pipelines.plan.fleet import choice, fleet
-from pipelines.plan.job import least_usd
+from pipelines.plan.job import Plan, least_usd, plan
 from pipelines.plan.option import Option, option
+from pipelines.plan.question import Question
 from pipelines.plan.report import show_plan
 from pipelines.plan.scaling import SIZES
 from pipelines.plan.workload import workload
@@ -64,6 +64,7 @@ def test_each_size_names_what_bounds_it(imagenet: Plan) -> None:
     for each in imagenet.scaling:
         assert each.option is not None
         assert each.bound == each.option.bounds[0][0]
+        assert 0 <= each.lost < 0.5
         assert each.option.recipe.optim.global_batch == imagenet.recipe.optim.global_batch
 
 
@@ -72,6 +73,15 @@ def test_more_gpus_than_images_of_a_step_have_nothing_to_do(recipe: Recipe) -> N
     last = plan(small, IMAGENET).scaling[-1]
     assert (last.gpus, last.used) == (4096, 512)
     assert last.bound == "the batch: 0.12 images a GPU"
+
+
+def test_many_machines_on_a_bad_day_are_bound_by_those_that_are_lost(recipe: Recipe) -> None:
+    question = replace(IMAGENET, machines=("g6e.2xlarge",), rate=0.2)
+    scaling = plan(recipe, question).scaling
+    lost = [each.lost for each in scaling]
+    assert lost == sorted(lost)
+    assert scaling[-1].bound == "lost machines"
+    assert scaling[0].bound != "lost machines"
 
 
 def test_more_gpus_are_never_slower_while_arithmetic_bounds(imagenet: Plan) -> None:
