@@ -23,6 +23,8 @@ from droppos.export import FormatName
 from droppos.measure.finetune_recipe import Finetune
 from pipelines import recipe_file
 from pipelines.finetune_run import FinetuneRun
+from pipelines.launch.on import On
+from pipelines.launch.request import JobKind, Request
 from pipelines.recipe import Measure, Recipe, Tracking
 from pipelines.spread import Spread
 from pipelines.tracking import Where
@@ -41,6 +43,7 @@ FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
 FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
 SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
 WhereFlags = Annotated[Where, tyro.conf.arg(name="")]
+OnFlags = Annotated[On, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
 
 console = Console(stderr=True)
@@ -587,6 +590,90 @@ def drill(
         sys.exit(1)
 
 
+def launch(
+    file: RecipeName = "",
+    name: str | None = None,
+    on: OnFlags = On(),  # noqa: B008 - frozen
+    job: JobKind = "pretrain",
+    resume: bool = False,
+    allow_changes: bool = False,
+    keep: bool = False,
+    detach: bool = False,
+    yes: bool = False,
+    recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
+) -> None:
+    """Bring a cluster up, run a recipe on it, follow it, and end the machines.
+
+    Once the job is handed over, Ctrl-C and a closed terminal only stop following it: `droppos
+    attach`, `stop` and `down` go on from there. Exit code 0: finished; 1: failed; 130: no longer
+    followed, or stopped.
+
+    Args:
+        file: A YAML file, or the name of a recipe that is shipped.
+        name: Name of the launch, and of its cluster; run.name when not given.
+        on: Where.
+        job: What is done with the recipe.
+        resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
+        allow_changes: Resume even if data or recipe differ from the checkpoint's.
+        keep: Leave the cluster when the job has ended; another launch of this name runs on it.
+        detach: Don't follow; nobody ends the machines then until `droppos attach` or `down`.
+        yes: Don't ask.
+        recipe: Fields given here override the file's.
+    """
+    _refuse_late(file, "launch")
+    from pipelines.launch import flow, places, terminal
+
+    asked = Request(recipe=recipe, job=job, resume=resume, allow_changes=allow_changes)
+    made, backend = places.planned(name or places.launch_name(recipe.run.name), on, keep=keep)
+    with terminal.signals_interrupt():
+        speaking = terminal.terminal(console, yes=yes)
+        sys.exit(flow.launch(asked, backend, made, speaking, start=Path.cwd(), detach=detach))
+
+
+def attach(name: tyro.conf.Positional[str], on: OnFlags = On()) -> None:  # noqa: B008 - frozen
+    """Follow a launch's job again, and end the machines when it has ended.
+
+    Args:
+        name: Name of the launch.
+        on: Where it is, if another machine began it.
+    """
+    from pipelines.launch import flow, places, terminal
+
+    with terminal.signals_interrupt():
+        sys.exit(flow.attach(*places.found(name, on), terminal.terminal(console, yes=False)))
+
+
+def stop(name: tyro.conf.Positional[str], on: OnFlags = On()) -> None:  # noqa: B008 - frozen
+    """Ask a launch's job for a last checkpoint, wait for it, and end the machines.
+
+    Args:
+        name: Name of the launch.
+        on: Where it is, if another machine began it.
+    """
+    from pipelines.launch import flow, places, terminal
+
+    with terminal.signals_interrupt():
+        sys.exit(flow.stop(*places.found(name, on), terminal.terminal(console, yes=False)))
+
+
+def down(
+    name: tyro.conf.Positional[str],
+    yes: bool = False,
+    on: OnFlags = On(),  # noqa: B008 - frozen
+) -> None:
+    """End all machines of a launch, and see that none is left.
+
+    Args:
+        name: Name of the launch.
+        yes: Don't ask, even if a job still runs.
+        on: Where it is, if another machine began it.
+    """
+    from pipelines.launch import flow, places, terminal
+
+    with terminal.signals_interrupt():
+        sys.exit(flow.down(*places.found(name, on), terminal.terminal(console, yes=yes)))
+
+
 COMMANDS = {
     "demo": demo,
     "demo-search": demo_search,
@@ -606,6 +693,10 @@ COMMANDS = {
     "audit": audit,
     "receipt": receipt,
     "register": register,
+    "launch": launch,
+    "attach": attach,
+    "stop": stop,
+    "down": down,
 }
 
 
@@ -640,7 +731,7 @@ def _recipe_named(argv: list[str]) -> Iterator[None]:
 def with_recipe(argv: list[str]) -> list[str]:
     """Put a recipe's fields, as flags, before the command line's own; the last one counts."""
     match argv:
-        case [("pretrain" | "search" | "drill") as command, name, *rest] if name[:1] != "-":
+        case [("pretrain" | "search" | "drill" | "launch") as command, name, *rest] if name[:1] != "-":
             return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
         case [("demo" | "demo-search" | "drill") as command, *rest]:
             name = command.replace("-", "_")

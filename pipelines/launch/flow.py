@@ -1,0 +1,293 @@
+"""Launch, attach, stop, down: what a person asks for, in order.
+
+    launch   look → cost → ask → record → up → hand over → follow → down, or leave it
+    attach             find the job → follow → down, or leave it
+    stop               ask the job to save and end → follow → down, or leave it
+    down               ask if a job still runs → down
+
+Each ends with an exit code: 0 finished (stop and down: done as asked), 1 failed, 130 no longer
+followed, or stopped.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from droppos.errors import ConfigError, DropposError
+from pipelines.launch import folder, jobs, record, request
+from pipelines.launch.backend import Address, Backend
+from pipelines.launch.check import Check, Look, Wrong, look, passed
+from pipelines.launch.errors import LaunchError, LineLostError
+from pipelines.launch.jobs import End, Job, Submission
+from pipelines.launch.record import Record
+from pipelines.launch.request import Request
+from pipelines.launch.terminal import Terminal
+
+HEAD_S = 300.0
+"""Seconds that the jobs API of a cluster that has just come up has to answer."""
+LOOK_S = 20.0
+"""Seconds that it has when a cluster is to be ended anyway."""
+KEEP = "keep"
+"""Metadata of a job: whether its cluster stays when it has ended."""
+
+
+def launch(
+    asked: Request,
+    backend: Backend,
+    planned: Record,
+    terminal: Terminal,
+    *,
+    start: Path,
+    detach: bool = False,
+) -> int:
+    """Bring a cluster up and run a job on it.
+
+    Args:
+        asked: The job.
+        backend: Where.
+        planned: The launch's record, not yet written.
+        terminal: Who asks.
+        start: Folder one is in.
+        detach: Come back as soon as the job is handed over.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: If something is wrong that a person can mend; nothing was started.
+        LaunchError: If machines failed; what was started has been ended, or is named.
+    """
+    asked.check()
+    with tempfile.TemporaryDirectory() as made:
+        asked = _looked(asked, backend, terminal, start, Path(made))
+        terminal.cost(backend.cost())
+        if not terminal.ask(f"launch {planned.name} on {backend.where}?"):
+            terminal.say("nothing was started")
+            return End.FAILED.code
+        begun = record.begin(planned)
+        package = (Path(made) / "package.zip").replace(begun.file("package.zip"))
+    with _taken_back(begun, backend, terminal):
+        backend.up(terminal.say)
+        begun = begun.at("up")
+        with backend.address() as address:
+            job_id = jobs.ready(address, HEAD_S).next_id(begun.name)
+            begun = begun.at("up", job=job_id)  # before it is sent: a crash must not lose it
+            jobs.hand_over(address, job_id, _submission(asked, backend, begun, package))
+        begun = begun.at("submitted")
+    terminal.say(f"job {job_id} is handed over; from here on Ctrl-C only stops following it")
+    if detach:
+        terminal.say(_left(begun, backend))
+        return End.FINISHED.code
+    return _follow(begun, backend, terminal)
+
+
+def attach(found: Record, backend: Backend, terminal: Terminal) -> int:
+    """Follow a launch's job again."""
+    return _follow(found, backend, terminal)
+
+
+def stop(found: Record, backend: Backend, terminal: Terminal) -> int:
+    """Ask a launch's job for a last checkpoint, and wait for it.
+
+    Returns:
+        0 if it stopped, or had ended; 1 if it failed.
+    """
+
+    def ask(address: Address, job: Job) -> None:
+        if job.running:
+            jobs.ready(address, LOOK_S).stop(job.id)
+            terminal.say(f"job {job.id} was asked to save and end; it has {jobs.STOP_S} s")
+
+    code = _follow(found, backend, terminal, first=ask)
+    return 0 if code == End.STOPPED.code else code
+
+
+def down(found: Record, backend: Backend, terminal: Terminal) -> int:
+    """End all machines of a launch.
+
+    Returns:
+        0 if none is left; 1 otherwise.
+    """
+    if backend.mortal and (running := _running(found, backend)):
+        question = f"{running}; end the machines anyway? (`droppos stop {found.name}` saves first)"
+        if not terminal.ask(question):
+            terminal.say("nothing was ended")
+            return End.FAILED.code
+    return 0 if _end(found, backend, terminal) else 1
+
+
+def _looked(
+    asked: Request, backend: Backend, terminal: Terminal, start: Path, made: Path
+) -> Request:
+    """Do all looks, and show them; give the request as it will be handed over."""
+    recipe, changes = backend.adapted(asked.recipe)
+    asked = replace(asked, recipe=recipe)
+    remote = backend.remote
+
+    def pack() -> str:
+        top = folder.top_of(start)
+        package = folder.pack(top, made / "package.zip", asked.files)
+        return f"{top}: {package}"
+
+    looks = [
+        Look("secrets", partial(request.check_secrets, recipe)),
+        Look("places", partial(request.check_places, recipe, remote=remote)),
+        Look("working directory", _wrongly(pack, "put what is not needed into .gitignore")),
+        *backend.looks(recipe),
+        Look("MLflow", lambda: request.check_tracking(recipe, backend.job_env(), remote=remote)),
+    ]
+    checks = look(looks)
+    checks += [Check("recipe", "note", change) for change in changes]
+    terminal.checks(checks)
+    if not passed(checks):
+        wrong = [check.what for check in checks if check.state == "wrong"]
+        raise ConfigError(f"not launched, and nothing was spent: {', '.join(wrong)}; see above")
+    return asked
+
+
+def _wrongly(work: Callable[[], str], way_out: str) -> Callable[[], str]:
+    def wrapped() -> str:
+        try:
+            return work()
+        except OSError as error:
+            raise Wrong(str(error), "files that can be read", way_out) from error
+
+    return wrapped
+
+
+def _submission(asked: Request, backend: Backend, begun: Record, package: Path) -> Submission:
+    env = backend.job_env()
+    return Submission(
+        entrypoint=asked.entrypoint,
+        working_dir=package,
+        env={**env, **request.tracking(asked.recipe, env)},
+        metadata={KEEP: "yes" if begun.keep else "no", "run": asked.recipe.home},
+    )
+
+
+@contextmanager
+def _taken_back(begun: Record, backend: Backend, terminal: Terminal) -> Iterator[None]:
+    """End what was started if the job is not handed over, whatever the reason."""
+    try:
+        yield
+    except (DropposError, KeyboardInterrupt) as error:
+        if not isinstance(error, KeyboardInterrupt):
+            terminal.say(f"not handed over: {error}")
+        if begun.keep and backend.mortal:
+            terminal.say(
+                f"its machines stay, as --keep says: `droppos down {begun.name}` ends them"
+            )
+        else:
+            _end(begun, backend, terminal)
+        raise
+
+
+def _follow(
+    found: Record,
+    backend: Backend,
+    terminal: Terminal,
+    first: Callable[[Address, Job], None] = lambda address, job: None,
+) -> int:
+    """Show the job's output until it has ended, then end the cluster or leave it."""
+    try:
+        with backend.address() as address:
+            job = jobs.ready(address, HEAD_S).newest(found.name)
+            if job is None:
+                raise LaunchError(
+                    f"{found.name} has no job on {backend.where}: its launch ended before it was "
+                    f"handed over; `droppos down {found.name}` ends its machines, then launch again"
+                )
+            found = replace(found, keep=job.metadata.get(KEEP) == "yes")
+            first(address, job)
+            with _kept(found, terminal.show) as show:
+                job = jobs.follow(address, job.id, show, terminal.say)
+    except KeyboardInterrupt:
+        terminal.say(_left(found, backend))
+        return End.STOPPED.code
+    except LineLostError as error:
+        raise LaunchError(f"{error}; {_left(found, backend)}") from error
+    return _conclude(found, backend, terminal, job)
+
+
+def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> int:
+    said = {End.FINISHED: "finished", End.STOPPED: "stopped", End.FAILED: "failed"}[job.end]
+    terminal.say(f"job {job.id} {said}" + (f": {job.message}" if job.end is End.FAILED else ""))
+    if not backend.mortal:
+        _note(found, "ended")
+    elif found.keep:
+        _note(found, "up")
+        terminal.say(
+            f"its cluster stays, as --keep said: {backend.cost().line}; "
+            f"`droppos down {found.name}` ends it"
+        )
+    elif not _end(found, backend, terminal):
+        return End.FAILED.code
+    return job.end.code
+
+
+def _end(found: Record, backend: Backend, terminal: Terminal) -> bool:
+    """End all machines, and say what is left."""
+    _note(found, "ending")
+    try:
+        left = backend.down(terminal.say)
+    except KeyboardInterrupt:
+        terminal.say(f"machines may still be there: `droppos down {found.name}` again")
+        raise
+    if left:
+        terminal.say(
+            f"STILL THERE, and charged for: {', '.join(left)}; `droppos down {found.name}` again, "
+            "or end them in the console"
+        )
+        return False
+    _note(found, "ended")
+    if backend.mortal:
+        terminal.say(f"nothing is left of {found.name} on {backend.where}")
+    return True
+
+
+def _note(found: Record, phase: record.Phase) -> None:
+    """Write how far a launch has come; nothing for one that another machine began."""
+    if found.folder.exists():
+        found.at(phase)
+
+
+def _running(found: Record, backend: Backend) -> str:
+    """Say why ending the machines could lose something; nothing if it could not."""
+    if found.phase == "ended":
+        return ""
+    try:
+        with backend.address() as address:
+            job = jobs.ready(address, LOOK_S).newest(found.name)
+    except LaunchError as error:
+        if found.job is None:
+            return ""
+        return f"whether the job {found.job} still runs cannot be asked ({error})"
+    return f"job {job.id} still runs" if job is not None and job.running else ""
+
+
+def _left(found: Record, backend: Backend) -> str:
+    costs = f" and costs {backend.cost().line}" if backend.mortal else ""
+    ends = f", `droppos down {found.name}` ends the machines" if backend.mortal else ""
+    return (
+        f"no longer followed: the job goes on{costs}. `droppos attach {found.name}` follows it "
+        f"again, `droppos stop {found.name}` saves and ends it{ends}"
+    )
+
+
+@contextmanager
+def _kept(found: Record, show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Keep the job's output on this machine, for its head's copy goes with the head."""
+    if not found.folder.exists():
+        yield show
+        return
+    with found.file("job.log").open("w") as log:
+
+        def both(text: str) -> None:
+            log.write(text)
+            log.flush()
+            show(text)
+
+        yield both

@@ -1,0 +1,76 @@
+"""The place that `--on` means, for a launch that begins and for one that is looked for."""
+
+from pathlib import Path
+
+from droppos.errors import ConfigError
+from pipelines.launch import record
+from pipelines.launch.backend import Backend
+from pipelines.launch.on import On
+from pipelines.launch.record import Record
+from pipelines.launch.standing import Standing, url_of
+
+CLUSTER_FILE, MANIFESTS = "cluster.yaml", "infra/kuberay/base"
+
+
+def planned(name: str, on: On, *, keep: bool) -> tuple[Record, Backend]:
+    """Plan a launch.
+
+    Raises:
+        ConfigError: If name or place are impossible.
+    """
+    record.check_name(name)
+    where = on.on or "aws"
+    made = Record(
+        name=name,
+        on=where if where in ("aws", "kube") else url_of(where),
+        keep=keep,
+        region=on.region,
+        stack=on.stack,
+        mlflow_stack=on.mlflow_stack,
+        context=on.context,
+        namespace=on.namespace,
+        source=str(Path(on.cluster or _usual(where)).expanduser().absolute()),
+    )
+    return made, backend_of(made)
+
+
+def found(name: str, on: On) -> tuple[Record, Backend]:
+    """Find a launch: in this machine's records, or where it is said to be.
+
+    Raises:
+        ConfigError: If nothing is known of it.
+    """
+    kept = record.find(name)
+    if on.on is not None:
+        asked, backend = planned(name, on, keep=False)
+        if kept is None or kept.on != asked.on:
+            return asked, backend
+    if kept is None:
+        known = ", ".join(each.name for each in record.all_records()) or "none"
+        raise ConfigError(
+            f"this machine knows of no launch {name} (it knows of {known}); say where it is: "
+            "--on aws --stack STACK, --on kube or --on ADDRESS"
+        )
+    return kept, backend_of(kept)
+
+
+def backend_of(made: Record) -> Backend:
+    """Make what a record means; clouds' libraries are imported only for their own."""
+    if made.on == "aws":
+        from pipelines.launch.aws import Aws
+
+        return Aws(made)
+    if made.on == "kube":
+        from pipelines.launch.kube import Kube
+
+        return Kube(made)
+    return Standing(made.on)
+
+
+def _usual(on: str) -> str:
+    return MANIFESTS if on == "kube" else CLUSTER_FILE
+
+
+def launch_name(run: str) -> str:
+    """Make a launch's name of a run's: small letters, digits and dashes."""
+    return "".join(char if char.isalnum() else "-" for char in run.lower()).strip("-")

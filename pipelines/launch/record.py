@@ -1,0 +1,150 @@
+"""What this machine knows of its launches: ~/.droppos/launches/NAME/.
+
+    record.json   where, what and how far; written before the first request that could cost money
+    cluster.yaml  the filled file of a cluster on AWS, or the manifest of one on Kubernetes
+    package.zip   the working directory that is sent
+    up.log, down.log, job.log   what the tools and the job said
+    known_hosts   the head's host key, as it was at first sight
+
+So attach, stop and down work from another terminal, and after a crash at any point. The folder is
+its owner's alone: the filled file says how to reach the machines.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from droppos.errors import ConfigError
+
+Phase = Literal["starting", "up", "submitted", "ending", "ended"]
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
+"""Of a launch: it becomes a cluster's name, a Kubernetes object's and a tag."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One launch."""
+
+    name: str
+    on: str
+    """aws, kube, or the address of a cluster that stands."""
+    keep: bool = False
+    """Whether the cluster stays when the job has ended."""
+    phase: Phase = "starting"
+    job: str | None = None
+    """The last job that was, or was about to be, submitted."""
+    region: str | None = None
+    stack: str | None = None
+    mlflow_stack: str | None = None
+    context: str | None = None
+    """Of kubectl."""
+    namespace: str | None = None
+    source: str = ""
+    """Folder that relative paths of the cluster's file are meant from."""
+    started: float = 0.0
+    """Seconds since 1970."""
+
+    @property
+    def again(self) -> bool:
+        """Whether another launch may take its name: nothing is left, or a cluster that was kept."""
+        return self.phase == "ended" or (self.keep and self.phase == "up")
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept."""
+        return home() / self.name
+
+    def file(self, name: str) -> Path:
+        """Name a file beside it."""
+        return self.folder / name
+
+    def save(self) -> None:
+        """Write it, whole or not at all."""
+        write_private(self.file("record.json"), json.dumps(asdict(self), indent=1))
+
+    def at(self, phase: Phase, **changes: str | None) -> "Record":
+        """Note how far it has come, and write that."""
+        record = replace(self, phase=phase, **changes)
+        record.save()
+        return record
+
+
+def home() -> Path:
+    """Folder of all records; DROPPOS_HOME in place of ~/.droppos."""
+    return Path(os.environ.get("DROPPOS_HOME") or "~/.droppos").expanduser() / "launches"
+
+
+def begin(record: Record) -> Record:
+    """Make the record of a new launch.
+
+    Raises:
+        ConfigError: If one of this name is there, and still has a job or machines.
+    """
+    home().mkdir(parents=True, exist_ok=True, mode=0o700)
+    before = find(record.name)
+    if before is not None and not before.again:
+        raise ConfigError(
+            f"there is a launch {record.name} already, begun {age(before)} ago on {before.on}; "
+            f"`droppos attach {record.name}` follows it, `droppos down {record.name}` ends it, "
+            "--name takes another name"
+        )
+    record.folder.mkdir(mode=0o700, exist_ok=True)
+    record = replace(record, started=time.time())
+    record.save()
+    return record
+
+
+def find(name: str) -> Record | None:
+    """Find a launch of this machine."""
+    file = home() / name / "record.json"
+    try:
+        loaded = json.loads(file.read_text())
+        known = {field.name for field in fields(Record)}
+        return Record(**{key: value for key, value in loaded.items() if key in known})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}); remove its folder, and find the launch again by --on"
+        ) from error
+
+
+def all_records() -> Iterator[Record]:
+    """List the launches of this machine."""
+    for folder in sorted(home().glob("*/record.json")):
+        if (record := find(folder.parent.name)) is not None:
+            yield record
+
+
+def check_name(name: str) -> None:
+    """Refuse what could not be the name of a cluster everywhere.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"a launch's name has small letters, digits and dashes, at most 50, and begins with a "
+            f"letter, got {name!r}; give one with --name"
+        )
+
+
+def age(record: Record) -> str:
+    """Tell how long ago it was begun."""
+    minutes = (time.time() - record.started) / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+
+
+def write_private(file: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(file)
