@@ -61,6 +61,7 @@ def launch(
         LaunchError: If machines failed; what was started has been ended, or is named.
     """
     asked.check()
+    record.check_free(planned.name)
     with tempfile.TemporaryDirectory() as made:
         asked = _looked(asked, backend, terminal, start, Path(made))
         terminal.cost(backend.cost())

@@ -85,18 +85,27 @@ def begin(record: Record) -> Record:
     Raises:
         ConfigError: If one of this name is there, and still has a job or machines.
     """
+    check_free(record.name)
     home().mkdir(parents=True, exist_ok=True, mode=0o700)
-    before = find(record.name)
-    if before is not None and not before.again:
-        raise ConfigError(
-            f"there is a launch {record.name} already, begun {age(before)} ago on {before.on}; "
-            f"`droppos attach {record.name}` follows it, `droppos down {record.name}` ends it, "
-            "--name takes another name"
-        )
     record.folder.mkdir(mode=0o700, exist_ok=True)
     record = replace(record, started=time.time())
     record.save()
     return record
+
+
+def check_free(name: str) -> None:
+    """Refuse a name that a launch of this machine still has.
+
+    Raises:
+        ConfigError: With what may be done about it.
+    """
+    before = find(name)
+    if before is not None and not before.again:
+        raise ConfigError(
+            f"there is a launch {name} already, begun {age(before)} ago on {before.on}; "
+            f"`droppos attach {name}` follows it, `droppos down {name}` ends it, "
+            "--name takes another name"
+        )
 
 
 def find(name: str) -> Record | None:
