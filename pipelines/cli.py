@@ -674,6 +674,20 @@ def down(
         sys.exit(flow.down(*places.found(name, on), terminal.terminal(console, yes=yes)))
 
 
+def watch_spot(head: tyro.conf.Positional[str]) -> None:
+    """Watch this EC2 machine for the notice that it is taken back, and drain its Ray node then.
+
+    cluster.yaml starts it on each machine that may be. It ends once the notice has been passed on.
+
+    Args:
+        head: Address of the cluster's head: host:port.
+    """
+    from pipelines.notices import only_watcher, watch
+
+    with only_watcher():
+        watch(head)
+
+
 COMMANDS = {
     "demo": demo,
     "demo-search": demo_search,
@@ -697,6 +711,7 @@ COMMANDS = {
     "attach": attach,
     "stop": stop,
     "down": down,
+    "watch-spot": watch_spot,
 }
 
 

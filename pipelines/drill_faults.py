@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from time import time
 
 import ray
-from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
-from ray.core.generated import autoscaler_pb2
 
 from droppos.errors import ConfigError
 from pipelines import checkpoints
 from pipelines.drill_stage import NOTICE_S, Outage, Stage, Worker, kept_nodes
+from pipelines.notices import drain_node
 from pipelines.storage import Place
 
 
@@ -162,12 +161,5 @@ def _preempt(stage: Stage, crew: list[Worker], notice_s: float) -> threading.Eve
     """Tell Ray that a node will go, as a watcher of spot notices does, and let it go then."""
     if not (node := _node_to_lose(crew)):
         return _done(lambda: None)
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    reasons = autoscaler_pb2.DrainNodeReason  # pyright: ignore[reportAttributeAccessIssue]
-    client.drain_node(
-        node,
-        reasons.Value("DRAIN_NODE_REASON_PREEMPTION"),
-        "drill: spot notice",
-        int((time() + notice_s) * 1000),
-    )
+    drain_node(ray.get_runtime_context().gcs_address, node, "drill: spot notice", time() + notice_s)
     return Outage(lambda: None, lambda: stage.kill_node(node), notice_s).over

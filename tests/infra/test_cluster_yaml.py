@@ -48,7 +48,7 @@ def test_ec2_takes_every_machine(config: dict[str, Any]) -> None:
         ("max_workers", "many"),
         ("idle_timeout", 5),
         ("head_node_type", "haed"),
-        ("available_node_types.gpu.min_worker", 0),
+        ("available_node_types.gpu_spot.min_worker", 0),
         ("available_node_types.head.resources.CPU", -1),
     ],
 )
@@ -73,7 +73,7 @@ def test_ray_refuses_what_is_wrong(config: dict[str, Any], at: str, value: objec
 def test_ec2_refuses_what_is_wrong(
     config: dict[str, Any], field: str, value: object, complaint: str
 ) -> None:
-    machine = deepcopy(config["available_node_types"]["gpu"]["node_config"])
+    machine = deepcopy(config["available_node_types"]["gpu_spot"]["node_config"])
     assert complaint in ec2_complaints({**machine, field: value})
 
 
@@ -83,11 +83,43 @@ def test_nothing_runs_on_the_head_and_nothing_else_stays(config: dict[str, Any])
     assert head["resources"]["CPU"] == 0
     assert "InstanceMarketOptions" not in head["node_config"]
     assert all(node["min_workers"] == 0 for node in nodes.values())
-    assert sum(node["max_workers"] for node in nodes.values()) == config["max_workers"]
-    gpu = nodes["gpu"]["node_config"]["InstanceMarketOptions"]
-    assert gpu["MarketType"] == "spot"
+    gpus = nodes["gpu_spot"]["max_workers"]
+    assert config["max_workers"] == gpus + nodes["decode"]["max_workers"]
     assert config["provider"]["cache_stopped_nodes"] is False
-    assert config["provider"]["use_internal_ips"] is True
+
+
+def test_gpus_are_bought_on_spot_first_and_otherwise_the_same_on_demand(
+    config: dict[str, Any],
+) -> None:
+    nodes = config["available_node_types"]
+    spot, on_demand = nodes["gpu_spot"], nodes["gpu_on_demand"]
+    assert spot["priority"] > on_demand["priority"]
+    assert spot["node_config"].pop("InstanceMarketOptions")["MarketType"] == "spot"
+    for same in ("resources", "node_config", "max_workers"):
+        assert spot[same] == on_demand[same]
+
+
+def test_only_the_head_is_in_the_group_that_ssh_reaches(config: dict[str, Any]) -> None:
+    nodes = dict(config["available_node_types"])
+    head = nodes.pop(config["head_node_type"])["node_config"]
+    for node in nodes.values():
+        machine = node["node_config"]
+        assert not set(machine["SecurityGroupIds"]) & set(head["SecurityGroupIds"])
+        assert machine["IamInstanceProfile"] != head["IamInstanceProfile"]
+
+
+def test_ray_speaks_to_nobody_without_the_token(config: dict[str, Any]) -> None:
+    assert "-e RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert "~/.ray/auth_token" in config["file_mounts"]
+
+
+def test_the_image_is_pinned_by_its_digest(config: dict[str, Any]) -> None:
+    assert "@sha256:" in config["docker"]["image"]
+
+
+def test_every_worker_watches_for_the_notice_of_its_end(config: dict[str, Any]) -> None:
+    (watcher,) = [c for c in config["worker_start_ray_commands"] if "watch-spot" in c]
+    assert watcher.startswith("nohup setsid ")  # or it ends with the ssh that started it
 
 
 def test_machines_are_closed(config: dict[str, Any]) -> None:
@@ -103,8 +135,9 @@ def test_machines_are_closed(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["vit_base_imagenet", "vit_large_imagenet"])
 def test_the_shipped_recipes_fit(config: dict[str, Any], name: str) -> None:
     recipe = recipe_file.read(name)
-    nodes = config["available_node_types"].values()
-    gpus = sum(n["resources"].get("GPU", 0) * n.get("max_workers", 1) for n in nodes)
-    cpus = sum(n["resources"].get("CPU", 0) * n.get("max_workers", 1) for n in nodes)
+    nodes = dict(config["available_node_types"])
+    del nodes["gpu_on_demand"]  # in place of the others, not beside them
+    gpus = sum(n["resources"].get("GPU", 0) * n.get("max_workers", 1) for n in nodes.values())
+    cpus = sum(n["resources"].get("CPU", 0) * n.get("max_workers", 1) for n in nodes.values())
     assert recipe["run"]["workers"] <= gpus
     assert recipe["run"]["workers"] * recipe["run"]["cpus_per_worker"] < cpus
