@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ from pipelines import recipe_file
 from pipelines.finetune_run import FinetuneRun
 from pipelines.launch.on import On
 from pipelines.launch.request import JobKind, Request
+from pipelines.plan.question import Question
 from pipelines.recipe import Measure, Recipe, Tracking
 from pipelines.spread import Spread
 from pipelines.tracking import Where
@@ -41,6 +43,7 @@ RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversion
 MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
 FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
 FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
+QuestionFlags = Annotated[Question, tyro.conf.arg(name="")]
 SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
 WhereFlags = Annotated[Where, tyro.conf.arg(name="")]
 OnFlags = Annotated[On, tyro.conf.arg(name="")]
@@ -432,6 +435,35 @@ def doctor(
     show_doctor(console, report)
 
 
+def plan(
+    file: RecipeName = "",
+    json: bool = False,
+    question: QuestionFlags = Question(),  # noqa: B008 - frozen
+    recipe: RecipeFlags = Recipe(),  # noqa: B008 - frozen
+) -> None:
+    """Say what a run would take before it is paid for: memory, pace, hours, load and price.
+
+    Nothing is started or measured; each figure says whether it is a model or a measurement.
+
+    Args:
+        file: A YAML file, or the name of a recipe that is shipped.
+        json: Print all of it as JSON, for scripts.
+        question: Machine types, prices, rates and what is measured already.
+        recipe: Fields given here override the file's.
+    """
+    _refuse_late(file, "plan")
+    from pipelines.plan import plan as job
+    from pipelines.plan.figures import as_json
+    from pipelines.plan.report import show_plan
+
+    with console.status("simulating"):
+        found = job(recipe, question)
+    if json:
+        print(dumps(as_json(found), indent=1))
+    else:
+        show_plan(console, found)
+
+
 def audit(run: tyro.conf.Positional[str]) -> None:
     """Compare what a run trained on, picture by picture, with its schedule.
 
@@ -704,6 +736,7 @@ COMMANDS = {
     "finetune": finetune,
     "report": report,
     "doctor": doctor,
+    "plan": plan,
     "audit": audit,
     "receipt": receipt,
     "register": register,
@@ -747,6 +780,9 @@ def with_recipe(argv: list[str]) -> list[str]:
     """Put a recipe's fields, as flags, before the command line's own; the last one counts."""
     match argv:
         case [("pretrain" | "search" | "drill" | "launch") as command, name, *rest] if name[:1] != "-":
+        case [("pretrain" | "search" | "drill" | "plan") as command, name, *rest] if (
+            name[:1] != "-"
+        ):
             return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
         case [("demo" | "demo-search" | "drill") as command, *rest]:
             name = command.replace("-", "_")

@@ -1,0 +1,148 @@
+"""cluster.yaml, filled from the account: what a person would otherwise do at each CHANGE."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from droppos.errors import ConfigError
+from pipelines.launch.stack import Stack
+
+AMI = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
+"""Public parameter of the newest image with drivers and Docker, when the file names no other."""
+RESOLVE = "resolve:ssm:"
+_UNFILLED = re.compile(r"CHANGE|(?:ami|subnet|sg|vpc)-0{8}|\b0{12}\b|sha256:0{64}|s3://BUCKET\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What goes into the file."""
+
+    name: str
+    """Of the cluster."""
+    region: str
+    stack: Stack
+    zones: tuple[str, ...]
+    """Of the subnets."""
+    image: str
+    """Repository and digest."""
+    ami: str | None
+    """Of the machines, where the file leaves it to a parameter or to us."""
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read a file for Ray's cluster launcher.
+
+    Raises:
+        ConfigError: If there is none, or it is not one.
+    """
+    try:
+        loaded = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror}); run this in the clone, or give --cluster"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from error
+    needed = {"provider", "auth", "head_node_type", "available_node_types"}
+    if not isinstance(loaded, dict) or not needed <= loaded.keys():
+        raise ConfigError(
+            f"{file} is no file for Ray's cluster launcher: it must have {', '.join(sorted(needed))}"
+        )
+    if loaded["provider"].get("type") != "aws":
+        raise ConfigError(
+            f"{file}: provider.type is {loaded['provider'].get('type')}, expected aws; another "
+            "cloud's cluster is brought up by `ray up` and used by --on ADDRESS"
+        )
+    # Anchors share one object among types; what is filled in must not reach through it.
+    return json.loads(json.dumps(loaded))
+
+
+def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """Put the account's names into a file.
+
+    Args:
+        config: As :func:`read` gives it; it is left as it is.
+        facts: Of the account.
+    """
+    filled = json.loads(json.dumps(config))
+    before = filled["provider"].get("region", "us-east-1")
+    filled["cluster_name"] = facts.name
+    filled["provider"]["region"] = facts.region
+    if "availability_zone" in filled["provider"]:
+        filled["provider"]["availability_zone"] = ",".join(facts.zones)
+    for name, kind in filled["available_node_types"].items():
+        role = "Head" if name == filled["head_node_type"] else "Worker"
+        _fill_machine(kind["node_config"], role, facts)
+    for of_type in (filled, *filled["available_node_types"].values()):
+        if "docker" in of_type:
+            of_type["docker"]["image"] = facts.image
+            options = of_type["docker"].get("run_options", [])
+            of_type["docker"]["run_options"] = [
+                _moved(option, before, facts.region) for option in options
+            ]
+    registry = facts.image.partition("/")[0]
+    filled["initialization_commands"] = [
+        re.sub(r"\S+\.dkr\.ecr\.\S+", registry, _moved(command, before, facts.region))
+        for command in filled.get("initialization_commands", [])
+    ]
+    return filled
+
+
+def _fill_machine(machine: dict[str, Any], role: str, facts: Facts) -> None:
+    outputs = facts.stack.outputs
+    machine["SubnetIds"] = facts.stack.subnets(f"{role}SubnetIds")
+    machine["SecurityGroupIds"] = [facts.stack.group(role)]
+    machine["IamInstanceProfile"] = {"Name": outputs[f"{role}Profile"]}
+    machine["KeyName"] = outputs["KeyName"]
+    if facts.ami is not None and leaves_ami(machine):
+        machine["ImageId"] = facts.ami
+
+
+def _moved(text: str, before: str, region: str) -> str:
+    """Name another region in a command."""
+    return re.sub(rf"(?<![\w-]){re.escape(before)}(?![\w-])", region, text)
+
+
+def leaves_ami(machine: Mapping[str, Any]) -> bool:
+    """Tell whether a machine's image is to be looked up."""
+    image = str(machine.get("ImageId", ""))
+    return not image or image.startswith(RESOLVE) or _UNFILLED.search(image) is not None
+
+
+def ami_parameter(config: Mapping[str, Any]) -> str | None:
+    """Name the public parameter of the machines' image; None if the file names the image itself."""
+    for kind in config["available_node_types"].values():
+        if leaves_ami(kind["node_config"]):
+            image = str(kind["node_config"].get("ImageId", ""))
+            return image.removeprefix(RESOLVE) if image.startswith(RESOLVE) else AMI
+    return None
+
+
+def unfilled(config: Mapping[str, Any]) -> list[str]:
+    """Name the places where something is still to be filled in, with what stands there."""
+    return [
+        f"{place}: {value}"
+        for place, value in _values(config)
+        if isinstance(value, str) and _UNFILLED.search(value)
+    ]
+
+
+def _values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _values(inner, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _values(inner, f"{place}[{index}]")
+    else:
+        yield place, value
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """Write a filled file."""
+    return yaml.safe_dump(dict(config), sort_keys=False, width=100)

@@ -1,0 +1,103 @@
+"""What an account has for us: the outputs of its CloudFormation stack (infra/aws/account.yaml)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from pipelines.launch.check import Wrong
+
+NEEDED = (
+    "Bucket",
+    "HeadSubnetIds",
+    "WorkerSubnetIds",
+    "SecurityGroupId",
+    "HeadProfile",
+    "WorkerProfile",
+    "KeyName",
+    "ImageRepository",
+)
+"""Outputs without which no cluster starts."""
+MLFLOW = ("MlflowUri", "MlflowSecretArn")
+"""Outputs of the team's MLflow; of the account's stack, or of one of their own."""
+READY = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
+TEMPLATE = "infra/aws/account.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A stack that is there."""
+
+    name: str
+    outputs: Mapping[str, str]
+    cluster: str
+    """What its machines' rights are held to: the beginning of a cluster's name."""
+
+    def subnets(self, output: str) -> list[str]:
+        """List the subnets of an output."""
+        return [each.strip() for each in self.outputs[output].split(",") if each.strip()]
+
+    def group(self, role: str) -> str:
+        """Name the security group of the head or of the workers; one for all where it is one."""
+        return self.outputs.get(f"{role}SecurityGroupId") or self.outputs["SecurityGroupId"]
+
+
+def read_stack(client: Any, name: str) -> Stack:
+    """Read a stack.
+
+    Args:
+        client: boto3's, of CloudFormation.
+        name: Of the stack.
+
+    Raises:
+        Wrong: If there is none, or it is being made, or it failed.
+    """
+    region = client.meta.region_name
+    try:
+        (found,) = client.describe_stacks(StackName=name)["Stacks"]
+    except ClientError as error:
+        if "does not exist" not in str(error):
+            raise Wrong(reason(error), "to read the stack", "ask for cloudformation:Describe*") from error
+        raise Wrong(
+            f"no stack {name} in {region}",
+            f"the account's stack, made of {TEMPLATE}",
+            f"aws cloudformation deploy --stack-name {name} --template-file {TEMPLATE} "
+            "--capabilities CAPABILITY_NAMED_IAM --parameter-overrides ...; or --stack, --region",
+        ) from error
+    if found["StackStatus"] not in READY:
+        raise Wrong(
+            f"stack {name} is {found['StackStatus']}",
+            " or ".join(READY),
+            "wait for it, or look at its events in the console",
+        )
+    outputs = {each["OutputKey"]: each["OutputValue"] for each in found.get("Outputs", [])}
+    parameters = {
+        each["ParameterKey"]: each["ParameterValue"] for each in found.get("Parameters", [])
+    }
+    return Stack(name, outputs, parameters.get("ClusterName", name))
+
+
+def check_complete(stack: Stack) -> str:
+    """See that nothing is missing that a cluster needs.
+
+    Raises:
+        Wrong: Naming the outputs.
+    """
+    missing = [name for name in NEEDED if not stack.outputs.get(name)]
+    if missing:
+        raise Wrong(
+            f"stack {stack.name} has no output {', '.join(missing)}",
+            f"all outputs of {TEMPLATE}",
+            "update the stack with the template of this version",
+        )
+    return f"{stack.name}: bucket {stack.outputs['Bucket']}"
+
+
+def reason(error: Exception) -> str:
+    """Say what AWS said, in its own words, without the name of the call."""
+    if isinstance(error, ClientError):
+        told = error.response.get("Error", {})
+        return f"{told.get('Code', 'error')}: {told.get('Message', error)}"
+    assert isinstance(error, BotoCoreError)
+    return str(error)

@@ -1,0 +1,167 @@
+"""A plan on the terminal: what it compares, the cheapest in detail, and larger sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.plan import figures
+from pipelines.plan.figures import Figure
+from pipelines.plan.job import Plan
+from pipelines.plan.option import Bill, Option
+from pipelines.plan.scaling import Scale
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Show all of it."""
+    best = plan.best
+    name = best.fleet.machine.name
+    _figures(console, f"Run {plan.recipe.run.name}", figures.run_figures(plan))
+    _options(console, plan)
+    _figures(console, f"Memory of a worker on {name}", figures.memory_figures(best))
+    pace = figures.pace_figures(best, plan.question, plan.work.decode_source)
+    _figures(console, f"Pace on {fleet_words(best)}", pace)
+    _figures(console, "Checkpoints", figures.saving_figures(best, plan.question))
+    _figures(console, "Money", figures.money_figures(best, plan.question))
+    if plan.scaling:
+        _scaling(console, plan)
+    for note in notes(plan):
+        console.print(f"[dim]note:[/] {escape(note)}", highlight=False)
+
+
+def fleet_words(option: Option) -> str:
+    """Name the machines of an option."""
+    place = option.fleet
+    words = f"{place.machines} x {place.machine.name}"
+    if place.decoders:
+        words += f" and {place.decoders} x {place.decoder.name} to decode"
+    return words
+
+
+def notes(plan: Plan) -> list[str]:
+    """Say what to know of the figures, and what would help."""
+    best = plan.best
+    found = [
+        "formulas and simulations are models: no GPU has been measured yet; --mfu, "
+        "--images-per-worker-s and --decode-per-core put measured figures in their place",
+        "spot prices move by the hour; the simulated cost has them fixed",
+    ]
+    if plan.recipe.run.min_workers is not None:
+        found.append(
+            "run.min_workers lets a run go on with fewer workers while a machine is replaced; the "
+            "plan counts that time as lost, so it is less in truth"
+        )
+    if plan.recipe.compute.compile:
+        found.append("compute.compile is not modelled: memory and time are those without")
+    if best.bound == "communication":
+        found.append(
+            "gradients and weights take longer to send than to compute: take machines with a "
+            "faster network or more GPUs each, compute.shard_ranks (the GPUs of a machine), or "
+            "compute.reshard_after_forward False where memory allows"
+        )
+    bill = figures.cheaper(best)
+    if isfinite(bill.best_factor) and bill.expected_factor > 1.01 * bill.best_factor:
+        found.append(
+            f"set run.checkpoint_every to {bill.best_steps:,.0f}: it saves "
+            f"{1 - bill.best_factor / bill.expected_factor:.0%} of the time"
+        )
+    return found
+
+
+def _figures(console: Console, title: str, found: Sequence[Figure]) -> None:
+    table = _table(title, "", "value", "", "how it is known")
+    for figure in found:
+        table.add_row(figure.name, number(figure.value), figure.unit, f"[dim]{figure.how}[/]")
+    console.print(table, highlight=False)
+
+
+def _options(console: Console, plan: Plan) -> None:
+    title = f"Machines ({plan.machines_source}), the cheapest first; USD of the whole run"
+    table = _table(title, "workers on", "decode on", "GB each", "images/s", "bound by", "hours")
+    for column in ("on demand", "on spot"):
+        table.add_column(column, justify="right")
+    for each in plan.options:
+        place = each.fleet
+        decode = f"{place.decoders} x {place.decoder.name}" if place.decoders else "the same"
+        memory = f"{each.memory.peak / 1e9:,.1f} of {each.memory_bytes / 1e9:,.0f}"
+        row = [f"{place.machines} x {place.machine.name}", decode, memory]
+        if each.fits:
+            row += [number(each.flow.images_per_s), each.bound, number(each.on_demand.hours)]
+            row += [money(each.on_demand), money(each.spot)]
+        else:
+            row += ["", "[red]does not fit[/]"]
+        table.add_row(*row)
+    console.print(table, highlight=False)
+
+
+def _scaling(console: Console, plan: Plan) -> None:
+    """Show the sizes side by side."""
+    name = plan.best.fleet.machine.name
+    sizes = [f"{each.gpus:,} GPUs" for each in plan.scaling]
+    table = _table(f"The same steps on more of {name}, simulated", "", *sizes)
+    columns = [_scale_column(each) for each in plan.scaling]
+    labels = (
+        "images a GPU and step",
+        "images/s",
+        "bound by",
+        "next to bound",
+        "  at images/s",
+        "CPUs that decode",
+        "GB/s from storage",
+        "requests a second",
+        "hours on spot",
+        "USD on spot",
+    )
+    for label, *row in zip(labels, *columns, strict=True):
+        table.add_row(label, *row)
+    console.print(table, highlight=False)
+
+
+def _scale_column(each: Scale) -> list[str]:
+    planned = each.option
+    if planned is None:
+        return ["", "", each.bound, *[""] * 7]
+    bill = planned.spot or planned.on_demand
+    after, could = planned.bounds[1]
+    return [
+        number(each.images_per_gpu),
+        number(planned.flow.images_per_s),
+        each.bound,
+        after,
+        number(could),
+        number(planned.decode_cpus_needed),
+        number(planned.storage_bytes_s / 1e9),
+        number(planned.requests_s),
+        number(bill.hours),
+        money(bill),
+    ]
+
+
+def money(bill: Bill | None) -> str:
+    """Write what it costs."""
+    if bill is None:
+        return "not offered"
+    return number(bill.usd) if isfinite(bill.usd) else "never ends"
+
+
+def number(value: float) -> str:
+    """Write a number with three digits that count, and all of a large one."""
+    if not isfinite(value):
+        return "never"
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        words = column in {"", "workers on", "decode on", "bound by", "how it is known"}
+        whole = column in {"workers on", "decode on"}
+        table.add_column(column, justify="left" if words else "right", no_wrap=whole)
+    return table
