@@ -779,10 +779,11 @@ def _recipe_named(argv: list[str]) -> Iterator[None]:
 def with_recipe(argv: list[str]) -> list[str]:
     """Put a recipe's fields, as flags, before the command line's own; the last one counts."""
     match argv:
-        case [("pretrain" | "search" | "drill" | "launch") as command, name, *rest] if name[:1] != "-":
-        case [("pretrain" | "search" | "drill" | "plan") as command, name, *rest] if (
-            name[:1] != "-"
-        ):
+        case [
+            ("pretrain" | "search" | "drill" | "plan" | "launch") as command,
+            name,
+            *rest,
+        ] if name[:1] != "-":
             return [command, *recipe_file.flags(recipe_file.read(name)), *rest]
         case [("demo" | "demo-search" | "drill") as command, *rest]:
             name = command.replace("-", "_")
