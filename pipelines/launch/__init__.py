@@ -3,7 +3,8 @@
     flow.py          launch, attach, stop, down: what a person asks for, in order
     request.py       what is to run, and where
     backend.py       what a place to run must be able to do
-      aws.py         Ray's cluster launcher on EC2: clusterfile.py, stack.py, quotas.py, prices.py
+      aws.py         Ray's cluster launcher on EC2: account.py and stack.py (what there is),
+                     clusterfile.py, fleet.py, quotas.py, prices.py, mlflow_login.py
       kube.py        KubeRay, through kubectl
       standing.py    a cluster that somebody else keeps
     jobs.py          submit, follow, stop, over Ray's jobs API

@@ -63,5 +63,3 @@ class Backend(Protocol):
             What is left, each with its name; nothing when all went well.
         """
         ...
-
-

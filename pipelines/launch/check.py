@@ -87,7 +87,9 @@ def passed(checks: Sequence[Check]) -> bool:
 
 def table(checks: Sequence[Check]) -> Table:
     """Show the answers, with what to do about those that are wrong."""
-    shown = Table(box=SIMPLE_HEAD, show_header=False, title="before it starts", title_justify="left")
+    shown = Table(
+        box=SIMPLE_HEAD, show_header=False, title="before it starts", title_justify="left"
+    )
     shown.add_column(no_wrap=True)
     shown.add_column(no_wrap=True)
     shown.add_column(overflow="fold")

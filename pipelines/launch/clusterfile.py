@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def read(file: Path) -> dict[str, Any]:
     needed = {"provider", "auth", "head_node_type", "available_node_types"}
     if not isinstance(loaded, dict) or not needed <= loaded.keys():
         raise ConfigError(
-            f"{file} is no file for Ray's cluster launcher: it must have {', '.join(sorted(needed))}"
+            f"{file} is no file for Ray's cluster launcher, which has {', '.join(sorted(needed))}"
         )
     if loaded["provider"].get("type") != "aws":
         raise ConfigError(
@@ -90,12 +91,16 @@ def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         re.sub(r"\S+\.dkr\.ecr\.\S+", registry, _moved(command, before, facts.region))
         for command in filled.get("initialization_commands", [])
     ]
+    if secret := facts.stack.outputs.get("MlflowSecretArn"):
+        # On the head alone, where the jobs' drivers are, and which alone may read the secret.
+        login = shlex.join(["python", "-m", "pipelines.launch.mlflow_login", secret, facts.region])
+        filled["head_setup_commands"] = [*filled.get("head_setup_commands", []), login]
     return filled
 
 
 def _fill_machine(machine: dict[str, Any], role: str, facts: Facts) -> None:
     outputs = facts.stack.outputs
-    machine["SubnetIds"] = facts.stack.subnets(f"{role}SubnetIds")
+    machine["SubnetIds"] = facts.stack.subnets(role)
     machine["SecurityGroupIds"] = [facts.stack.group(role)]
     machine["IamInstanceProfile"] = {"Name": outputs[f"{role}Profile"]}
     machine["KeyName"] = outputs["KeyName"]

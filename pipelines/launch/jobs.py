@@ -14,12 +14,12 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import aiohttp
 import requests
@@ -116,7 +116,7 @@ class Job:
         return End.STOPPED if stopped else End.FAILED
 
 
-class _Refused(LaunchError):
+class _RefusedError(LaunchError):
     """The API answered with an error."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -134,8 +134,8 @@ class _Client(JobSubmissionClient):
         kwargs.setdefault("timeout", (CONNECT_S, ANSWER_S if method == "GET" else SEND_S))
         return super()._do_request(method, endpoint, **kwargs)
 
-    def _raise_error(self, r: requests.Response) -> None:
-        raise _Refused(r.status_code, r.text)
+    def _raise_error(self, r: requests.Response) -> NoReturn:
+        raise _RefusedError(r.status_code, r.text)
 
 
 class Jobs:
@@ -170,7 +170,7 @@ class Jobs:
                     },
                     metadata=dict(submission.metadata),
                 )
-        except _Refused as refused:
+        except _RefusedError as refused:
             if refused.is_taken:
                 raise ConfigError(
                     f"the cluster has a job {job_id} already, so this one was not submitted; "
@@ -212,14 +212,15 @@ class Jobs:
         with _answers(self._address):
             self._client.stop_job(job_id)
 
-    async def output(self, job_id: str) -> Any:
+    async def output(self, job_id: str) -> AsyncIterator[str]:
         """Yield its output from the first character on, until it has ended.
 
         Raises:
             LineLostError: If the line broke, or seems to be dead.
         """
         with _answers(self._address):
-            pieces = self._client.tail_job_logs(job_id)
+            # Ray's own annotation says a coroutine; it is a generator.
+            pieces = cast(AsyncIterator[str], self._client.tail_job_logs(job_id))
             quiet_since = time.monotonic()
             piece = asyncio.ensure_future(anext(pieces))
             try:
@@ -299,19 +300,20 @@ def hand_over(address: Address, job_id: str, submission: Submission) -> None:
     """
     mine = secrets.token_hex(8)
     marked = replace(submission, metadata={**submission.metadata, MARK: mine})
-    for _ in range(TRIES):
+    for tries_left in reversed(range(TRIES)):
         jobs = ready(address, PATIENCE_S)
         try:
             return jobs.submit(job_id, marked)
-        except LineLostError as error:
-            lost = error
+        except LineLostError:
+            if not tries_left:
+                raise
         except ConfigError:
             # The request before may have arrived, and only its answer was lost.
-            if jobs.get(job_id).metadata.get(MARK) == mine:
-                return None
-            raise
+            if jobs.get(job_id).metadata.get(MARK) != mine:
+                raise
+            return None
         time.sleep(RETRY_S)
-    raise lost
+    return None
 
 
 def ready(address: Address, patience_s: float) -> Jobs:
@@ -354,7 +356,7 @@ def _answers(address: Address) -> Iterator[None]:
             f"the cluster at {address.url} {why}; put the cluster's own into ~/.ray/auth_token, "
             "or its file's name into RAY_AUTH_TOKEN_PATH"
         ) from error
-    except _Refused as error:
+    except _RefusedError as error:
         # 404 and the like are answers; 5xx is a head, or its agent, that is not ready.
         if error.status >= 500 and not error.is_taken:
             raise LineLostError(str(error)) from error

@@ -4,6 +4,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -94,11 +95,13 @@ def check_places(recipe: Recipe, *, remote: bool) -> str:
         Wrong: Naming the fields that mean this machine.
     """
     if recipe.data.path is None:
-        raise Wrong("data.path is not set", "a prepared data set", "add --data.path s3://BUCKET/...")
+        raise Wrong(
+            "data.path is not set", "a prepared data set", "add --data.path s3://BUCKET/..."
+        )
     here = {
         name: place
         for name, place in places(recipe).items()
-        if not place.startswith(ELSEWHERE) and (remote or not os.path.isabs(place))
+        if not place.startswith(ELSEWHERE) and (remote or not Path(place).is_absolute())
     }
     if here:
         named = ", ".join(f"{name} {place}" for name, place in here.items())

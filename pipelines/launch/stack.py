@@ -10,8 +10,7 @@ from pipelines.launch.check import Wrong
 
 NEEDED = (
     "Bucket",
-    "HeadSubnetIds",
-    "WorkerSubnetIds",
+    "SubnetIds",
     "SecurityGroupId",
     "HeadProfile",
     "WorkerProfile",
@@ -19,6 +18,9 @@ NEEDED = (
     "ImageRepository",
 )
 """Outputs without which no cluster starts."""
+APART = ("SubnetIds", "SecurityGroupId")
+"""Of these, those that head and workers may have one each of: HeadSubnetIds, WorkerSubnetIds."""
+ROLES = ("Head", "Worker")
 MLFLOW = ("MlflowUri", "MlflowSecretArn")
 """Outputs of the team's MLflow; of the account's stack, or of one of their own."""
 READY = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
@@ -34,13 +36,17 @@ class Stack:
     cluster: str
     """What its machines' rights are held to: the beginning of a cluster's name."""
 
-    def subnets(self, output: str) -> list[str]:
-        """List the subnets of an output."""
-        return [each.strip() for each in self.outputs[output].split(",") if each.strip()]
+    def of(self, role: str, output: str) -> str:
+        """Take an output of the Head or of the Worker; that of both where there is one."""
+        return self.outputs.get(role + output) or self.outputs.get(output, "")
+
+    def subnets(self, role: str) -> list[str]:
+        """List the subnets of the Head or of the Worker."""
+        return [each.strip() for each in self.of(role, "SubnetIds").split(",") if each.strip()]
 
     def group(self, role: str) -> str:
-        """Name the security group of the head or of the workers; one for all where it is one."""
-        return self.outputs.get(f"{role}SecurityGroupId") or self.outputs["SecurityGroupId"]
+        """Name the security group of the Head or of the Worker."""
+        return self.of(role, "SecurityGroupId")
 
 
 def read_stack(client: Any, name: str) -> Stack:
@@ -58,7 +64,9 @@ def read_stack(client: Any, name: str) -> Stack:
         (found,) = client.describe_stacks(StackName=name)["Stacks"]
     except ClientError as error:
         if "does not exist" not in str(error):
-            raise Wrong(reason(error), "to read the stack", "ask for cloudformation:Describe*") from error
+            raise Wrong(
+                reason(error), "to read the stack", "ask for cloudformation:Describe*"
+            ) from error
         raise Wrong(
             f"no stack {name} in {region}",
             f"the account's stack, made of {TEMPLATE}",
@@ -84,7 +92,12 @@ def check_complete(stack: Stack) -> str:
     Raises:
         Wrong: Naming the outputs.
     """
-    missing = [name for name in NEEDED if not stack.outputs.get(name)]
+    missing = [
+        role + name
+        for name in NEEDED
+        for role in (ROLES if name in APART else ("",))
+        if not stack.of(role, name)
+    ]
     if missing:
         raise Wrong(
             f"stack {stack.name} has no output {', '.join(missing)}",

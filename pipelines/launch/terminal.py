@@ -59,7 +59,11 @@ def terminal(console: Console, *, yes: bool) -> Terminal:
         say(told.line)
 
     return Terminal(
-        say, show, ask, lambda checks: console.print(check.table(checks), soft_wrap=False), tell_cost
+        say,
+        show,
+        ask,
+        lambda checks: console.print(check.table(checks), soft_wrap=False),
+        tell_cost,
     )
 
 

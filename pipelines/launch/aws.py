@@ -1,0 +1,290 @@
+"""Machines of EC2, brought up and ended by Ray's cluster launcher.
+
+`ray up` and `ray down` run as programs of their own, on the filled file in the launch's record:
+they are well kept, and keep state in globals. What they leave is looked for by the tag that Ray
+gives each machine, since a cluster of which a machine is left is one that is paid for.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from pipelines.launch import clusterfile, fleet, stack
+from pipelines.launch.account import Account, asked, needs_program
+from pipelines.launch.backend import Address, Say
+from pipelines.launch.check import Look, Wrong
+from pipelines.launch.cost import Cost
+from pipelines.launch.errors import LaunchError
+from pipelines.launch.fleet import Fleet
+from pipelines.launch.quotas import check_quotas
+from pipelines.launch.record import Record, write_private
+from pipelines.launch.request import on_gpus
+from pipelines.launch.token import ensure_token_file, headers, read_token
+from pipelines.launch.tunnel import tunnel
+from pipelines.recipe import Recipe
+from pipelines.shards import load_manifest
+from pipelines.storage import open_place
+
+CLUSTER_TAG, TYPE_TAG = "tag:ray-cluster-name", "tag:ray-node-type"
+"""By which Ray finds its machines again."""
+ALIVE = ("pending", "running", "stopping", "stopped")
+"""States of a machine that is paid for, or whose disk is."""
+PORT = 8265
+TERMINATE_S = 300.0
+"""Seconds that machines have to end."""
+LOOK_AGAIN_S = 3.0
+
+
+class Aws:
+    """Backend of `--on aws`."""
+
+    remote = mortal = True
+
+    def __init__(self, record: Record) -> None:
+        """Take the launch's record; nothing is asked yet."""
+        self._record = record
+        self._account = Account(record.region, record.stack or "droppos", record.mlflow_stack)
+        self.where = f"AWS, stack {record.stack}"
+
+    # --- before it starts -------------------------------------------------------------------
+
+    def looks(self, recipe: Recipe) -> Sequence[Look]:
+        """List what has to be right."""
+        account = self._account
+        here = ("credentials", "region", "stack")
+        return [
+            Look("credentials", account.identity),
+            Look("region", account.region_is_there, after=("credentials",)),
+            Look("stack", lambda: stack.check_complete(account.stack), after=here[:2]),
+            Look("bucket", account.bucket_is_ours, after=here),
+            Look("data", partial(check_data, recipe), after=("credentials", "places")),
+            Look("image", lambda: account.image, after=here),
+            Look("cluster file", self._check_file, after=(*here, "image")),
+            Look("ssh", self._check_key),
+            Look("token", ensure_token_file),
+            Look("recipe's fit", lambda: fleet.describe(self._fleet.fit(recipe))),
+            Look("machine types", lambda: account.offered(self._fleet.types), after=here),
+            Look("quota", partial(self._check_quotas, recipe), after=(*here, "recipe's fit")),
+        ]
+
+    @cached_property
+    def _source(self) -> dict[str, Any]:
+        return clusterfile.read(Path(self._record.source))
+
+    @cached_property
+    def _fleet(self) -> Fleet:
+        return Fleet.of(self._source)
+
+    @cached_property
+    def filled(self) -> dict[str, Any]:
+        """The cluster's file, filled from the account; from the record once it is there."""
+        kept = self._record.file("cluster.yaml")
+        if kept.exists() and self._record.phase != "ended":
+            return clusterfile.read(kept)
+        account, parameter = self._account, clusterfile.ami_parameter(self._source)
+        facts = clusterfile.Facts(
+            name=self._name,
+            region=account.region,
+            stack=account.stack,
+            zones=account.zones,
+            image=account.image,
+            ami=None if parameter is None else account.ami(parameter),
+        )
+        return clusterfile.fill(self._source, facts)
+
+    @property
+    def _name(self) -> str:
+        """Of the cluster: it begins as the account's rights say, which end no others' machines."""
+        return f"{self._account.stack.cluster}-{self._record.name}"
+
+    def _check_file(self) -> str:
+        if left := clusterfile.unfilled(self.filled):
+            raise Wrong(
+                "; ".join(left),
+                "nothing left to fill in",
+                f"write it into {self._record.source}",
+            )
+        return f"{self._record.source}, filled for {self._name}"
+
+    def _check_key(self) -> str:
+        needs_program("ssh", "install OpenSSH's client")
+        needs_program("rsync", "install rsync; `ray up` copies files with it")
+        key = _key(self._source)
+        if not key.is_file():
+            raise Wrong(
+                f"no {key}",
+                "the private half of the stack's key",
+                f"ssh-keygen -t ed25519 -f {key}, and its public half into the stack's PublicKey",
+            )
+        if mode := key.stat().st_mode & 0o077:
+            raise Wrong(
+                f"{key} may be read by others (mode ...{mode:02o})", "mode 600", f"chmod 600 {key}"
+            )
+        return str(key)
+
+    def _check_quotas(self, recipe: Recipe) -> str:
+        uses = self._fleet.uses(recipe)
+        vcpus = self._account.vcpus([use.machine for use in uses])
+        return check_quotas(self._account.client("service-quotas"), uses, vcpus)
+
+    def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
+        """Say cuda where the recipe says auto and GPUs come from zero."""
+        if recipe.compute.device == "auto" and self._fleet.has_gpus:
+            return on_gpus(recipe), [
+                "compute.device auto was made cuda: GPUs come only when they are asked for"
+            ]
+        return recipe, []
+
+    def job_env(self) -> Mapping[str, str]:
+        """Tell jobs where the team's MLflow is; its password is on the head: mlflow_login.py."""
+        try:
+            outputs = self._account.stack.outputs
+        except Wrong:
+            return {}  # told by the look at the stack
+        return {"MLFLOW_TRACKING_URI": outputs["MlflowUri"]} if "MlflowUri" in outputs else {}
+
+    def cost(self) -> Cost:
+        """Ask for the price of each kind of machine."""
+        return self._fleet.cost(self._account)
+
+    # --- up and down ------------------------------------------------------------------------
+
+    def up(self, say: Say) -> None:
+        """Run `ray up` on the filled file."""
+        file = self._record.file("cluster.yaml")
+        write_private(file, clusterfile.to_yaml(self.filled))
+        say(f"bringing the head of {self._name} up, in minutes; what is done: {self._log('up')}")
+        code = self._ray("up", str(file), "--yes", "--no-config-cache")
+        if code:
+            raise LaunchError(f"`ray up` ended with {code}: {_last_lines(self._log('up'))}")
+
+    def down(self, say: Say) -> list[str]:
+        """Run `ray down`, and end what it leaves.
+
+        Without a filled file of this machine, machines are ended by their tag alone, the head
+        first: it would start new ones.
+        """
+        file = self._record.file("cluster.yaml")
+        if file.exists():
+            say(f"ending the machines of {self._name}; what is done: {self._log('down')}")
+            if code := self._ray("down", str(file), "--yes"):
+                say(f"`ray down` ended with {code}; what it left is ended by its tag")
+        until = time.monotonic() + TERMINATE_S
+        while (left := self._machines(ALIVE)) and time.monotonic() < until:
+            heads = [each for each in left if _tag(each, "ray-node-type") == "head"]
+            self._terminate(heads or left)
+            time.sleep(LOOK_AGAIN_S)
+        return [f"{each['InstanceId']} ({each['State']['Name']})" for each in left]
+
+    def _ray(self, *command: str) -> int:
+        with self._log(command[0]).open("ab") as log:
+            return subprocess.call(
+                [Path(sys.executable).with_name("ray"), *command],
+                # file_mounts of the file are meant from where it came.
+                cwd=Path(self._record.source).parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _log(self, what: str) -> Path:
+        self._record.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self._record.file(f"{what}.log")
+
+    def _machines(self, states: Sequence[str], **tags: str) -> list[Any]:
+        filters = [
+            {"Name": CLUSTER_TAG, "Values": [self._name]},
+            {"Name": "instance-state-name", "Values": list(states)},
+            *({"Name": f"tag:{name}", "Values": [value]} for name, value in tags.items()),
+        ]
+
+        def ask() -> list[Any]:
+            pages = self._account.client("ec2").get_paginator("describe_instances")
+            return [
+                machine
+                for page in pages.paginate(Filters=filters)
+                for reservation in page["Reservations"]
+                for machine in reservation["Instances"]
+            ]
+
+        return asked(ask, "to see the cluster's machines", "ask for ec2:DescribeInstances")
+
+    def _terminate(self, machines: Sequence[Any]) -> None:
+        ids = [each["InstanceId"] for each in machines]
+        ec2 = self._account.client("ec2")
+        asked(
+            lambda: ec2.terminate_instances(InstanceIds=ids),
+            f"to end {', '.join(ids)}",
+            "ask for ec2:TerminateInstances",
+        )
+
+    # --- the way there ----------------------------------------------------------------------
+
+    @contextmanager
+    def address(self) -> Iterator[Address]:
+        """Open a tunnel by ssh to the head; nothing of the cluster listens outside it."""
+        with tunnel(self._tunnel_command, self._log("tunnel")) as url:
+            yield Address(url, headers(read_token()))
+
+    def _tunnel_command(self, port: int) -> list[str]:
+        """Make the tunnel's command, for the head as it is now."""
+        heads = self._machines(["running"], **{"ray-node-type": "head"})
+        if not heads:
+            raise LaunchError(f"no head of {self._name} is running on {self.where}")
+        auth = self.filled["auth"]
+        inside = self.filled["provider"].get("use_internal_ips", False)
+        host = heads[0]["PrivateIpAddress" if inside else "PublicIpAddress"]
+        options = {
+            # Its key is new with each head. At first sight it is believed, and from then on only
+            # that one: `ray up`, which asked for it through AWS, has just been there.
+            "StrictHostKeyChecking": "accept-new",
+            "UserKnownHostsFile": self._record.file("known_hosts"),
+            "BatchMode": "yes",
+            "ExitOnForwardFailure": "yes",
+            "ConnectTimeout": 10,
+            # A line that is silent for 30 s is given up, and opened again.
+            "ServerAliveInterval": 10,
+            "ServerAliveCountMax": 3,
+            "IdentitiesOnly": "yes",
+        }
+        if proxy := auth.get("ssh_proxy_command"):
+            options["ProxyCommand"] = proxy
+        return [
+            *(
+                "ssh",
+                "-N",
+                "-L",
+                f"127.0.0.1:{port}:127.0.0.1:{PORT}",
+                "-i",
+                str(_key(self.filled)),
+            ),
+            *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
+            *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
+        ]
+
+
+def check_data(recipe: Recipe) -> str:
+    """See that the data sets are there, by their manifests."""
+    said = []
+    for place in filter(None, (recipe.data.path, recipe.data.holdout)):
+        if place.startswith("s3://"):
+            said.append(f"{place}: {load_manifest(open_place(place)).rows:,} pictures")
+    return "; ".join(said) or "on the cluster itself, not looked at"
+
+
+def _key(config: Mapping[str, Any]) -> Path:
+    return Path(config["auth"].get("ssh_private_key", "~/.ssh/droppos.pem")).expanduser()
+
+
+def _tag(machine: Mapping[str, Any], name: str) -> str:
+    return next((tag["Value"] for tag in machine.get("Tags", []) if tag["Key"] == name), "")
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return " / ".join(lines[-5:]) + f" (all of it: {log})"
