@@ -83,9 +83,8 @@ class Aws:
     @cached_property
     def filled(self) -> dict[str, Any]:
         """The cluster's file, filled from the account; from the record once it is there."""
-        kept = self._record.file("cluster.yaml")
-        if kept.exists() and self._record.phase != "ended":
-            return clusterfile.read(kept)
+        if self._kept is not None:
+            return self._kept
         account, parameter = self._account, clusterfile.ami_parameter(self._source)
         facts = clusterfile.Facts(
             name=self._name,
@@ -97,9 +96,18 @@ class Aws:
         )
         return clusterfile.fill(self._source, facts)
 
-    @property
+    @cached_property
+    def _kept(self) -> dict[str, Any] | None:
+        """The file that the cluster was made with; None while its launch is only planned."""
+        kept = self._record.file("cluster.yaml")
+        planned = self._record.phase == "starting"
+        return clusterfile.read(kept) if kept.exists() and not planned else None
+
+    @cached_property
     def _name(self) -> str:
         """Of the cluster: it begins as the account's rights say, which end no others' machines."""
+        if self._kept is not None:
+            return self._kept["cluster_name"]
         return f"{self._account.stack.cluster}-{self._record.name}"
 
     def _check_file(self) -> str:
@@ -148,8 +156,9 @@ class Aws:
             return {}  # told by the look at the stack
         return {"MLFLOW_TRACKING_URI": outputs["MlflowUri"]} if "MlflowUri" in outputs else {}
 
+    @cached_property
     def cost(self) -> Cost:
-        """Ask for the price of each kind of machine."""
+        """The price of each kind of machine, asked for once."""
         return self._fleet.cost(self._account)
 
     # --- up and down ------------------------------------------------------------------------

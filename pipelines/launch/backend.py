@@ -44,8 +44,9 @@ class Backend(Protocol):
         """Variables that a job needs there; no secrets."""
         ...
 
+    @property
     def cost(self) -> Cost:
-        """Tell what an hour costs: what stands at once, and with everything grown."""
+        """What an hour costs: what stands at once, and with everything grown."""
         ...
 
     def up(self, say: Say) -> None:

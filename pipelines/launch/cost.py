@@ -65,7 +65,7 @@ class Cost:
     @property
     def line(self) -> str:
         """Say it in one line."""
-        if not self.kinds:
+        if len(self.unknown) == len(self.kinds):
             return self.note
         said = f"${self.standing:.2f} an hour from the start, ${self.most:.2f} with all it may add"
         if self.unknown:

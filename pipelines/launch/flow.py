@@ -64,11 +64,11 @@ def launch(
     record.check_free(planned.name)
     with tempfile.TemporaryDirectory() as made:
         asked = _looked(asked, backend, terminal, start, Path(made))
-        terminal.cost(backend.cost())
+        terminal.cost(backend.cost)
         if not terminal.ask(f"launch {planned.name} on {backend.where}?"):
             terminal.say("nothing was started")
             return End.FAILED.code
-        begun = record.begin(planned)
+        begun = record.begin(replace(planned, costs=backend.cost.line))
         package = (Path(made) / "package.zip").replace(begun.file("package.zip"))
     with _taken_back(begun, backend, terminal):
         backend.up(terminal.say)
@@ -221,7 +221,7 @@ def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> 
     elif found.keep:
         _note(found, "up")
         terminal.say(
-            f"its cluster stays, as --keep said: {backend.cost().line}; "
+            f"its cluster stays, as --keep said, and costs {found.costs or 'money'}; "
             f"`droppos down {found.name}` ends it"
         )
     elif not _end(found, backend, terminal):
@@ -270,7 +270,7 @@ def _running(found: Record, backend: Backend) -> str:
 
 
 def _left(found: Record, backend: Backend) -> str:
-    costs = f" and costs {backend.cost().line}" if backend.mortal else ""
+    costs = f" and costs {found.costs or 'money'}" if backend.mortal else ""
     ends = f", `droppos down {found.name}` ends the machines" if backend.mortal else ""
     return (
         f"no longer followed: the job goes on{costs}. `droppos attach {found.name}` follows it "

@@ -1,7 +1,7 @@
-"""Log this machine in to the team's MLflow: `python -m pipelines.launch.mlflow_login SECRET REGION`.
+"""Log this machine in to the team's MLflow.
 
-A filled cluster.yaml runs it on the head when that is set up. The head's role may read the secret;
-MLflow's client takes user and password from ~/.mlflow/credentials. So no password is in a job's
+A filled cluster.yaml runs `python -m pipelines.launch.mlflow_login SECRET REGION` on the head when
+that is set up. The head's role may read the secret; MLflow's client takes user and password from ~/.mlflow/credentials. So no password is in a job's
 environment or record, which Ray shows to whoever may see the dashboard.
 """
 

@@ -13,6 +13,7 @@ its owner's alone: the filled file says how to reach the machines.
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -46,6 +47,8 @@ class Record:
     namespace: str | None = None
     source: str = ""
     """Folder that relative paths of the cluster's file are meant from."""
+    costs: str = ""
+    """What an hour costs, in a line: asked at the launch, for a broken line cannot be asked over."""
     started: float = 0.0
     """Seconds since 1970."""
 
@@ -87,6 +90,9 @@ def begin(record: Record) -> Record:
     """
     check_free(record.name)
     home().mkdir(parents=True, exist_ok=True, mode=0o700)
+    before = find(record.name)
+    if before is not None and before.phase == "ended":
+        shutil.rmtree(before.folder)  # another head has another key, another file, another log
     record.folder.mkdir(mode=0o700, exist_ok=True)
     record = replace(record, started=time.time())
     record.save()

@@ -53,8 +53,9 @@ class Standing:
         """Nothing that the cluster would not have."""
         return {}
 
+    @property
     def cost(self) -> Cost:
-        """Leave it to the owner."""
+        """Its owner's matter."""
         return Cost(note=f"{self.where} stands already; droppos neither starts nor ends machines")
 
     def up(self, say: Say) -> None:
