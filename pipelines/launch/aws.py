@@ -156,9 +156,8 @@ class Aws:
             return {}  # told by the look at the stack
         return {"MLFLOW_TRACKING_URI": outputs["MlflowUri"]} if "MlflowUri" in outputs else {}
 
-    @cached_property
     def cost(self) -> Cost:
-        """The price of each kind of machine, asked for once."""
+        """Ask for the price of each kind of machine."""
         return self._fleet.cost(self._account)
 
     # --- up and down ------------------------------------------------------------------------

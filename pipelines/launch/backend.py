@@ -44,9 +44,8 @@ class Backend(Protocol):
         """Variables that a job needs there; no secrets."""
         ...
 
-    @property
     def cost(self) -> Cost:
-        """What an hour costs: what stands at once, and with everything grown."""
+        """Tell what an hour costs: what stands at once, and with everything grown."""
         ...
 
     def up(self, say: Say) -> None:

@@ -64,11 +64,12 @@ def launch(
     record.check_free(planned.name)
     with tempfile.TemporaryDirectory() as made:
         asked = _looked(asked, backend, terminal, start, Path(made))
-        terminal.cost(backend.cost)
+        cost = backend.cost()
+        terminal.cost(cost)
         if not terminal.ask(f"launch {planned.name} on {backend.where}?"):
             terminal.say("nothing was started")
             return End.FAILED.code
-        begun = record.begin(replace(planned, costs=backend.cost.line))
+        begun = record.begin(replace(planned, costs=cost.line))
         package = (Path(made) / "package.zip").replace(begun.file("package.zip"))
     with _taken_back(begun, backend, terminal):
         backend.up(terminal.say)

@@ -138,9 +138,8 @@ class Kube:
         """Nothing: the manifest's pods have what they need from a secret of the namespace."""
         return {}
 
-    @cached_property
     def cost(self) -> Cost:
-        """How many pods of what size there may be; their price is the cluster's keeper's."""
+        """Tell how many pods of what size there may be; their price its keeper knows."""
         kinds = [
             Kind(
                 name=pods.name,

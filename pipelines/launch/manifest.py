@@ -135,8 +135,8 @@ def _pods(name: str, group: Mapping[str, Any], standing: int, most: int | None) 
     said = group.get("rayStartParams", {}).get("num-cpus")
     cpus = int(said) if said is not None else _cpus(limits.get("cpu", 0))
     # Without a limit of its own, KubeRay takes a group to have no more than stand.
-    most = group.get("replicas", standing) if most is None else most
-    return Pods(name, cpus, int(limits.get(GPU, 0)), standing, most)
+    bound = group.get("replicas", standing) if most is None else most
+    return Pods(name, cpus, int(limits.get(GPU, 0)), standing, bound)
 
 
 def _cpus(said: Any) -> int:

@@ -1,8 +1,9 @@
 """Log this machine in to the team's MLflow.
 
 A filled cluster.yaml runs `python -m pipelines.launch.mlflow_login SECRET REGION` on the head when
-that is set up. The head's role may read the secret; MLflow's client takes user and password from ~/.mlflow/credentials. So no password is in a job's
-environment or record, which Ray shows to whoever may see the dashboard.
+that is set up. The head's role may read the secret; MLflow's client takes user and password from
+~/.mlflow/credentials. So no password is in a job's environment or record, which Ray shows to
+whoever may see the dashboard.
 """
 
 import configparser

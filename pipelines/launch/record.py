@@ -48,7 +48,7 @@ class Record:
     source: str = ""
     """Folder that relative paths of the cluster's file are meant from."""
     costs: str = ""
-    """What an hour costs, in a line: asked at the launch, for a broken line cannot be asked over."""
+    """What an hour costs, as it was at the launch: over a broken line nobody can be asked."""
     started: float = 0.0
     """Seconds since 1970."""
 

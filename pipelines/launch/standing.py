@@ -53,9 +53,8 @@ class Standing:
         """Nothing that the cluster would not have."""
         return {}
 
-    @property
     def cost(self) -> Cost:
-        """Its owner's matter."""
+        """Leave it to the owner."""
         return Cost(note=f"{self.where} stands already; droppos neither starts nor ends machines")
 
     def up(self, say: Say) -> None:
