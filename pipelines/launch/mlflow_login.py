@@ -36,8 +36,9 @@ def log_in(secret: str, region: str) -> Path:
     """
     client = boto3.client("secretsmanager", region_name=region)
     loaded = json.loads(client.get_secret_value(SecretId=secret)["SecretString"])
-    content = configparser.RawConfigParser()
-    content["mlflow"] = {theirs: loaded[ours] for theirs, ours in NAMES.items()}
+    content = configparser.ConfigParser()
+    # MLflow reads it with interpolation, to which a bare % is a mistake.
+    content["mlflow"] = {theirs: loaded[ours].replace("%", "%%") for theirs, ours in NAMES.items()}
     text = io.StringIO()
     content.write(text)
     file = FILE.expanduser()
