@@ -83,19 +83,19 @@ def launch(
     if detach:
         terminal.say(_left(begun, backend))
         return End.FINISHED.code
-    return _follow(begun, backend, terminal)
+    return _code(_follow(begun, backend, terminal))
 
 
 def attach(found: Record, backend: Backend, terminal: Terminal) -> int:
     """Follow a launch's job again."""
-    return _follow(found, backend, terminal)
+    return _code(_follow(found, backend, terminal))
 
 
 def stop(found: Record, backend: Backend, terminal: Terminal) -> int:
     """Ask a launch's job for a last checkpoint, and wait for it.
 
     Returns:
-        0 if it stopped, or had ended; 1 if it failed.
+        0 if it stopped, or had ended; 1 if it failed; 130 if it was not waited for.
     """
 
     def ask(address: Address, job: Job) -> None:
@@ -103,8 +103,8 @@ def stop(found: Record, backend: Backend, terminal: Terminal) -> int:
             jobs.ready(address, LOOK_S).stop(job.id)
             terminal.say(f"job {job.id} was asked to save and end; it has {jobs.STOP_S} s")
 
-    code = _follow(found, backend, terminal, first=ask)
-    return 0 if code == End.STOPPED.code else code
+    end = _follow(found, backend, terminal, first=ask)
+    return 0 if end is End.STOPPED else _code(end)
 
 
 def down(found: Record, backend: Backend, terminal: Terminal) -> int:
@@ -192,8 +192,12 @@ def _follow(
     backend: Backend,
     terminal: Terminal,
     first: Callable[[Address, Job], None] = lambda address, job: None,
-) -> int:
-    """Show the job's output until it has ended, then end the cluster or leave it."""
+) -> End | None:
+    """Show the job's output until it has ended, then end the cluster or leave it.
+
+    Returns:
+        How it ended; None if it was no longer followed.
+    """
     try:
         with backend.address() as address:
             job = jobs.ready(address, HEAD_S).newest(found.name)
@@ -208,13 +212,18 @@ def _follow(
                 job = jobs.follow(address, job.id, show, terminal.say)
     except KeyboardInterrupt:
         terminal.say(_left(found, backend))
-        return End.STOPPED.code
+        return None
     except LineLostError as error:
         raise LaunchError(f"{error}; {_left(found, backend)}") from error
     return _conclude(found, backend, terminal, job)
 
 
-def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> int:
+def _code(end: End | None) -> int:
+    """Say to the shell how a job ended, or that it was left alone."""
+    return jobs.INTERRUPTED if end is None else end.code
+
+
+def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> End:
     said = {End.FINISHED: "finished", End.STOPPED: "stopped", End.FAILED: "failed"}[job.end]
     terminal.say(f"job {job.id} {said}" + (f": {job.message}" if job.end is End.FAILED else ""))
     if not backend.mortal:
@@ -226,8 +235,8 @@ def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> 
             f"`droppos down {found.name}` ends it"
         )
     elif not _end(found, backend, terminal):
-        return End.FAILED.code
-    return job.end.code
+        return End.FAILED
+    return job.end
 
 
 def _end(found: Record, backend: Backend, terminal: Terminal) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from droppos.errors import DropposError
 from pipelines.launch.errors import LaunchError
 
 OPEN_S = 30.0
@@ -77,7 +78,7 @@ def _keep(
                     # Ctrl-C is for who follows; the tunnel is ended when that one has left.
                     start_new_session=True,
                 )
-        except (OSError, LaunchError) as error:
+        except (OSError, DropposError) as error:  # such as a cloud that cannot be asked just now
             if not opened.is_set():
                 failures.append(str(error))
                 opened.set()

@@ -124,9 +124,9 @@ def test_an_empty_account_is_told_all_it_lacks_at_once(
 def test_a_type_that_no_zone_offers_is_named(
     ready_account: str, source: Path, recipe: Recipe
 ) -> None:
-    source.write_text(source.read_text().replace("m7i.xlarge", "p5.4xlarge"))
+    source.write_text(source.read_text().replace("m7i.xlarge", "m8gn.metal-24xl"))
     check = looked(Aws(planned(source)), recipe)["machine types"]
-    assert check.state == "wrong" and "p5.4xlarge: in none of us-west-2a" in check.found
+    assert check.state == "wrong" and "m8gn.metal-24xl: in none of us-west-2a" in check.found
 
 
 def test_a_stack_without_an_output_is_named(
@@ -319,8 +319,8 @@ def test_the_cost_has_the_head_at_once_and_the_dearest_machines_at_most(
     assert cost.standing == pytest.approx(head)
     # max_workers is 12: of 8 on demand, 8 spot and 4 to decode, the dearest 12 are what it may be.
     gpu, spot, decode = grown
-    assert gpu > spot > decode
-    assert cost.most == pytest.approx(head + 8 * gpu + 4 * spot)
+    assert gpu > max(spot, decode)
+    assert cost.most == pytest.approx(head + 8 * gpu + 4 * max(spot, decode))
     assert "an hour from the start" in cost.line and "on top" in cost.line
 
 
@@ -428,7 +428,7 @@ def test_the_token_is_made_once_for_its_owner_alone(home: Path) -> None:
 
 def test_another_clouds_file_is_refused(source: Path) -> None:
     source.write_text(source.read_text().replace("type: aws", "type: gcp"))
-    with pytest.raises(ConfigError, match="provider.type is gcp"):
+    with pytest.raises(ConfigError, match=r"provider\.type is gcp"):
         clusterfile.read(source)
 
 
