@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -220,7 +220,7 @@ class Jobs:
         """
         with _answers(self._address):
             # Ray's own annotation says a coroutine; it is a generator.
-            pieces = cast(AsyncIterator[str], self._client.tail_job_logs(job_id))
+            pieces = cast(AsyncGenerator[str], self._client.tail_job_logs(job_id))
             quiet_since = time.monotonic()
             piece = asyncio.ensure_future(anext(pieces))
             try:
@@ -238,6 +238,8 @@ class Jobs:
                 return
             finally:
                 piece.cancel()
+                await asyncio.wait({piece})
+                await pieces.aclose()  # its connection is closed now, not when it is collected
 
 
 def follow(

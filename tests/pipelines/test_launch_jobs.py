@@ -210,9 +210,6 @@ def test_a_closed_terminal_leaves_the_job_and_stop_has_it_save(
     assert "droppos attach tiny" in launched.text
     assert Jobs(address).get("tiny").running
 
-    refused = command("launch", str(recipe), "--on", head.url, "--yes")
-    assert refused.end() == 1 and "a launch tiny already" in refused.text
-
     attached = command("attach", "tiny")
     attached.until("step 5/")
     stopped = command("stop", "tiny")
