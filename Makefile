@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo demo-search test test-long fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger format lint types check clean
+.PHONY: help demo demo-search test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
 	@echo "make demo-search     try eight settings on them, and report which is best, in ten minutes"
 	@echo "make test    run all tests but those that take minutes each (make test-long)"
+	@echo "make test-cluster    launch on machines of our own and lose one; as root, in minutes"
 	@echo "make fast    run the tests that take seconds"
 	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
@@ -30,6 +31,9 @@ test: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
+
+test-cluster: $(READY)
+	@$(BIN)/python -m tests.hosts.proof
 
 fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

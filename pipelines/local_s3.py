@@ -72,24 +72,25 @@ class S3Server:
 class LocalS3:
     """A server process that can be killed and started again: same address, same objects."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
         """Choose its ports; nothing runs yet.
 
         Args:
             folder: Where its data, its settings and its log go.
+            host: Address of this machine to serve at; only this machine reaches the default.
 
         Raises:
             ConfigError: If the package with its program is not installed.
         """
         self._folder = folder
-        self._port = _free_ports(4)
+        self._port = _free_ports(4, host)
         self._process: subprocess.Popen[bytes] | None = None
-        self.server = S3Server(f"http://127.0.0.1:{self._port}")
+        self.server = S3Server(f"http://{host}:{self._port}")
         """The ways to reach it."""
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "s3.json"
         config.write_text(json.dumps(_identities()))
-        self._command = _command(folder, config, self._port)
+        self._command = _command(folder, config, host, self._port)
 
     def start(self) -> None:
         """Run it; returns once an object can be written.
@@ -126,13 +127,13 @@ def _identities() -> dict[str, object]:
     return {"identities": [{"name": "admin", "credentials": credentials, "actions": actions}]}
 
 
-def _command(folder: Path, config: Path, port: int) -> list[str]:
+def _command(folder: Path, config: Path, host: str, port: int) -> list[str]:
     data = folder / "data"
     data.mkdir(exist_ok=True)
     flags = {
         "dir": data,
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",  # the default is every interface
+        "ip": host,
+        "ip.bind": host,  # the default is every interface
         "master.port": port + 1,
         "volume.port": port + 2,
         "filer.port": port + 3,
@@ -163,21 +164,21 @@ def _binary() -> Path:
     )
 
 
-def _free_ports(count: int) -> int:
+def _free_ports(count: int, host: str) -> int:
     """Find ``count`` free ports in a row, with their gRPC twins, and return the first."""
     draw = Random()
     for _ in range(1000):
         first = draw.randrange(20_000, 30_000, count)
         ports = [first + i for i in range(count)]
-        if all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in ports):
+        if all(_is_free(host, port) and _is_free(host, port + GRPC_OFFSET) for port in ports):
             return first
     raise OSError(f"found no {count} free ports in a row between 20000 and 30000")
 
 
-def _is_free(port: int) -> bool:
+def _is_free(host: str, port: int) -> bool:
     with socket.socket() as probe:
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             return False
     return True

@@ -1,7 +1,7 @@
 """EC2's instance metadata service, version 2, as far as a machine here asks for it.
 
-As a program: `python metadata.py FILE PORT` serves the values of a JSON file, read anew for each
-question, so that whoever writes the file tells the machine something.
+As a program: `python metadata.py FILE ADDRESS PORT` serves the values of a JSON file, read anew for
+each question, so that whoever writes the file tells the machine something.
 """
 
 import json
@@ -16,8 +16,8 @@ class Service(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, file: Path, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), _Answers)
+    def __init__(self, file: Path, host: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__((host, port), _Answers)
         self.file = file
         self.tokens: set[str] = set()
         self.refuses = False
@@ -47,9 +47,8 @@ class _Answers(BaseHTTPRequestHandler):
             return self._say(401)
         if self.server.refuses:
             return self._say(503)
-        value = json.loads(self.server.file.read_text()).get(
-            self.path.removeprefix("/latest/meta-data/")
-        )
+        name = self.path.removeprefix("/latest/meta-data/").rstrip("/")
+        value = json.loads(self.server.file.read_text()).get(name)
         if value is None:
             return self._say(404)
         return self._say(200, value if isinstance(value, str) else json.dumps(value))
@@ -63,4 +62,4 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    Service(Path(sys.argv[1]), int(sys.argv[2])).serve_forever()
+    Service(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])).serve_forever()

@@ -48,7 +48,7 @@ def test_ec2_takes_every_machine(config: dict[str, Any]) -> None:
         ("max_workers", "many"),
         ("idle_timeout", 5),
         ("head_node_type", "haed"),
-        ("available_node_types.gpu_spot.min_worker", 0),
+        ("available_node_types.gpu.min_worker", 0),
         ("available_node_types.head.resources.CPU", -1),
     ],
 )
@@ -73,7 +73,7 @@ def test_ray_refuses_what_is_wrong(config: dict[str, Any], at: str, value: objec
 def test_ec2_refuses_what_is_wrong(
     config: dict[str, Any], field: str, value: object, complaint: str
 ) -> None:
-    machine = deepcopy(config["available_node_types"]["gpu_spot"]["node_config"])
+    machine = deepcopy(config["available_node_types"]["gpu"]["node_config"])
     assert complaint in ec2_complaints({**machine, field: value})
 
 
@@ -83,20 +83,9 @@ def test_nothing_runs_on_the_head_and_nothing_else_stays(config: dict[str, Any])
     assert head["resources"]["CPU"] == 0
     assert "InstanceMarketOptions" not in head["node_config"]
     assert all(node["min_workers"] == 0 for node in nodes.values())
-    gpus = nodes["gpu_spot"]["max_workers"]
-    assert config["max_workers"] == gpus + nodes["decode"]["max_workers"]
+    assert sum(node["max_workers"] for node in nodes.values()) == config["max_workers"]
+    assert nodes["gpu"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
     assert config["provider"]["cache_stopped_nodes"] is False
-
-
-def test_gpus_are_bought_on_spot_first_and_otherwise_the_same_on_demand(
-    config: dict[str, Any],
-) -> None:
-    nodes = config["available_node_types"]
-    spot, on_demand = nodes["gpu_spot"], nodes["gpu_on_demand"]
-    assert spot["priority"] > on_demand["priority"]
-    assert spot["node_config"].pop("InstanceMarketOptions")["MarketType"] == "spot"
-    for same in ("resources", "node_config", "max_workers"):
-        assert spot[same] == on_demand[same]
 
 
 def test_only_the_head_is_in_the_group_that_ssh_reaches(config: dict[str, Any]) -> None:
@@ -135,9 +124,8 @@ def test_machines_are_closed(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["vit_base_imagenet", "vit_large_imagenet"])
 def test_the_shipped_recipes_fit(config: dict[str, Any], name: str) -> None:
     recipe = recipe_file.read(name)
-    nodes = dict(config["available_node_types"])
-    del nodes["gpu_on_demand"]  # in place of the others, not beside them
-    gpus = sum(n["resources"].get("GPU", 0) * n.get("max_workers", 1) for n in nodes.values())
-    cpus = sum(n["resources"].get("CPU", 0) * n.get("max_workers", 1) for n in nodes.values())
+    nodes = config["available_node_types"].values()
+    gpus = sum(n["resources"].get("GPU", 0) * n.get("max_workers", 1) for n in nodes)
+    cpus = sum(n["resources"].get("CPU", 0) * n.get("max_workers", 1) for n in nodes)
     assert recipe["run"]["workers"] <= gpus
     assert recipe["run"]["workers"] * recipe["run"]["cpus_per_worker"] < cpus
