@@ -54,10 +54,11 @@ def read(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} is no file for Ray's cluster launcher, which has {', '.join(sorted(needed))}"
         )
-    if loaded["provider"].get("type") != "aws":
+    head = loaded["available_node_types"][loaded["head_node_type"]]
+    if "InstanceType" not in head.get("node_config", {}):
         raise ConfigError(
-            f"{file}: provider.type is {loaded['provider'].get('type')}, expected aws; another "
-            "cloud's cluster is brought up by `ray up` and used by --on ADDRESS"
+            f"{file}: the head's node_config has no InstanceType, so its machines are not EC2's; "
+            "bring another cloud's cluster up by `ray up`, and use it by --on ADDRESS"
         )
     # Anchors share one object among types; what is filled in must not reach through it.
     return json.loads(json.dumps(loaded))
@@ -111,6 +112,11 @@ def _fill_machine(machine: dict[str, Any], role: str, facts: Facts) -> None:
 def _moved(text: str, before: str, region: str) -> str:
     """Name another region in a command."""
     return re.sub(rf"(?<![\w-]){re.escape(before)}(?![\w-])", region, text)
+
+
+def falls_back(config: Mapping[str, Any]) -> bool:
+    """Tell whether a spot machine that cannot be had is bought on demand."""
+    return config["provider"].get("module", "").endswith(".SpotFirst")
 
 
 def leaves_ami(machine: Mapping[str, Any]) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 from droppos.errors import ConfigError
 from pipelines.launch.account import Account
 from pipelines.launch.check import Wrong
+from pipelines.launch.clusterfile import falls_back
 from pipelines.launch.cost import Cost, Kind
-from pipelines.launch.prices import PRICE_LIST, Price, on_demand_price, spot_price
+from pipelines.launch.prices import PRICE_LIST, on_demand_price, spot_price
 from pipelines.launch.quotas import Market, Use
 from pipelines.machines import Cluster, Machine, cluster_of, limits_of
 from pipelines.recipe import Recipe
@@ -25,6 +26,8 @@ class Group:
     market: Market
     standing: int
     most: int
+    falls_back: bool
+    """Whether one that cannot be had on spot is bought on demand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Fleet:
                 "spot" if _is_spot(kind["node_config"]) else "on demand",
                 1 if name == head_type else kind.get("min_workers", 0),
                 1 if name == head_type else min(most[name], limits.machines or most[name]),
+                _is_spot(kind["node_config"]) and falls_back(config),
             )
             for name, kind in kinds.items()
         ]
@@ -80,9 +84,12 @@ class Fleet:
             raise Wrong(what, "a recipe that fits the cluster's file", way_out) from error
 
     def uses(self, recipe: Recipe) -> list[Use]:
-        """Tell of each kind how many there may be, and how many the recipe needs."""
+        """Tell of each kind how many there may be, and how many the recipe needs.
+
+        What falls back to on demand may be there in any mixture; that it is needed cannot be said.
+        """
         added = self.fit(recipe).added
-        return [
+        uses = [
             Use(
                 group.machine,
                 group.market,
@@ -91,6 +98,8 @@ class Fleet:
             )
             for group in self.groups
         ]
+        fallbacks = [group for group in self.groups if group.falls_back]
+        return uses + [Use(group.machine, "on demand", group.most, 0) for group in fallbacks]
 
     def cost(self, account: Account) -> Cost:
         """Ask for the prices."""
@@ -101,14 +110,22 @@ class Fleet:
         )
 
     def _priced(self, group: Group, account: Account) -> Kind:
-        price = _price(group, account)
+        on_demand = on_demand_price(
+            account.client("pricing", PRICE_LIST), group.machine, account.region
+        )
+        price, dearest, market = on_demand, None, str(group.market)
+        if group.market == "spot":
+            price = spot_price(account.client("ec2"), group.machine, account.zones)
+        if group.falls_back:
+            dearest, market = on_demand.dollars, "spot, else on demand"
         return Kind(
             name=group.name,
-            machine=f"{group.machine}, {group.market}",
+            machine=f"{group.machine}, {market}",
             standing=group.standing,
             most=group.most,
             dollars=price.dollars,
-            source=price.source,
+            source=price.source if dearest is None else f"{price.source}; {on_demand.source}",
+            dearest=dearest,
         )
 
 
@@ -116,12 +133,6 @@ def describe(fit: Fit) -> str:
     """Say how a recipe fits."""
     grown = ", ".join(f"{count} x {name}" for name, count in fit.added.items())
     return f"needs {grown} beside the head" if grown else "fits on what stands"
-
-
-def _price(group: Group, account: Account) -> Price:
-    if group.market == "spot":
-        return spot_price(account.client("ec2"), group.machine, account.zones)
-    return on_demand_price(account.client("pricing", PRICE_LIST), group.machine, account.region)
 
 
 def _is_spot(machine: Mapping[str, Any]) -> bool:
