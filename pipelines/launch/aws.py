@@ -45,9 +45,9 @@ class Aws:
 
     remote = mortal = True
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, *, verbose: bool = False) -> None:
         """Take the launch's record; nothing is asked yet."""
-        self._record = record
+        self._record, self._verbose = record, verbose
         self._account = Account(record.region, record.stack or "droppos", record.mlflow_stack)
         self.where = f"AWS, stack {record.stack}"
 
@@ -190,15 +190,31 @@ class Aws:
         return [f"{each['InstanceId']} ({each['State']['Name']})" for each in left]
 
     def _ray(self, *command: str) -> int:
-        with self._log(command[0]).open("ab") as log:
-            return subprocess.call(
-                [Path(sys.executable).with_name("ray"), *command],
-                # file_mounts of the file are meant from where it came.
-                cwd=Path(self._record.source).parent,
+        """Run one of Ray's commands; it says what it does to a file, and here if asked to."""
+        program = [Path(sys.executable).with_name("ray"), *command]
+        folder = Path(self._record.source).parent  # which file_mounts are meant from
+        with (
+            self._log(command[0]).open("ab") as log,
+            subprocess.Popen(
+                program,
+                cwd=folder if folder.is_dir() else None,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            ) as running,
+        ):
+            assert running.stdout is not None
+            try:
+                for line in running.stdout:
+                    log.write(line)
+                    log.flush()
+                    if self._verbose:
+                        sys.stderr.buffer.write(line)
+                        sys.stderr.flush()
+            except KeyboardInterrupt:
+                running.terminate()  # a signal to this process alone has not reached it
+                raise
+        return running.returncode
 
     def _log(self, what: str) -> Path:
         self._record.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
