@@ -23,12 +23,10 @@ from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, write_private
-from pipelines.launch.request import on_gpus
+from pipelines.launch.request import check_data, on_gpus
 from pipelines.launch.token import ensure_token_file, headers, read_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
-from pipelines.shards import load_manifest
-from pipelines.storage import open_place
 
 CLUSTER_TAG, TYPE_TAG = "tag:ray-cluster-name", "tag:ray-node-type"
 """By which Ray finds its machines again."""
@@ -290,15 +288,6 @@ class Aws:
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
         ]
-
-
-def check_data(recipe: Recipe) -> str:
-    """See that the data sets are there, by their manifests."""
-    said = []
-    for place in filter(None, (recipe.data.path, recipe.data.holdout)):
-        if place.startswith("s3://"):
-            said.append(f"{place}: {load_manifest(open_place(place)).rows:,} pictures")
-    return "; ".join(said) or "on the cluster itself, not looked at"
 
 
 def _key(config: Mapping[str, Any]) -> Path:

@@ -18,7 +18,6 @@ import yaml
 from droppos.errors import ConfigError
 from pipelines.launch import manifest
 from pipelines.launch.account import needs_program
-from pipelines.launch.aws import check_data
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
 from pipelines.launch.cost import Cost, Kind
@@ -26,7 +25,7 @@ from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import describe
 from pipelines.launch.manifest import Manifest
 from pipelines.launch.record import Record, write_private
-from pipelines.launch.request import on_gpus
+from pipelines.launch.request import check_data, on_gpus
 from pipelines.launch.token import headers
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppos.config import Compute
-from droppos.errors import ConfigError
+from droppos.errors import ConfigError, DataError
 from pipelines import recipe_file
 from pipelines.cli import main, with_recipe
 from pipelines.launch import flow, folder, jobs, record, request
@@ -32,6 +32,8 @@ from pipelines.launch.request import Request
 from pipelines.launch.standing import Standing, url_of
 from pipelines.launch.terminal import Terminal
 from pipelines.launch.tunnel import tunnel
+from pipelines.local_s3 import S3Server
+from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run, Tracking
 
 
@@ -131,6 +133,24 @@ def test_a_place_that_only_this_machine_sees_is_refused_before_money_is_spent() 
         request.check_places(places(path=None), remote=True)
     with pytest.raises(Wrong, match=r"run\.storage droppos-runs"):
         request.check_places(replace(RECIPE, run=Run()), remote=True)
+
+
+def test_the_data_are_looked_for_where_this_machine_can(
+    s3_env: S3Server, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"{s3_env.bucket('launch')}/data"
+    prepare(str(photographs), data)
+
+    def looked_for(path: str) -> str:
+        return request.check_data(replace(RECIPE, data=Data(path=path)))
+
+    assert looked_for(data) == f"{data}: 72 pictures"
+    with pytest.raises(DataError, match="droppos prepare"):
+        looked_for(f"{data}-of-another")
+    assert "not looked at" in looked_for("file:///data")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(Note, match="the cluster may"):
+        looked_for(data)
 
 
 def test_a_recipe_with_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
