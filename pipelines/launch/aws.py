@@ -22,13 +22,13 @@ from pipelines.launch.cost import Cost
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
-from pipelines.launch.record import Record, write_private
+from pipelines.launch.record import Record, find, write_private
 from pipelines.launch.request import check_data, on_gpus
 from pipelines.launch.token import ensure_token_file, headers, read_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
 
-CLUSTER_TAG, TYPE_TAG = "tag:ray-cluster-name", "tag:ray-node-type"
+CLUSTER_TAG = "tag:ray-cluster-name"
 """By which Ray finds its machines again."""
 ALIVE = ("pending", "running", "stopping", "stopped")
 """States of a machine that is paid for, or whose disk is."""
@@ -46,7 +46,9 @@ class Aws:
     def __init__(self, record: Record, *, verbose: bool = False) -> None:
         """Take the launch's record; nothing is asked yet."""
         self._record, self._verbose = record, verbose
-        self._account = Account(record.region, record.stack or "droppos", record.mlflow_stack)
+        filled = self._kept or {"provider": {}}
+        region = record.region or filled["provider"].get("region")
+        self._account = Account(region, record.stack or "droppos", record.mlflow_stack)
         self.where = f"AWS, stack {record.stack}"
 
     # --- before it starts -------------------------------------------------------------------
@@ -59,6 +61,7 @@ class Aws:
             Look("credentials", account.identity),
             Look("region", account.region_is_there, after=("credentials",)),
             Look("stack", lambda: stack.check_complete(account.stack), after=here[:2]),
+            Look("name", self._is_free, after=here),
             Look("bucket", account.bucket_is_ours, after=here),
             Look("data", partial(check_data, recipe), after=("credentials", "places")),
             Look("image", lambda: account.image, after=here),
@@ -107,6 +110,19 @@ class Aws:
         if self._kept is not None:
             return self._kept["cluster_name"]
         return f"{self._account.stack.cluster}-{self._record.name}"
+
+    def _is_free(self) -> str:
+        """See that no machines have the cluster's name already, but those that we kept."""
+        before = find(self._record.name)
+        there = self._machines(ALIVE)
+        if there and not (before and before.keep):
+            raise Wrong(
+                f"{len(there)} machines of {self._name}, which this machine has not kept",
+                "none of that name",
+                f"`droppos attach {self._record.name} --on aws` follows its job, `droppos down` "
+                "ends them; or take another --name",
+            )
+        return f"{self._name}, " + ("whose machines were kept" if there else "new")
 
     def _check_file(self) -> str:
         if left := clusterfile.unfilled(self.filled):
@@ -276,15 +292,9 @@ class Aws:
         }
         if proxy := auth.get("ssh_proxy_command"):
             options["ProxyCommand"] = proxy
+        forward = f"127.0.0.1:{port}:127.0.0.1:{PORT}"
         return [
-            *(
-                "ssh",
-                "-N",
-                "-L",
-                f"127.0.0.1:{port}:127.0.0.1:{PORT}",
-                "-i",
-                str(_key(self.filled)),
-            ),
+            *("ssh", "-N", "-L", forward, "-i", str(_key(self.filled))),
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
         ]

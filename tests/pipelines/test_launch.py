@@ -24,7 +24,7 @@ from pipelines.launch import flow, folder, jobs, record, request
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Check, Look, Note, Wrong, look, passed
 from pipelines.launch.cost import Cost, Kind
-from pipelines.launch.errors import LaunchError
+from pipelines.launch.errors import LaunchError, TakenError
 from pipelines.launch.on import On
 from pipelines.launch.places import found, launch_name, planned
 from pipelines.launch.record import Record
@@ -316,12 +316,14 @@ def test_nothing_is_asked_while_something_is_wrong(clone: Path) -> None:
     assert states["places"] == "wrong" and states["machines"] == "ok"  # all were looked at
 
 
-@pytest.mark.parametrize("fails", [LaunchError("no capacity"), KeyboardInterrupt(), None])
+@pytest.mark.parametrize(
+    "fails", [LaunchError("no capacity"), KeyboardInterrupt(), KeyError("a bug"), None]
+)
 def test_what_was_started_is_taken_back_if_the_job_is_not_handed_over(
     clone: Path, fails: BaseException | None
 ) -> None:
     machines, person = Machines(fails=fails), Person()
-    with pytest.raises((LaunchError, KeyboardInterrupt)):
+    with pytest.raises((LaunchError, KeyboardInterrupt, KeyError)):
         launch(machines, person, clone)
     assert machines.did == ["up", "down"]
     assert machines.phase_at_up == "starting"  # written before anything could cost money
@@ -335,6 +337,13 @@ def test_a_cluster_that_is_to_be_kept_stays_even_then(clone: Path) -> None:
         launch(machines, person, clone, keep=True)
     assert machines.did == ["up"]
     assert any("droppos down vit" in said for said in person.said)
+
+
+def test_a_cluster_with_somebodys_job_is_not_taken_back(clone: Path) -> None:
+    machines, person = Machines(fails=TakenError("its job is still running")), Person()
+    with pytest.raises(TakenError):
+        launch(machines, person, clone)
+    assert machines.did == ["up"]
 
 
 def test_a_name_that_has_machines_is_not_launched_again(clone: Path) -> None:

@@ -117,7 +117,7 @@ def test_an_empty_account_is_told_all_it_lacks_at_once(
     assert checks["ssh"].state == "wrong" and "ssh-keygen" in checks["ssh"].way_out
     assert "run.workers to" in checks["recipe's fit"].way_out
     left_out = {what for what, check in checks.items() if check.state == "left out"}
-    assert left_out == {"bucket", "image", "cluster file", "machine types", "quota"}
+    assert left_out == {"name", "bucket", "image", "cluster file", "machine types", "quota"}
 
 
 def test_a_type_that_no_zone_offers_is_named(
@@ -376,6 +376,16 @@ def test_down_ends_all_machines_of_the_cluster_and_no_others(
     assert Aws(planned(source, phase="submitted")).down(said.append) == []
     assert {_state(each) for each in [*ours, stopped]} == {"terminated"}
     assert {_state(each) for each in others} == {"running"}
+
+
+def test_machines_of_the_name_that_were_not_kept_are_left_alone(
+    ready_account: str, source: Path, recipe: Recipe
+) -> None:
+    _run("studio-vit", "head")
+    check = looked(Aws(planned(source)), recipe)["name"]
+    assert check.state == "wrong" and "droppos attach vit --on aws" in check.way_out
+    record.begin(planned(source, keep=True)).at("up")
+    assert "were kept" in looked(Aws(planned(source)), recipe)["name"].found
 
 
 def test_what_cannot_be_ended_is_named(
