@@ -22,15 +22,13 @@ from pipelines.launch.cost import Cost
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
-from pipelines.launch.record import Record, write_private
-from pipelines.launch.request import on_gpus
+from pipelines.launch.record import Record, find, write_private
+from pipelines.launch.request import check_data, on_gpus
 from pipelines.launch.token import ensure_token_file, headers, read_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
-from pipelines.shards import load_manifest
-from pipelines.storage import open_place
 
-CLUSTER_TAG, TYPE_TAG = "tag:ray-cluster-name", "tag:ray-node-type"
+CLUSTER_TAG = "tag:ray-cluster-name"
 """By which Ray finds its machines again."""
 ALIVE = ("pending", "running", "stopping", "stopped")
 """States of a machine that is paid for, or whose disk is."""
@@ -45,10 +43,12 @@ class Aws:
 
     remote = mortal = True
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, *, verbose: bool = False) -> None:
         """Take the launch's record; nothing is asked yet."""
-        self._record = record
-        self._account = Account(record.region, record.stack or "droppos", record.mlflow_stack)
+        self._record, self._verbose = record, verbose
+        filled = self._kept or {"provider": {}}
+        region = record.region or filled["provider"].get("region")
+        self._account = Account(region, record.stack or "droppos", record.mlflow_stack)
         self.where = f"AWS, stack {record.stack}"
 
     # --- before it starts -------------------------------------------------------------------
@@ -61,6 +61,7 @@ class Aws:
             Look("credentials", account.identity),
             Look("region", account.region_is_there, after=("credentials",)),
             Look("stack", lambda: stack.check_complete(account.stack), after=here[:2]),
+            Look("name", self._is_free, after=here),
             Look("bucket", account.bucket_is_ours, after=here),
             Look("data", partial(check_data, recipe), after=("credentials", "places")),
             Look("image", lambda: account.image, after=here),
@@ -110,6 +111,19 @@ class Aws:
             return self._kept["cluster_name"]
         return f"{self._account.stack.cluster}-{self._record.name}"
 
+    def _is_free(self) -> str:
+        """See that no machines have the cluster's name already, but those that we kept."""
+        before = find(self._record.name)
+        there = self._machines(ALIVE)
+        if there and not (before and before.keep):
+            raise Wrong(
+                f"{len(there)} machines of {self._name}, which this machine has not kept",
+                "none of that name",
+                f"`droppos attach {self._record.name} --on aws` follows its job, `droppos down` "
+                "ends them; or take another --name",
+            )
+        return f"{self._name}, " + ("whose machines were kept" if there else "new")
+
     def _check_file(self) -> str:
         if left := clusterfile.unfilled(self.filled):
             raise Wrong(
@@ -122,7 +136,7 @@ class Aws:
     def _check_key(self) -> str:
         needs_program("ssh", "install OpenSSH's client")
         needs_program("rsync", "install rsync; `ray up` copies files with it")
-        key = clusterfile.key_of(self._source)
+        key = _key(self._source)
         if not key.is_file():
             raise Wrong(
                 f"no {key}",
@@ -190,15 +204,31 @@ class Aws:
         return [f"{each['InstanceId']} ({each['State']['Name']})" for each in left]
 
     def _ray(self, *command: str) -> int:
-        with self._log(command[0]).open("ab") as log:
-            return subprocess.call(
-                [Path(sys.executable).with_name("ray"), *command],
-                # file_mounts of the file are meant from where it came.
-                cwd=Path(self._record.source).parent,
+        """Run one of Ray's commands; it says what it does to a file, and here if asked to."""
+        program = [Path(sys.executable).with_name("ray"), *command]
+        folder = Path(self._record.source).parent  # which file_mounts are meant from
+        with (
+            self._log(command[0]).open("ab") as log,
+            subprocess.Popen(
+                program,
+                cwd=folder if folder.is_dir() else None,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            ) as running,
+        ):
+            assert running.stdout is not None
+            try:
+                for line in running.stdout:
+                    log.write(line)
+                    log.flush()
+                    if self._verbose:
+                        sys.stderr.buffer.write(line)
+                        sys.stderr.flush()
+            except KeyboardInterrupt:
+                running.terminate()  # a signal to this process alone has not reached it
+                raise
+        return running.returncode
 
     def _log(self, what: str) -> Path:
         self._record.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -262,27 +292,16 @@ class Aws:
         }
         if proxy := auth.get("ssh_proxy_command"):
             options["ProxyCommand"] = proxy
+        forward = f"127.0.0.1:{port}:127.0.0.1:{PORT}"
         return [
-            *(
-                "ssh",
-                "-N",
-                "-L",
-                f"127.0.0.1:{port}:127.0.0.1:{PORT}",
-                "-i",
-                str(clusterfile.key_of(self.filled)),
-            ),
+            *("ssh", "-N", "-L", forward, "-i", str(_key(self.filled))),
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
         ]
 
 
-def check_data(recipe: Recipe) -> str:
-    """See that the data sets are there, by their manifests."""
-    said = []
-    for place in filter(None, (recipe.data.path, recipe.data.holdout)):
-        if place.startswith("s3://"):
-            said.append(f"{place}: {load_manifest(open_place(place)).rows:,} pictures")
-    return "; ".join(said) or "on the cluster itself, not looked at"
+def _key(config: Mapping[str, Any]) -> Path:
+    return Path(config["auth"].get("ssh_private_key", "~/.ssh/droppos.pem")).expanduser()
 
 
 def _tag(machine: Mapping[str, Any], name: str) -> str:

@@ -12,15 +12,10 @@ import yaml
 
 from droppos.errors import ConfigError
 from pipelines.launch.stack import Stack
-from pipelines.launch.token import token_file
 
 AMI = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
 """Public parameter of the newest image with drivers and Docker, when the file names no other."""
 RESOLVE = "resolve:ssm:"
-SPOT_FIRST = "pipelines.spot_first.SpotFirst"
-"""Provider that buys on demand what is not to be had on spot."""
-TOKEN = ".ray/auth_token"
-"""Where a machine keeps the cluster's token, below its home."""
 _UNFILLED = re.compile(r"CHANGE|(?:ami|subnet|sg|vpc)-0{8}|\b0{12}\b|sha256:0{64}|s3://BUCKET\b")
 
 
@@ -59,25 +54,14 @@ def read(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} is no file for Ray's cluster launcher, which has {', '.join(sorted(needed))}"
         )
-    provider = loaded["provider"]
-    if provider.get("type") != "aws" and not falls_back(loaded):
+    head = loaded["available_node_types"][loaded["head_node_type"]]
+    if "InstanceType" not in head.get("node_config", {}):
         raise ConfigError(
-            f"{file}: provider.type is {provider.get('type')}, expected aws, or external with the "
-            f"module {SPOT_FIRST}; another cloud's cluster is brought up by `ray up` and used by "
-            "--on ADDRESS"
+            f"{file}: the head's node_config has no InstanceType, so its machines are not EC2's; "
+            "bring another cloud's cluster up by `ray up`, and use it by --on ADDRESS"
         )
     # Anchors share one object among types; what is filled in must not reach through it.
     return json.loads(json.dumps(loaded))
-
-
-def falls_back(config: Mapping[str, Any]) -> bool:
-    """Tell whether spot machines that can't be had are bought on demand."""
-    return config["provider"].get("module") == SPOT_FIRST
-
-
-def key_of(config: Mapping[str, Any]) -> Path:
-    """Find the private key of a file's machines."""
-    return Path(config["auth"].get("ssh_private_key", "~/.ssh/droppos.pem")).expanduser()
 
 
 def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
@@ -91,12 +75,6 @@ def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     before = filled["provider"].get("region", "us-east-1")
     filled["cluster_name"] = facts.name
     filled["provider"]["region"] = facts.region
-    # ssh takes ~ for the user's home, whatever HOME says.
-    filled["auth"]["ssh_private_key"] = str(key_of(config))
-    filled["file_mounts"] = {
-        there: str(token_file()) if there.endswith(TOKEN) else here
-        for there, here in filled.get("file_mounts", {}).items()
-    }
     if "availability_zone" in filled["provider"]:
         filled["provider"]["availability_zone"] = ",".join(facts.zones)
     for name, kind in filled["available_node_types"].items():
@@ -134,6 +112,11 @@ def _fill_machine(machine: dict[str, Any], role: str, facts: Facts) -> None:
 def _moved(text: str, before: str, region: str) -> str:
     """Name another region in a command."""
     return re.sub(rf"(?<![\w-]){re.escape(before)}(?![\w-])", region, text)
+
+
+def falls_back(config: Mapping[str, Any]) -> bool:
+    """Tell whether a spot machine that cannot be had is bought on demand."""
+    return config["provider"].get("module", "").endswith(".SpotFirst")
 
 
 def leaves_ami(machine: Mapping[str, Any]) -> bool:

@@ -24,13 +24,13 @@ class Kind:
     """US dollars an hour for one of them; None if nobody could tell."""
     source: str
     """Where the price was found, and of what day it is."""
-    fallback: float | None = None
-    """The same on demand, where that is bought when there is none on spot."""
+    dearest: float | None = None
+    """The same where there is none to be had at that price and another is paid; None if never."""
 
     @property
-    def dearest(self) -> float:
-        """US dollars an hour that one may come to cost; 0 if nobody could tell."""
-        return max(self.dollars or 0, self.fallback or 0)
+    def at_most(self) -> float:
+        """US dollars an hour for one of them at the worst; 0 if nobody could tell."""
+        return max(self.dollars or 0, self.dearest or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,9 @@ class Cost:
         if self.most_machines is not None:
             left = self.most_machines
         total = self.standing
-        for kind in sorted(self.kinds, key=lambda kind: -kind.dearest):
+        for kind in sorted(self.kinds, key=lambda kind: -kind.at_most):
             grown = min(kind.most - kind.standing, left)
-            total += grown * kind.dearest
+            total += grown * kind.at_most
             left -= grown
         return total
 
@@ -85,14 +85,13 @@ def table(cost: Cost) -> Table:
     shown = Table(box=SIMPLE_HEAD, title="what an hour costs, in US dollars", title_justify="left")
     for name in ("kind", "machine"):
         shown.add_column(name, no_wrap=True)
-    for name in ("from the start", "at most", "each", "all"):
+    for name in ("from the start", "at most", "each", "all, at most"):
         shown.add_column(name, justify="right")
-    shown.add_column("price by", overflow="fold")
+    shown.add_column("price by")
     for kind in cost.kinds:
         each = "unknown" if kind.dollars is None else f"{kind.dollars:.3f}"
-        if kind.fallback is not None:
-            each += f" ({kind.fallback:.3f} if on demand)"
-        whole = "unknown" if kind.dollars is None else f"{kind.most * kind.dearest:.2f}"
+        each += "" if kind.dearest is None else f" to {kind.dearest:.3f}"
+        whole = "unknown" if kind.dollars is None else f"{kind.most * kind.at_most:.2f}"
         shown.add_row(
             escape(kind.name),
             escape(kind.machine),

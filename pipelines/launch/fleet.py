@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from droppos.errors import ConfigError
-from pipelines.launch import clusterfile
 from pipelines.launch.account import Account
 from pipelines.launch.check import Wrong
+from pipelines.launch.clusterfile import falls_back
 from pipelines.launch.cost import Cost, Kind
-from pipelines.launch.prices import PRICE_LIST, Price, on_demand_price, spot_price
+from pipelines.launch.prices import PRICE_LIST, on_demand_price, spot_price
 from pipelines.launch.quotas import Market, Use
 from pipelines.machines import Cluster, Machine, cluster_of, limits_of
 from pipelines.recipe import Recipe
@@ -26,6 +26,8 @@ class Group:
     market: Market
     standing: int
     most: int
+    falls_back: bool
+    """Whether one that cannot be had on spot is bought on demand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,6 @@ class Fleet:
     cluster: Cluster
     """As `droppos pretrain` sees it, before anything has grown."""
     most_added: int | None
-    falls_back: bool = False
-    """Whether spot machines that can't be had are bought on demand."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Fleet":
@@ -54,12 +54,11 @@ class Fleet:
                 "spot" if _is_spot(kind["node_config"]) else "on demand",
                 1 if name == head_type else kind.get("min_workers", 0),
                 1 if name == head_type else min(most[name], limits.machines or most[name]),
+                _is_spot(kind["node_config"]) and falls_back(config),
             )
             for name, kind in kinds.items()
         ]
-        return cls(
-            groups, cluster_of([head], [], limits), limits.machines, clusterfile.falls_back(config)
-        )
+        return cls(groups, cluster_of([head], [], limits), limits.machines)
 
     @property
     def types(self) -> list[str]:
@@ -85,9 +84,12 @@ class Fleet:
             raise Wrong(what, "a recipe that fits the cluster's file", way_out) from error
 
     def uses(self, recipe: Recipe) -> list[Use]:
-        """Tell of each kind how many there may be, and how many the recipe needs."""
+        """Tell of each kind how many there may be, and how many the recipe needs.
+
+        What falls back to on demand may be there in any mixture; that it is needed cannot be said.
+        """
         added = self.fit(recipe).added
-        return [
+        uses = [
             Use(
                 group.machine,
                 group.market,
@@ -96,6 +98,8 @@ class Fleet:
             )
             for group in self.groups
         ]
+        fallbacks = [group for group in self.groups if group.falls_back]
+        return uses + [Use(group.machine, "on demand", group.most, 0) for group in fallbacks]
 
     def cost(self, account: Account) -> Cost:
         """Ask for the prices."""
@@ -106,35 +110,29 @@ class Fleet:
         )
 
     def _priced(self, group: Group, account: Account) -> Kind:
-        price = _price(group, account)
+        on_demand = on_demand_price(
+            account.client("pricing", PRICE_LIST), group.machine, account.region
+        )
+        price, dearest, market = on_demand, None, str(group.market)
+        if group.market == "spot":
+            price = spot_price(account.client("ec2"), group.machine, account.zones)
+        if group.falls_back:
+            dearest, market = on_demand.dollars, "spot, else on demand"
         return Kind(
             name=group.name,
-            machine=f"{group.machine}, {group.market}",
+            machine=f"{group.machine}, {market}",
             standing=group.standing,
             most=group.most,
             dollars=price.dollars,
-            source=price.source,
-            fallback=_listed(group, account).dollars if self._may_fall_back(group) else None,
+            source=price.source if dearest is None else f"{price.source}; {on_demand.source}",
+            dearest=dearest,
         )
-
-    def _may_fall_back(self, group: Group) -> bool:
-        return self.falls_back and group.market == "spot"
 
 
 def describe(fit: Fit) -> str:
     """Say how a recipe fits."""
     grown = ", ".join(f"{count} x {name}" for name, count in fit.added.items())
     return f"needs {grown} beside the head" if grown else "fits on what stands"
-
-
-def _price(group: Group, account: Account) -> Price:
-    if group.market == "spot":
-        return spot_price(account.client("ec2"), group.machine, account.zones)
-    return _listed(group, account)
-
-
-def _listed(group: Group, account: Account) -> Price:
-    return on_demand_price(account.client("pricing", PRICE_LIST), group.machine, account.region)
 
 
 def _is_spot(machine: Mapping[str, Any]) -> bool:

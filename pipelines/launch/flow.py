@@ -9,6 +9,7 @@ Each ends with an exit code: 0 finished (stop and down: done as asked), 1 failed
 followed, or stopped.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from droppos.errors import ConfigError, DropposError
 from pipelines.launch import folder, jobs, record, request
 from pipelines.launch.backend import Address, Backend
 from pipelines.launch.check import Check, Look, Wrong, look, passed
-from pipelines.launch.errors import LaunchError, LineLostError
+from pipelines.launch.errors import LaunchError, LineLostError, TakenError
 from pipelines.launch.jobs import End, Job, Submission
 from pipelines.launch.record import Record
 from pipelines.launch.request import Request
@@ -70,7 +71,8 @@ def launch(
             terminal.say("nothing was started")
             return End.FAILED.code
         begun = record.begin(replace(planned, costs=cost.line))
-        package = (Path(made) / "package.zip").replace(begun.file("package.zip"))
+        # Temporary files may be on another disk.
+        package = Path(shutil.move(Path(made) / "package.zip", begun.file("package.zip")))
     with _taken_back(begun, backend, terminal):
         backend.up(terminal.say)
         begun = begun.at("up")
@@ -125,7 +127,10 @@ def _looked(
     asked: Request, backend: Backend, terminal: Terminal, start: Path, made: Path
 ) -> Request:
     """Do all looks, and show them; give the request as it will be handed over."""
-    recipe, changes = backend.adapted(asked.recipe)
+    try:
+        recipe, changes = backend.adapted(asked.recipe)
+    except DropposError:
+        recipe, changes = asked.recipe, []  # a look at the same thing tells, beside all others
     asked = replace(asked, recipe=recipe)
     remote = backend.remote
 
@@ -172,10 +177,13 @@ def _submission(asked: Request, backend: Backend, begun: Record, package: Path) 
 
 @contextmanager
 def _taken_back(begun: Record, backend: Backend, terminal: Terminal) -> Iterator[None]:
-    """End what was started if the job is not handed over, whatever the reason."""
+    """End what was started if the job is not handed over; but not under somebody else's job."""
     try:
         yield
-    except (DropposError, KeyboardInterrupt) as error:
+    except TakenError:
+        _note(begun, "up")
+        raise
+    except BaseException as error:  # whatever it is: machines that nobody knows of cost money
         if not isinstance(error, KeyboardInterrupt):
             terminal.say(f"not handed over: {error}")
         if begun.keep and backend.mortal:
@@ -210,7 +218,7 @@ def _follow(
             first(address, job)
             with _kept(found, terminal.show) as show:
                 job = jobs.follow(address, job.id, show, terminal.say)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # or whoever read the output has left
         terminal.say(_left(found, backend))
         return None
     except LineLostError as error:
@@ -272,7 +280,7 @@ def _running(found: Record, backend: Backend) -> str:
     try:
         with backend.address() as address:
             job = jobs.ready(address, LOOK_S).newest(found.name)
-    except LaunchError as error:
+    except DropposError as error:
         if found.job is None:
             return ""
         return f"whether the job {found.job} still runs cannot be asked ({error})"

@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from droppos.errors import ConfigError
 from pipelines.launch.backend import Address
-from pipelines.launch.errors import LaunchError, LineLostError
+from pipelines.launch.errors import LaunchError, LineLostError, TakenError
 
 CONNECT_S, ANSWER_S, SEND_S = 10.0, 20.0, 300.0
 """Seconds for a connection, for an answer, and for one to what sends megabytes."""
@@ -57,7 +57,7 @@ for _told in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.
 
 
 class End(Enum):
-    """How a job ended, or that it was left alone; the exit code of who followed it."""
+    """How a job ended; the exit code of who followed it."""
 
     FINISHED = 0
     FAILED = 1
@@ -156,7 +156,7 @@ class Jobs:
         """Hand a job over.
 
         Raises:
-            ConfigError: If there is one of this name.
+            TakenError: If there is one of this name.
             LineLostError: If the line broke. The job may have been taken: look for it.
         """
         try:
@@ -172,7 +172,7 @@ class Jobs:
                 )
         except _RefusedError as refused:
             if refused.is_taken:
-                raise ConfigError(
+                raise TakenError(
                     f"the cluster has a job {job_id} already, so this one was not submitted; "
                     f"`droppos attach` follows it"
                 ) from refused
@@ -190,13 +190,13 @@ class Jobs:
         """Name the launch's next job.
 
         Raises:
-            ConfigError: If the last one is still running.
+            TakenError: If the last one is still running.
         """
         last = self.newest(name)
         if last is None:
             return name
         if last.running:
-            raise ConfigError(
+            raise TakenError(
                 f"the job {last.id} is still running there, so no second one is submitted; "
                 f"`droppos attach {name}` follows it, `droppos stop {name}` ends it"
             )
@@ -297,7 +297,7 @@ def hand_over(address: Address, job_id: str, submission: Submission) -> None:
     """Submit a job exactly once, whatever becomes of the line meanwhile.
 
     Raises:
-        ConfigError: If somebody else has submitted one of this name.
+        TakenError: If somebody else has submitted one of this name.
         LineLostError: If the line stayed broken.
     """
     mine = secrets.token_hex(8)
@@ -309,7 +309,7 @@ def hand_over(address: Address, job_id: str, submission: Submission) -> None:
         except LineLostError:
             if not tries_left:
                 raise
-        except ConfigError:
+        except TakenError:
             # The request before may have arrived, and only its answer was lost.
             if jobs.get(job_id).metadata.get(MARK) != mine:
                 raise

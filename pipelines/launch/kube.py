@@ -18,15 +18,14 @@ import yaml
 from droppos.errors import ConfigError
 from pipelines.launch import manifest
 from pipelines.launch.account import needs_program
-from pipelines.launch.aws import check_data
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
 from pipelines.launch.cost import Cost, Kind
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import describe
 from pipelines.launch.manifest import Manifest
-from pipelines.launch.record import Record, write_private
-from pipelines.launch.request import on_gpus
+from pipelines.launch.record import Record, find, write_private
+from pipelines.launch.request import check_data, on_gpus
 from pipelines.launch.token import headers
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
@@ -63,6 +62,7 @@ class Kube:
             Look("KubeRay", self._has_kuberay, after=there),
             Look("manifest", lambda: manifest.check_filled(self._manifest), after=there[:1]),
             Look("rights", self._may_create, after=(*there, "KubeRay", "manifest")),
+            Look("name", self._is_free, after=(*there, "KubeRay", "manifest")),
             Look("data", partial(check_data, recipe), after=("places",)),
             Look("recipe's fit", lambda: describe(self._fit(recipe)), after=("manifest",)),
         ]
@@ -112,6 +112,19 @@ class Kube:
                 "ask whoever keeps the cluster, or take another --namespace",
             )
         return f"may {', '.join(verbs)} {CLUSTERS} in {self._namespace}"
+
+    def _is_free(self) -> str:
+        """See that there is no cluster of the launch's name, but one that we kept."""
+        before, name = find(self._record.name), self._record.name
+        there = self._kubectl("get", CLUSTERS, name, "--ignore-not-found", "--output=name")
+        if there.strip() and not (before and before.keep):
+            raise Wrong(
+                f"a RayCluster {name} in {self._namespace}, that this machine has not kept",
+                "none of that name",
+                f"`droppos attach {name} --on kube` follows its job, `droppos down` ends it; or "
+                "take another --name",
+            )
+        return f"{name}, " + ("which was kept" if there.strip() else "new")
 
     def _may(self, verb: str) -> bool:
         done = self._run("auth", "can-i", verb, CLUSTERS)

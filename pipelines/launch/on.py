@@ -1,6 +1,9 @@
 """Where a launch is, as a person says it; the command line imports no more for its help."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +27,5 @@ class On:
     """kube: context of kubectl; the current one when not given."""
     namespace: str | None = None
     """kube: the context's when not given."""
+    verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
+    """aws: show what `ray up` and `ray down` say; a file keeps it in any case."""

@@ -31,7 +31,7 @@ def planned(name: str, on: On, *, keep: bool) -> tuple[Record, Backend]:
         namespace=on.namespace,
         source=str(Path(on.cluster or _usual(where)).expanduser().absolute()),
     )
-    return made, backend_of(made)
+    return made, backend_of(made, verbose=on.verbose)
 
 
 def found(name: str, on: On) -> tuple[Record, Backend]:
@@ -51,15 +51,15 @@ def found(name: str, on: On) -> tuple[Record, Backend]:
             f"this machine knows of no launch {name} (it knows of {known}); say where it is: "
             "--on aws --stack STACK, --on kube or --on ADDRESS"
         )
-    return kept, backend_of(kept)
+    return kept, backend_of(kept, verbose=on.verbose)
 
 
-def backend_of(made: Record) -> Backend:
+def backend_of(made: Record, *, verbose: bool = False) -> Backend:
     """Make what a record means; clouds' libraries are imported only for their own."""
     if made.on == "aws":
         from pipelines.launch.aws import Aws
 
-        return Aws(made)
+        return Aws(made, verbose=verbose)
     if made.on == "kube":
         from pipelines.launch.kube import Kube
 

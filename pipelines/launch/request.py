@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from droppos.errors import ConfigError
+from droppos.errors import ConfigError, StorageError
 from pipelines.launch.check import Note, Wrong
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten, to_yaml
@@ -114,6 +114,32 @@ def check_places(recipe: Recipe, *, remote: bool) -> str:
         # The job runs in an unpacked copy of the working directory, which goes when it ends.
         raise Wrong(named, "whole paths", "write them from / on")
     return ", ".join(f"{name} {place}" for name, place in places(recipe).items())
+
+
+def check_data(recipe: Recipe, *, remote: bool = True) -> str:
+    """See that the data sets are there, by their manifests.
+
+    Args:
+        recipe: The run.
+        remote: Whether plain paths are those of other machines, where nobody can look from here.
+
+    Raises:
+        DataError: If one is not.
+        Note: If storage does not let this machine look; it may let the cluster's.
+    """
+    from pipelines.shards import load_manifest
+    from pipelines.storage import open_place
+
+    said = []
+    for place in filter(None, (recipe.data.path, recipe.data.holdout)):
+        if remote and not place.startswith("s3://"):
+            said.append(f"{place}: the cluster's own, not looked at")
+            continue
+        try:
+            said.append(f"{place}: {load_manifest(open_place(place)).rows:,} pictures")
+        except StorageError as error:
+            raise Note(str(error), "not to be looked at from here; the cluster may") from error
+    return "; ".join(said)
 
 
 def tracking(recipe: Recipe, env: Mapping[str, str]) -> Mapping[str, str]:

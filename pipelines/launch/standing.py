@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from urllib.parse import urlsplit
 
 from droppos.errors import ConfigError
@@ -10,6 +11,7 @@ from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look
 from pipelines.launch.cost import Cost
 from pipelines.launch.jobs import Jobs
+from pipelines.launch.request import check_data
 from pipelines.launch.token import headers, read_token
 from pipelines.recipe import Recipe
 from pipelines.secrets import redact_uris
@@ -37,8 +39,11 @@ class Standing:
         self.remote = urlsplit(self.url).hostname not in LOOPBACK
 
     def looks(self, recipe: Recipe) -> Sequence[Look]:
-        """See whether it lets us in."""
-        return [Look("jobs API", self._answers)]
+        """See whether it lets us in, and whether the data are there."""
+        return [
+            Look("jobs API", self._answers),
+            Look("data", partial(check_data, recipe, remote=self.remote), after=("places",)),
+        ]
 
     def _answers(self) -> str:
         with self.address() as address:

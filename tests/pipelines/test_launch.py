@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from droppos.config import Compute
-from droppos.errors import ConfigError
+from droppos.errors import ConfigError, DataError
 from pipelines import recipe_file
 from pipelines.cli import main, with_recipe
 from pipelines.launch import flow, folder, jobs, record, request
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Check, Look, Note, Wrong, look, passed
 from pipelines.launch.cost import Cost, Kind
-from pipelines.launch.errors import LaunchError
+from pipelines.launch.errors import LaunchError, TakenError
 from pipelines.launch.on import On
 from pipelines.launch.places import found, launch_name, planned
 from pipelines.launch.record import Record
@@ -32,6 +32,8 @@ from pipelines.launch.request import Request
 from pipelines.launch.standing import Standing, url_of
 from pipelines.launch.terminal import Terminal
 from pipelines.launch.tunnel import tunnel
+from pipelines.local_s3 import S3Server
+from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run, Tracking
 
 
@@ -131,6 +133,24 @@ def test_a_place_that_only_this_machine_sees_is_refused_before_money_is_spent() 
         request.check_places(places(path=None), remote=True)
     with pytest.raises(Wrong, match=r"run\.storage droppos-runs"):
         request.check_places(replace(RECIPE, run=Run()), remote=True)
+
+
+def test_the_data_are_looked_for_where_this_machine_can(
+    s3_env: S3Server, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"{s3_env.bucket('launch')}/data"
+    prepare(str(photographs), data)
+
+    def looked_for(path: str) -> str:
+        return request.check_data(replace(RECIPE, data=Data(path=path)))
+
+    assert looked_for(data) == f"{data}: 72 pictures"
+    with pytest.raises(DataError, match="droppos prepare"):
+        looked_for(f"{data}-of-another")
+    assert "not looked at" in looked_for("file:///data")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(Note, match="the cluster may"):
+        looked_for(data)
 
 
 def test_a_recipe_with_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,12 +316,14 @@ def test_nothing_is_asked_while_something_is_wrong(clone: Path) -> None:
     assert states["places"] == "wrong" and states["machines"] == "ok"  # all were looked at
 
 
-@pytest.mark.parametrize("fails", [LaunchError("no capacity"), KeyboardInterrupt(), None])
+@pytest.mark.parametrize(
+    "fails", [LaunchError("no capacity"), KeyboardInterrupt(), KeyError("a bug"), None]
+)
 def test_what_was_started_is_taken_back_if_the_job_is_not_handed_over(
     clone: Path, fails: BaseException | None
 ) -> None:
     machines, person = Machines(fails=fails), Person()
-    with pytest.raises((LaunchError, KeyboardInterrupt)):
+    with pytest.raises((LaunchError, KeyboardInterrupt, KeyError)):
         launch(machines, person, clone)
     assert machines.did == ["up", "down"]
     assert machines.phase_at_up == "starting"  # written before anything could cost money
@@ -315,6 +337,13 @@ def test_a_cluster_that_is_to_be_kept_stays_even_then(clone: Path) -> None:
         launch(machines, person, clone, keep=True)
     assert machines.did == ["up"]
     assert any("droppos down vit" in said for said in person.said)
+
+
+def test_a_cluster_with_somebodys_job_is_not_taken_back(clone: Path) -> None:
+    machines, person = Machines(fails=TakenError("its job is still running")), Person()
+    with pytest.raises(TakenError):
+        launch(machines, person, clone)
+    assert machines.did == ["up"]
 
 
 def test_a_name_that_has_machines_is_not_launched_again(clone: Path) -> None:

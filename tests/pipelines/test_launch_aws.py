@@ -102,7 +102,7 @@ def test_all_is_well_in_an_account_that_was_set_up(
     checks = looked(Aws(planned(source)), recipe)
     assert {what: check.state for what, check in checks.items() if check.state != "ok"} == {}
     assert checks["image"].found.endswith(f"/studio@{ready_account}")
-    assert "needs 8 x gpu_spot" in checks["recipe's fit"].found
+    assert "needs 8 x gpu" in checks["recipe's fit"].found
 
 
 def test_an_empty_account_is_told_all_it_lacks_at_once(
@@ -117,7 +117,7 @@ def test_an_empty_account_is_told_all_it_lacks_at_once(
     assert checks["ssh"].state == "wrong" and "ssh-keygen" in checks["ssh"].way_out
     assert "run.workers to" in checks["recipe's fit"].way_out
     left_out = {what for what, check in checks.items() if check.state == "left out"}
-    assert left_out == {"bucket", "image", "cluster file", "machine types", "quota"}
+    assert left_out == {"name", "bucket", "image", "cluster file", "machine types", "quota"}
 
 
 def test_a_type_that_no_zone_offers_is_named(
@@ -267,6 +267,14 @@ def test_quotas_are_held_against_what_the_recipe_needs_and_the_file_allows(
         check_quotas(client, gpus(9, 9), vcpus)
 
 
+def test_a_fallback_to_on_demand_needs_that_limit_too_to_grow(
+    ready_account: str, source: Path, recipe: Recipe
+) -> None:
+    uses = Fleet.of(clusterfile.read(source)).uses(recipe)
+    gpus = [(use.market, use.most, use.needed) for use in uses if use.machine == "g6e.2xlarge"]
+    assert gpus == [("spot", 8, 8), ("on demand", 8, 0)]
+
+
 def test_the_dearest_spot_price_of_our_zones_counts() -> None:
     client = boto3.client("ec2", region_name=REGION, **_keys())
     day = datetime(2026, 11, 25, tzinfo=UTC)
@@ -312,14 +320,16 @@ def test_the_cost_has_the_head_at_once_and_the_dearest_machines_at_most(
 ) -> None:
     cost = Aws(planned(source)).cost()
     kinds = {kind.name: kind for kind in cost.kinds}
-    assert kinds["head"].standing == 1 and kinds["gpu_spot"].standing == 0
-    head, *grown = (kinds[n].dollars for n in ("head", "gpu_on_demand", "gpu_spot", "decode"))
-    assert head and all(grown)
+    assert kinds["head"].standing == 1 and kinds["gpu"].standing == 0
+    head, spot, decode = (kinds[name].dollars for name in ("head", "gpu", "decode"))
+    on_demand = kinds["gpu"].dearest
+    assert head and spot and decode and on_demand and on_demand > spot
     assert cost.standing == pytest.approx(head)
-    # max_workers is 12: of 8 on demand, 8 spot and 4 to decode, the dearest 12 are what it may be.
-    gpu, spot, decode = grown
-    assert gpu > max(spot, decode)
-    assert cost.most == pytest.approx(head + 8 * gpu + 4 * max(spot, decode))
+    # Of each spot machine it may be that only one on demand is to be had.
+    assert cost.most == pytest.approx(head + 8 * on_demand + 4 * decode)
+    source.write_text(source.read_text().replace("max_workers: 12", "max_workers: 9"))
+    fewer = Aws(planned(source)).cost()
+    assert fewer.most == pytest.approx(head + 8 * on_demand + decode)
     assert "an hour from the start" in cost.line and "on top" in cost.line
 
 
@@ -366,6 +376,16 @@ def test_down_ends_all_machines_of_the_cluster_and_no_others(
     assert Aws(planned(source, phase="submitted")).down(said.append) == []
     assert {_state(each) for each in [*ours, stopped]} == {"terminated"}
     assert {_state(each) for each in others} == {"running"}
+
+
+def test_machines_of_the_name_that_were_not_kept_are_left_alone(
+    ready_account: str, source: Path, recipe: Recipe
+) -> None:
+    _run("studio-vit", "head")
+    check = looked(Aws(planned(source)), recipe)["name"]
+    assert check.state == "wrong" and "droppos attach vit --on aws" in check.way_out
+    record.begin(planned(source, keep=True)).at("up")
+    assert "were kept" in looked(Aws(planned(source)), recipe)["name"].found
 
 
 def test_what_cannot_be_ended_is_named(
@@ -426,8 +446,8 @@ def test_the_token_is_made_once_for_its_owner_alone(home: Path) -> None:
 
 
 def test_another_clouds_file_is_refused(source: Path) -> None:
-    source.write_text(source.read_text().replace("type: aws", "type: gcp"))
-    with pytest.raises(ConfigError, match=r"provider\.type is gcp"):
+    source.write_text(source.read_text().replace("InstanceType", "machineType"))
+    with pytest.raises(ConfigError, match="has no InstanceType"):
         clusterfile.read(source)
 
 

@@ -142,6 +142,7 @@ def test_up_makes_the_cluster_and_what_is_missing_and_down_ends_the_cluster_alon
     assert api.named("RayCluster")["vit"]["spec"] == OBJECTS[2]["spec"]
     assert "made ServiceAccount droppos-head" in said
     assert not any("Namespace" in each for each in said)  # it was there, and is left as it is
+    assert "RayCluster vit in droppos" in looked(backend(source))["name"].found
     kube.up(said.append)  # again, as after a crash
     assert kube.down(said.append) == []
     assert not api.named("RayCluster") and api.named("ServiceAccount")
