@@ -55,7 +55,7 @@ def connect(recipe: Recipe, at_once: int = 1, *, shared_decoding: bool = False) 
     """
     if not ray.is_initialized():
         if "RAY_ADDRESS" in os.environ:
-            ray.init(log_to_driver=False)
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
         else:
             _start_private(recipe, at_once, shared_decoding)
     demand = Demand.of(recipe, gpu=gpu_workers(recipe), shared_decoding=shared_decoding)

@@ -4,6 +4,7 @@ Every question raises `Wrong` with AWS's own words when it is not answered, so e
 an answer tells by itself why it has none.
 """
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -42,7 +43,9 @@ class Account:
             ConfigError: If the profile of AWS_PROFILE is not there.
         """
         try:
-            self._session = boto3.Session(region_name=region)
+            # boto3 reads AWS_DEFAULT_REGION only; AWS's other tools read AWS_REGION first.
+            said = region or os.environ.get("AWS_REGION") or None
+            self._session = boto3.Session(region_name=said)
         except ProfileNotFound as error:
             raise ConfigError(f"{error}; correct AWS_PROFILE, or ~/.aws/config") from error
         self._stack_name, self._mlflow_stack = stack_name, mlflow_stack

@@ -62,7 +62,7 @@ def read_stack(client: Any, name: str) -> Stack:
     region = client.meta.region_name
     try:
         (found,) = client.describe_stacks(StackName=name)["Stacks"]
-    except ClientError as error:
+    except (ClientError, BotoCoreError) as error:
         if "does not exist" not in str(error):
             raise Wrong(
                 reason(error), "to read the stack", "ask for cloudformation:Describe*"

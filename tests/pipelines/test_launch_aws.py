@@ -16,6 +16,7 @@ from botocore.stub import ANY, Stubber
 from droppos.config import Compute, Optim
 from droppos.errors import ConfigError
 from pipelines.launch import clusterfile, mlflow_login, record
+from pipelines.launch.account import Account
 from pipelines.launch.aws import Aws
 from pipelines.launch.check import Check, Look, Note, Wrong, look
 from pipelines.launch.fleet import Fleet
@@ -148,6 +149,24 @@ def test_no_credentials_and_no_region_are_told_with_the_way_out(
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     assert "no region" in looked(Aws(planned(source)), recipe)["credentials"].found
+
+
+def test_an_account_that_nobody_may_ask_has_no_mlflow(
+    monkeypatch: pytest.MonkeyPatch, source: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    assert Aws(planned(source, region=REGION)).job_env() == {}
+
+
+def test_the_region_is_found_as_amazons_own_tools_find_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    assert Account(None, STACK, None).region == "eu-central-1"
+    assert Account("eu-north-1", STACK, None).region == "eu-north-1"
 
 
 def test_the_repositorys_file_is_filled_from_the_stack_and_nothing_is_left(
