@@ -8,9 +8,10 @@ from math import isfinite
 from typing import Any
 
 from droppos.footprint import parameters
+from pipelines.plan.bill import Bill
 from pipelines.plan.job import Plan
 from pipelines.plan.losses import daly, young
-from pipelines.plan.option import Bill, Option
+from pipelines.plan.option import Option
 from pipelines.plan.question import Question
 from pipelines.plan.scaling import Scale
 

@@ -119,16 +119,9 @@ def fleet(
         decode_s: CPU seconds of a picture.
 
     Raises:
-        ConfigError: If a worker has no room on such a machine.
+        ConfigError: As :func:`slots`.
     """
-    run = recipe.run
-    fits = machine.cpus // run.cpus_per_worker
-    per_machine = min(machine.gpus, fits) if machine.gpus else fits
-    if not per_machine:
-        raise ConfigError(
-            f"run.cpus_per_worker {run.cpus_per_worker} is more than the {machine.cpus} CPUs of a "
-            f"{machine.name}; lower it, or take a larger machine"
-        )
+    run, per_machine = recipe.run, slots(recipe, machine)
     machines = ceil(run.workers / per_machine)
     own = machines * machine.cpus - run.workers * run.cpus_per_worker
     wanted = recipe.data.decode_cpus or ceil(HEAD_ROOM * images_per_s * decode_s) or 1
@@ -137,13 +130,29 @@ def fleet(
         machine=machine,
         machines=machines,
         workers=run.workers,
-        per_machine=min(per_machine, run.workers),
+        per_machine=per_machine,
         own_cpus=own,
         decoder=decoder,
         decoders=decoders,
         head=chosen.head,
         decode_cpus=recipe.data.decode_cpus or own + decoders * decoder.cpus,
     )
+
+
+def slots(recipe: Recipe, machine: Instance) -> int:
+    """Count the workers of a run on one machine: as many as have a GPU and CPUs there.
+
+    Raises:
+        ConfigError: If not even one has room.
+    """
+    run = recipe.run
+    fits = machine.cpus // run.cpus_per_worker
+    if not fits:
+        raise ConfigError(
+            f"run.cpus_per_worker {run.cpus_per_worker} is more than the {machine.cpus} CPUs of a "
+            f"{machine.name}; lower it, or take a larger machine"
+        )
+    return min(machine.gpus or fits, fits, run.workers)
 
 
 def _decoders(types: Sequence[Instance], cpus: int) -> tuple[Instance, int]:

@@ -1,13 +1,11 @@
 """An option: one recipe on machines of one type, with its memory, pace, hours and price."""
 
-from dataclasses import dataclass, replace
-from math import inf, isfinite
+from dataclasses import dataclass
 
 from droppos.footprint import Footprint, worker_footprint
 from pipelines.memory import AHEAD
-from pipelines.plan.fleet import Choice, Fleet, fleet
-from pipelines.plan.life import Life, live
-from pipelines.plan.losses import Losses
+from pipelines.plan.bill import Bill, bills
+from pipelines.plan.fleet import Choice, Fleet, fleet, slots
 from pipelines.plan.pipeline import Flow, Service, simulate
 from pipelines.plan.question import Question
 from pipelines.plan.saving import Saving, saving
@@ -26,8 +24,6 @@ CONNECTION_BYTES_S = 85e6
 """What one request brings in a second: AWS's guidelines for S3 say 85 to 90 MB/s."""
 FIRST_BYTE_S = 0.06
 """Until a request's first byte, an assumption."""
-REQUEST_USD = 0.4e-6
-"""Of a GET, S3 Standard in us-east-1."""
 
 _WORDS = {
     "storage": "object store",
@@ -36,43 +32,6 @@ _WORDS = {
     "cores": "cores for both",
     "checkpoints": "checkpoints",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Bill:
-    """Hours and money of a run, in the mean over simulated lives."""
-
-    usd_per_hour: float
-    life: Life
-    interval_s: float
-    """Seconds of training between two checkpoints, as the recipe has them."""
-    best_interval_s: float
-    """The same with the least expected time; infinite if nothing is ever lost."""
-    best_factor: float
-    """Expected time over that of the steps alone, at the best interval."""
-    expected_factor: float
-    """The same at the recipe's interval: by formula, where `life` is simulated."""
-    requests_usd: float
-    losses: Losses
-    step_s: float
-    """Of a step with what holds it up, between checkpoints."""
-
-    @property
-    def best_steps(self) -> float:
-        """The best interval in steps, at least 1."""
-        return (
-            max(1.0, round(self.best_interval_s / self.step_s)) if self.losses.hard_per_s else inf
-        )
-
-    @property
-    def hours(self) -> float:
-        """Until the last step."""
-        return self.life.seconds / 3600
-
-    @property
-    def usd(self) -> float:
-        """All of it."""
-        return self.hours * self.usd_per_hour + self.requests_usd
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,20 +97,15 @@ def option(recipe: Recipe, work: Workload, chosen: Choice, question: Question, n
         ConfigError: If a worker has no room on such a machine.
     """
     machine = next(each for each in chosen.training if each.name == name)
-    per_machine = min(
-        machine.gpus or machine.cpus // recipe.run.cpus_per_worker, recipe.run.workers
-    )
-    step = step_time(
-        recipe, machine, max(1, per_machine), question.mfu, question.images_per_worker_s
-    )
+    per_machine = slots(recipe, machine)
+    step = step_time(recipe, machine, per_machine, question.mfu, question.images_per_worker_s)
     alone = recipe.optim.global_batch / step.seconds
     place = fleet(recipe, machine, chosen, alone, work.decode_s)
-    kept = saving(recipe, machine, place.per_machine)
+    kept = saving(recipe, machine, per_machine)
     service = services(recipe, work, place, step, kept)
     flow = simulate(service, question.seed)
-    bills = [_bill(recipe, work, place, service, flow, question, spot) for spot in (False, True)]
-    assert bills[0] is not None
-    memory = machine.gpu_memory_gb if machine.gpus else machine.memory_gb / place.per_machine
+    on_demand, spot = bills(recipe, work, place, service, question)
+    memory = machine.gpu_memory_gb if machine.gpus else machine.memory_gb / per_machine
     return Option(
         recipe=recipe,
         fleet=place,
@@ -171,17 +125,23 @@ def option(recipe: Recipe, work: Workload, chosen: Choice, question: Question, n
         storage_bytes_s=flow.images_per_s * work.picture_bytes,
         requests_s=flow.images_per_s * work.requests_per_picture,
         pixels_bytes_s=flow.images_per_s * place.remote * work.crop_bytes,
-        on_demand=bills[0],
-        spot=bills[1],
+        on_demand=on_demand,
+        spot=spot,
     )
 
 
 def services(recipe: Recipe, work: Workload, place: Fleet, step: StepTime, kept: Saving) -> Service:
     """Tell what each part of the pipeline takes."""
     network = LINE_SHARE * 1e9 / 8
-    readers = place.machines * place.machine.network_gbit
-    if place.decoders:
-        readers = place.decoders * place.decoder.network_gbit + readers * (1 - place.remote)
+    # Tasks are spread evenly over the CPUs that decode, so whichever machines are slower count.
+    readers = min(
+        total / share
+        for total, share in (
+            (place.machines * place.machine.network_gbit, 1 - place.remote),
+            (place.decoders * place.decoder.network_gbit, place.remote),
+        )
+        if share > 0
+    )
     window_bytes = work.window * work.picture_bytes
     requests = work.window * work.requests_per_picture
     # A picture comes into the workers' machines as pixels, or encoded where they decode it.
@@ -206,53 +166,4 @@ def services(recipe: Recipe, work: Workload, place: Fleet, step: StepTime, kept:
         checkpoint_steps=recipe.run.checkpoint_every,
         blocked_s=kept.blocked_s,
         write_s=kept.write_s,
-    )
-
-
-def losses(place: Fleet, service: Service, question: Question, spot: bool) -> Losses:
-    """Count what strikes a fleet in a second: every machine with a worker, or that decodes."""
-    workers, beside = place.machines, place.decoders
-    rate = question.rate if spot else 0.0
-    hard = (workers + beside) * question.hardware_rate + workers * rate * question.missed
-    return Losses(
-        hard_per_s=hard / 3600,
-        noticed_per_s=workers * rate * (1 - question.missed) / 3600,
-        blocked_s=service.blocked_s,
-        write_s=service.write_s,
-        restart_s=question.restart_s,
-    )
-
-
-def _bill(
-    recipe: Recipe,
-    work: Workload,
-    place: Fleet,
-    service: Service,
-    flow: Flow,
-    question: Question,
-    spot: bool,
-) -> Bill | None:
-    price = place.usd_per_hour(spot)
-    if price is None:
-        return None
-    # What checkpoints cost is counted in the run's life; the pace here is between them.
-    pace = simulate(replace(service, checkpoint_steps=10**9), question.seed).images_per_s
-    strikes = losses(place, service, question, spot)
-    step_s = recipe.optim.global_batch / pace
-    interval = recipe.run.checkpoint_every * step_s
-    best = strikes.best_interval_s
-    work_s = work.steps * step_s
-    life = live(work_s, interval, strikes, question.seed)
-    again = life.again_s / work_s if isfinite(life.again_s) else inf
-    requests = work.images * work.requests_per_picture * (1 + again)
-    return Bill(
-        usd_per_hour=price,
-        life=life,
-        interval_s=interval,
-        best_interval_s=best,
-        best_factor=strikes.factor(min(best, work_s)),
-        expected_factor=strikes.factor(min(interval, work_s)),
-        requests_usd=requests * REQUEST_USD,
-        losses=strikes,
-        step_s=step_s,
     )

@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipelines.plan import figures
+from pipelines.plan.bill import Bill
 from pipelines.plan.figures import Figure
 from pipelines.plan.job import Plan
-from pipelines.plan.option import Bill, Option
+from pipelines.plan.option import Option
 from pipelines.plan.scaling import Scale
 
 HOW = "how it is known"
@@ -96,7 +97,7 @@ def _options(console: Console, plan: Plan) -> None:
     for column in ("hours", "on demand", "on spot"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in plan.options:
-        memory = f"{each.memory.peak / 1e9:,.1f} of {each.memory_bytes / 1e9:,.0f}"
+        memory = f"{each.memory.peak / 1e9:,.1f}/{each.memory_bytes / 1e9:,.0f}"
         row = [fleet_words(each, "\n+ "), memory]
         if each.fits:
             row += [number(each.flow.images_per_s), each.bound, number(each.on_demand.hours)]
