@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo demo-search test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger format lint types check clean
+.PHONY: help demo demo-search test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger bench-plan format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-guide     what cheaper attentive guides cost, and how alike their weights are"
 	@echo "make bench-sharing   what trials of a search read when they share one stream"
 	@echo "make bench-ledger    take MLflow away from a run and kill its driver: what does the history lack?"
+	@echo "make bench-plan      what a plan's simulation says beside what happens, in a quarter of an hour"
 	@echo "make check   format, lint and types, as CI does before the tests"
 
 demo: $(READY)
@@ -55,6 +56,9 @@ bench-sharing: $(READY)
 
 bench-ledger: $(READY)
 	@$(BIN)/python -m tests.benchmarks.ledger
+
+bench-plan: $(READY)
+	@$(BIN)/python -m tests.benchmarks.plan $(if $(PICTURES),--photographs $(PICTURES))
 
 check: lint types
 

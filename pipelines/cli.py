@@ -452,8 +452,8 @@ def plan(
         recipe: Fields given here override the file's.
     """
     _refuse_late(file, "plan")
-    from pipelines.plan import plan as job
     from pipelines.plan.figures import as_json
+    from pipelines.plan.job import plan as job
     from pipelines.plan.report import show_plan
 
     with console.status("simulating"):

@@ -1,4 +1,4 @@
-"""What tests of several folders share: photographs, and a real S3 server."""
+"""What tests of several folders share: photographs, a real S3 server and a real PostgreSQL."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 # jaxtyping, told to check with tests.typechecker.check, imports only `tests` by itself.
 import tests.typechecker  # noqa: F401
 from pipelines.local_s3 import S3Server, s3_server
+from tests import postgres as local_postgres
 
 # How long an example takes is a matter of the machine, and of what else it does.
 settings.register_profile("droppos", deadline=None)
@@ -70,3 +71,12 @@ def s3_env(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
     return s3
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """Address of an empty database."""
+    if not local_postgres.found():
+        pytest.skip("needs PostgreSQL's initdb, its user, and root")
+    with local_postgres.postgres_server() as port:
+        yield f"postgresql+psycopg2://{local_postgres.USER}@127.0.0.1:{port}/postgres"

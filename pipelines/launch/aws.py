@@ -136,7 +136,7 @@ class Aws:
     def _check_key(self) -> str:
         needs_program("ssh", "install OpenSSH's client")
         needs_program("rsync", "install rsync; `ray up` copies files with it")
-        key = _key(self._source)
+        key = clusterfile.key_of(self._source)
         if not key.is_file():
             raise Wrong(
                 f"no {key}",
@@ -294,14 +294,10 @@ class Aws:
             options["ProxyCommand"] = proxy
         forward = f"127.0.0.1:{port}:127.0.0.1:{PORT}"
         return [
-            *("ssh", "-N", "-L", forward, "-i", str(_key(self.filled))),
+            *("ssh", "-N", "-L", forward, "-i", str(clusterfile.key_of(self.filled))),
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
         ]
-
-
-def _key(config: Mapping[str, Any]) -> Path:
-    return Path(config["auth"].get("ssh_private_key", "~/.ssh/droppos.pem")).expanduser()
 
 
 def _tag(machine: Mapping[str, Any], name: str) -> str:

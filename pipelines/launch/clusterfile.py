@@ -12,10 +12,13 @@ import yaml
 
 from droppos.errors import ConfigError
 from pipelines.launch.stack import Stack
+from pipelines.launch.token import token_file
 
 AMI = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
 """Public parameter of the newest image with drivers and Docker, when the file names no other."""
 RESOLVE = "resolve:ssm:"
+TOKEN = ".ray/auth_token"
+"""Where a machine keeps the cluster's token, below its home."""
 _UNFILLED = re.compile(r"CHANGE|(?:ami|subnet|sg|vpc)-0{8}|\b0{12}\b|sha256:0{64}|s3://BUCKET\b")
 
 
@@ -64,6 +67,11 @@ def read(file: Path) -> dict[str, Any]:
     return json.loads(json.dumps(loaded))
 
 
+def key_of(config: Mapping[str, Any]) -> Path:
+    """Find the private key of a file's machines."""
+    return Path(config["auth"].get("ssh_private_key", "~/.ssh/droppos.pem")).expanduser()
+
+
 def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """Put the account's names into a file.
 
@@ -75,6 +83,12 @@ def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     before = filled["provider"].get("region", "us-east-1")
     filled["cluster_name"] = facts.name
     filled["provider"]["region"] = facts.region
+    # ssh takes ~ for the user's home, whatever HOME says.
+    filled["auth"]["ssh_private_key"] = str(key_of(config))
+    filled["file_mounts"] = {
+        there: str(token_file()) if there.endswith(TOKEN) else here
+        for there, here in filled.get("file_mounts", {}).items()
+    }
     if "availability_zone" in filled["provider"]:
         filled["provider"]["availability_zone"] = ",".join(facts.zones)
     for name, kind in filled["available_node_types"].items():

@@ -87,7 +87,7 @@ def table(cost: Cost) -> Table:
         shown.add_column(name, no_wrap=True)
     for name in ("from the start", "at most", "each", "all, at most"):
         shown.add_column(name, justify="right")
-    shown.add_column("price by")
+    shown.add_column("price by", overflow="fold")
     for kind in cost.kinds:
         each = "unknown" if kind.dollars is None else f"{kind.dollars:.3f}"
         each += "" if kind.dearest is None else f" to {kind.dearest:.3f}"

@@ -1,5 +1,5 @@
-"""What a run would take, before it is paid for: :func:`plan`."""
+"""What a run would take, before it is paid for: :func:`pipelines.plan.job.plan`.
 
-from pipelines.plan.job import Plan as Plan
-from pipelines.plan.job import plan as plan
-from pipelines.plan.question import Question as Question
+The command line reads :class:`pipelines.plan.question.Question` for its flags, so nothing is
+imported here: the rest brings torch along.
+"""

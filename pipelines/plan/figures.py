@@ -103,10 +103,17 @@ def saving_figures(option: Option, question: Question) -> list[Figure]:
             Figure("best: in steps", bill.best_steps, "", FORMULA),
             Figure("best: Young", young(hard, saving_s) / 60, "minutes", FORMULA),
             Figure("best: Daly", daly(hard, saving_s) / 60, "minutes", FORMULA),
-            Figure("time over steps alone", bill.expected_factor, "times", FORMULA),
-            Figure("  at the best interval", bill.best_factor, "times", FORMULA),
+            Figure(
+                "lost to saving and losses", _lost(bill.expected_factor), "% of the time", FORMULA
+            ),
+            Figure("  at the best interval", _lost(bill.best_factor), "% of the time", FORMULA),
         ]
     return figures
+
+
+def _lost(factor: float) -> float:
+    """Percent of the time that is no step's."""
+    return 100 * (1 - 1 / factor)
 
 
 def money_figures(option: Option, question: Question) -> list[Figure]:
@@ -184,7 +191,9 @@ def _option_json(each: Option) -> dict[str, Any]:
 
 def _scale_json(each: Scale) -> dict[str, Any]:
     found = {"gpus": each.gpus, "used": each.used, "bound": each.bound}
-    return found if each.option is None else _option_json(each.option) | found
+    if each.option is None:
+        return found
+    return _option_json(each.option) | {"lost": each.lost} | found
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ x = interval / mean time between losses solves (1 - x) e^x = e^(-saving / mean t
 from dataclasses import dataclass
 from math import exp, expm1, inf, sqrt
 
-HOPELESS = 50.0
-"""Losses in one interval above which the run is said never to end: e^50 tries."""
+HOPELESS = 10.0
+"""Losses in one interval above which the run is said never to end: that is e^10 tries each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,8 +32,8 @@ REQUEST_USD = 0.4e-6
 _WORDS = {
     "storage": "object store",
     "decode": "decoding CPUs",
-    "hand-over": "network into the workers' machines",
-    "cores": "cores, shared by training and decoding",
+    "hand-over": "network to the workers",
+    "cores": "cores for both",
     "checkpoints": "checkpoints",
 }
 

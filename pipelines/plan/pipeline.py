@@ -25,8 +25,10 @@ WARM_UP = 1 / 3
 FEWEST_STEPS = 150
 ROUNDS = 6
 """Windows that each decode task does in a simulation, at least, where decoding may be the bound."""
-MOST_FOR_CHECKPOINTS = 4000
-"""Steps of a simulation, at most, so that it has checkpoints; rarer ones cost next to nothing."""
+CHECKPOINTS = 3
+"""That a simulation spans."""
+MOST_FOR_CHECKPOINTS = 2000
+"""Steps, at most, for that; rarer ones cost next to nothing."""
 NEAR = 2.0
 """It may be, if what it could do is less than so many times what the slowest part can."""
 
@@ -111,7 +113,7 @@ def simulate(service: Service, seed: int, steps: int | None = None) -> Flow:
 def _enough(service: Service) -> int:
     """Count the steps until the queues are in their steady state, some checkpoints among them."""
     bounds = service.bounds
-    steps = max(FEWEST_STEPS, min(ROUNDS * service.checkpoint_steps, MOST_FOR_CHECKPOINTS))
+    steps = max(FEWEST_STEPS, min(CHECKPOINTS * service.checkpoint_steps, MOST_FOR_CHECKPOINTS))
     if bounds.get("decode", inf) > NEAR * min(bounds.values()):
         return steps
     return max(steps, ceil(ROUNDS * service.tasks * service.window / service.batch))
@@ -174,7 +176,10 @@ class _Pipeline:
     def _room_at(self, window: int) -> float:
         """Find when enough was taken by the workers for one more window to begin."""
         service = self._service
-        over = (window + 1) * service.window - service.room
+        # At least a batch beside a window: of a step in many micro-batches less is held at once,
+        # but then they are taken one by one.
+        room = max(service.room, service.window + service.batch)
+        over = (window + 1) * service.window - room
         taken = ceil(over / service.batch)
         return self._begun[taken - 1] if taken > 0 else 0.0
 

@@ -16,6 +16,9 @@ from pipelines.plan.job import Plan
 from pipelines.plan.option import Bill, Option
 from pipelines.plan.scaling import Scale
 
+HOW = "how it is known"
+"""Heading of the column that tells models from measurements."""
+
 
 def show_plan(console: Console, plan: Plan) -> None:
     """Show all of it."""
@@ -34,13 +37,11 @@ def show_plan(console: Console, plan: Plan) -> None:
         console.print(f"[dim]note:[/] {escape(note)}", highlight=False)
 
 
-def fleet_words(option: Option) -> str:
-    """Name the machines of an option."""
+def fleet_words(option: Option, between: str = " + ") -> str:
+    """Name the machines of an option: those of the workers, then those that only decode."""
     place = option.fleet
     words = f"{place.machines} x {place.machine.name}"
-    if place.decoders:
-        words += f" and {place.decoders} x {place.decoder.name} to decode"
-    return words
+    return words + (f"{between}{place.decoders} x {place.decoder.name}" if place.decoders else "")
 
 
 def notes(plan: Plan) -> list[str]:
@@ -74,27 +75,34 @@ def notes(plan: Plan) -> list[str]:
 
 
 def _figures(console: Console, title: str, found: Sequence[Figure]) -> None:
-    table = _table(title, "", "value", "", "how it is known")
+    table = _table(title, "", "value", "", HOW)
     for figure in found:
         table.add_row(figure.name, number(figure.value), figure.unit, f"[dim]{figure.how}[/]")
     console.print(table, highlight=False)
 
 
 def _options(console: Console, plan: Plan) -> None:
-    title = f"Machines ({plan.machines_source}), the cheapest first; USD of the whole run"
-    table = _table(title, "workers on", "decode on", "GB each", "images/s", "bound by", "hours")
-    for column in ("on demand", "on spot"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=f"Machines ({plan.machines_source}), the cheapest first; USD of the whole run",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("machines", no_wrap=True)
+    for column in ("GB each", "images/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("bound by")
+    for column in ("hours", "on demand", "on spot"):
+        table.add_column(column, justify="right", no_wrap=True)
     for each in plan.options:
-        place = each.fleet
-        decode = f"{place.decoders} x {place.decoder.name}" if place.decoders else "the same"
         memory = f"{each.memory.peak / 1e9:,.1f} of {each.memory_bytes / 1e9:,.0f}"
-        row = [f"{place.machines} x {place.machine.name}", decode, memory]
+        row = [fleet_words(each, "\n+ "), memory]
         if each.fits:
             row += [number(each.flow.images_per_s), each.bound, number(each.on_demand.hours)]
             row += [money(each.on_demand), money(each.spot)]
         else:
-            row += ["", "[red]does not fit[/]"]
+            row += ["", "[red]memory: does not fit[/]"]
         table.add_row(*row)
     console.print(table, highlight=False)
 
@@ -106,7 +114,7 @@ def _scaling(console: Console, plan: Plan) -> None:
     table = _table(f"The same steps on more of {name}, simulated", "", *sizes)
     columns = [_scale_column(each) for each in plan.scaling]
     labels = (
-        "images a GPU and step",
+        "images a GPU, of a step",
         "images/s",
         "bound by",
         "next to bound",
@@ -114,6 +122,7 @@ def _scaling(console: Console, plan: Plan) -> None:
         "CPUs that decode",
         "GB/s from storage",
         "requests a second",
+        "% lost to failures",
         "hours on spot",
         "USD on spot",
     )
@@ -137,6 +146,7 @@ def _scale_column(each: Scale) -> list[str]:
         number(planned.decode_cpus_needed),
         number(planned.storage_bytes_s / 1e9),
         number(planned.requests_s),
+        number(100 * each.lost),
         number(bill.hours),
         money(bill),
     ]
@@ -161,7 +171,5 @@ def number(value: float) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
-        words = column in {"", "workers on", "decode on", "bound by", "how it is known"}
-        whole = column in {"workers on", "decode on"}
-        table.add_column(column, justify="left" if words else "right", no_wrap=whole)
+        table.add_column(column, justify="left" if column in {"", HOW} else "right")
     return table

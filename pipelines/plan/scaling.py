@@ -15,6 +15,8 @@ from pipelines.plan.workload import Workload
 from pipelines.recipe import Recipe
 
 SIZES = (8, 64, 512, 4096)
+MOSTLY_LOST = 0.5
+"""Share of the time that goes to lost machines above which these are what bounds a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +36,22 @@ class Scale:
         return self.option.recipe.optim.global_batch / self.gpus
 
     @property
+    def lost(self) -> float:
+        """Share of the expected time, on spot if that is offered, that is no step's.
+
+        It goes to checkpoints, restarts and steps done again: more of it the more machines.
+        """
+        assert self.option is not None
+        bill = self.option.spot or self.option.on_demand
+        return 1 - 1 / bill.expected_factor
+
+    @property
     def bound(self) -> str:
         """Name the part that bounds it."""
         if self.option is None:
             return "memory of a GPU"
+        if self.lost > MOSTLY_LOST:
+            return "lost machines"
         if self.used < self.gpus:
             return f"the batch: {self.images_per_gpu:.2g} images a GPU"
         return self.option.bound

@@ -147,16 +147,21 @@ class _Ring:
     def _machines(self) -> int:
         return ceil(self.ranks / self.per_machine)
 
+    @property
+    def _around_s(self) -> float:
+        """Seconds of the hops once around, beyond the bytes' own."""
+        between = self._machines - 1
+        return between * NETWORK_HOP_S + (self.ranks - 1 - between) * LINK_HOP_S
+
     def pass_s(self, size: float) -> float:
         """Gather or scatter so many bytes, once around."""
-        hops = (self._machines - 1) * NETWORK_HOP_S + (self.ranks - self._machines) * LINK_HOP_S
-        return self._bytes_s(size) + hops
+        return self._bytes_s(size) + self._around_s
 
     def reduce_s(self, size: float) -> float:
         """Reduce them on all ranks: twice around, or, if its hops take less, through a tree."""
-        around = 2 * ((self.ranks - 1) * NETWORK_HOP_S)
-        tree = 2 * ceil(log2(max(1, self.ranks))) * NETWORK_HOP_S
-        return 2 * self._bytes_s(size) + min(around, tree)
+        hop = NETWORK_HOP_S if self._machines > 1 else LINK_HOP_S
+        tree = 2 * ceil(log2(self.ranks)) * hop
+        return 2 * self._bytes_s(size) + min(2 * self._around_s, tree)
 
     def _bytes_s(self, size: float) -> float:
         network = LINE_SHARE * self.machine.network_gbit * 1e9 / 8 / self.sharing

@@ -17,7 +17,7 @@ import boto3
 
 from pipelines.local_s3 import ACCESS_KEY, REGION, SECRET_KEY, LocalS3
 from tests.hosts import ec2, network
-from tests.hosts.host import Host, Image
+from tests.hosts.host import PROJECT, Host, Image
 
 PORT = 5000
 ROLE = "droppos-machine"
@@ -67,6 +67,7 @@ class Cloud:
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ENDPOINT_URL_S3": self._s3.server.endpoint,
+            "PYTHONPATH": str(PROJECT),
         }
 
     def client(self, service: str) -> Any:

@@ -8,12 +8,18 @@ gets each request for machines, and `no_capacity.json` may list what is sold out
 import json
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from moto.core import DEFAULT_ACCOUNT_ID
 from moto.ec2.exceptions import EC2ClientError
 from moto.ec2.responses.instances import InstanceResponse
 from moto.server import main
+from moto.ssm.models import Parameter, ssm_backends
+
+from pipelines.launch.clusterfile import AMI
+from pipelines.local_s3 import REGION
 
 REQUESTS, SOLD_OUT = "run_instances.jsonl", "no_capacity.json"
 
@@ -53,6 +59,24 @@ def put_right(folder: Path) -> None:
     InstanceResponse.run_instances = run_instances  # type: ignore[method-assign]
 
 
+def publish(name: str, value: str) -> None:
+    """Give a public parameter a value: nobody but Amazon may write those that begin with /aws."""
+    kept = ssm_backends[DEFAULT_ACCOUNT_ID][REGION]._parameters
+    about = {"description": None, "allowed_pattern": None, "keyid": None, "data_type": "text"}
+    kept[name].append(
+        Parameter(
+            DEFAULT_ACCOUNT_ID,
+            name,
+            value,
+            "String",
+            last_modified_date=datetime.now(UTC),
+            version=1,
+            **about,
+        )
+    )
+
+
 if __name__ == "__main__":
     put_right(Path(sys.argv[3]))
+    publish(AMI, "ami-12c6146b")  # one that moto has
     main(["-H", sys.argv[1], "-p", sys.argv[2]])

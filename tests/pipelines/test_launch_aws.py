@@ -22,7 +22,7 @@ from pipelines.launch.fleet import Fleet
 from pipelines.launch.prices import on_demand_price, spot_price
 from pipelines.launch.quotas import Use, check_quotas, family_of
 from pipelines.launch.record import Record
-from pipelines.launch.token import ensure_token_file
+from pipelines.launch.token import ensure_token_file, token_file
 from pipelines.recipe import Data, Recipe, Run
 from tests.cloud_account import (
     AMI_PARAMETER,
@@ -176,7 +176,10 @@ def test_the_repositorys_file_is_filled_from_the_stack_and_nothing_is_left(
     (login,) = filled["initialization_commands"]
     assert f"--region {REGION}" in login and login.endswith(image.partition("/")[0])
     assert before == clusterfile.read(source)
-    untouched = {"auth", "file_mounts", "head_start_ray_commands", "worker_start_ray_commands"}
+    # ssh and Ray read ~ differently where HOME is not the user's home: nothing is left to that.
+    assert filled["auth"]["ssh_private_key"] == str(Path("~/.ssh/droppos.pem").expanduser())
+    assert filled["file_mounts"] == {"~/.ray/auth_token": str(token_file())}
+    untouched = {"head_start_ray_commands", "worker_start_ray_commands"}
     assert {name: filled[name] for name in untouched} == {name: before[name] for name in untouched}
 
 
