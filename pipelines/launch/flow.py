@@ -144,6 +144,7 @@ def _looked(
         Look("places", partial(request.check_places, recipe, remote=remote)),
         Look("working directory", _wrongly(pack, "put what is not needed into .gitignore")),
         *backend.looks(recipe),
+        Look("run", partial(request.check_run, asked, remote=remote), after=("places",)),
         Look("MLflow", lambda: request.check_tracking(recipe, backend.job_env(), remote=remote)),
     ]
     checks = look(looks)
@@ -233,7 +234,9 @@ def _code(end: End | None) -> int:
 
 def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> End:
     said = {End.FINISHED: "finished", End.STOPPED: "stopped", End.FAILED: "failed"}[job.end]
-    terminal.say(f"job {job.id} {said}" + (f": {job.message}" if job.end is End.FAILED else ""))
+    # Ray's message repeats the end of the output, which has been shown.
+    why = job.message.partition(", last available logs")[0]
+    terminal.say(f"job {job.id} {said}" + (f": {why}" if job.end is End.FAILED else ""))
     if not backend.mortal:
         _note(found, "ended")
     elif found.keep:

@@ -93,4 +93,4 @@ def _or_catalogue(ask: Callable[[], Price], machine: str, market: Market) -> Pri
         return Price(None, "neither AWS nor the catalogue could tell")
     dollars = known.spot if market == "spot" else known.on_demand
     typical = "typical, " if market == "spot" else ""
-    return Price(dollars, f"droppos's catalogue, {typical}us-east-1, {known.priced}")
+    return Price(dollars, f"catalogue, {typical}us-east-1, {known.priced}")

@@ -142,6 +142,34 @@ def check_data(recipe: Recipe, *, remote: bool = True) -> str:
     return "; ".join(said)
 
 
+def check_run(asked: Request, *, remote: bool = True) -> str:
+    """See that a new run would not find an old one in its folder, which it refuses.
+
+    Raises:
+        Wrong: If there is one, and it is not to be resumed.
+        Note: If storage does not let this machine look.
+    """
+    from pipelines.checkpoints import COMPLETE
+    from pipelines.storage import open_place
+
+    home = asked.recipe.home
+    if asked.job != "pretrain" or asked.resume or (remote and not home.startswith("s3://")):
+        return home
+    kept = open_place(home) / "checkpoints"
+    try:
+        names = kept.children() if kept.exists() else []
+        whole = [name for name in names if (kept / name / COMPLETE).exists()]
+    except StorageError as error:
+        raise Note(str(error), "not to be looked at from here; the cluster may") from error
+    if whole:
+        raise Wrong(
+            f"{home} has checkpoints, the newest {max(whole)}",
+            "a run that is new",
+            "add --resume to go on with it, or choose another run.name",
+        )
+    return f"{home} is new"
+
+
 def tracking(recipe: Recipe, env: Mapping[str, str]) -> Mapping[str, str]:
     """Choose what tells the job where MLflow is, by what the cluster's own machines were told.
 

@@ -69,7 +69,7 @@ def clone(tmp_path: Path) -> Path:
     return top
 
 
-RECIPE = Recipe(data=Data(path="s3://b/data"), run=Run(name="vit", storage="s3://b/runs"))
+RECIPE = Recipe(data=Data(path="s3://b/data"), run=Run(name="vit", storage="file:///runs"))
 
 SENT = {".gitignore", "notes.txt", "pipelines/cli.py", request.FILE}
 
@@ -151,6 +151,19 @@ def test_the_data_are_looked_for_where_this_machine_can(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     with pytest.raises(Note, match="the cluster may"):
         looked_for(data)
+
+
+def test_a_run_that_is_there_is_refused_unless_it_is_resumed(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, run=Run(name="vit", storage=str(tmp_path)))
+    kept = tmp_path / "vit" / "checkpoints" / "step-00000008"
+    assert "is new" in request.check_run(Request(recipe=recipe), remote=False)
+    kept.mkdir(parents=True)  # one that was not finished is none
+    assert "is new" in request.check_run(Request(recipe=recipe), remote=False)
+    (kept / "complete.json").touch()
+    with pytest.raises(Wrong, match=r"step-00000008.*--resume"):
+        request.check_run(Request(recipe=recipe), remote=False)
+    for asked in (Request(recipe=recipe, resume=True), Request(recipe=recipe, job="search")):
+        assert request.check_run(asked, remote=False) == recipe.home
 
 
 def test_a_recipe_with_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
