@@ -1,0 +1,199 @@
+"""What was trained: handed on, measured, looked at, trained on."""
+
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from droppos.config import Heads
+from droppos.export import FormatName
+from droppos.measure.finetune_recipe import Finetune
+from pipelines.commands.flags import (
+    EXPERIMENT,
+    FinetuneFlags,
+    FinetuneRunFlags,
+    MeasureFlags,
+    SpreadFlags,
+)
+from pipelines.commands.speech import announce, console
+from pipelines.finetune_run import FinetuneRun
+from pipelines.recipe import Measure, Recipe, Tracking
+from pipelines.spread import Spread
+
+
+def export(
+    checkpoint: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[str],
+    format: FormatName = "timm",
+    image_size: tuple[int, int] | None = None,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+) -> None:
+    """Write a backbone that others load, compared with the trained model before it says done.
+
+    Args:
+        checkpoint: Folder of a checkpoint, of a run (its newest) or of an export to timm; or a file
+            of weights of the DropPos reference, MAE or timm.
+        out: Folder to write; path or s3:// URI.
+        format: Whose format. torchvision and detectron2 know square pictures only; detectron2 and
+            mmseg are written without those projects, and compared by mapping their names back.
+        image_size: Height and width of the pictures it will be given: positions are resampled, and
+            the position head is left out. The model's own when not given.
+        heads: For a file of weights.
+    """
+    from pipelines.export import export_checkpoint
+    from pipelines.report import show_export
+
+    report = export_checkpoint(checkpoint, out, format, image_size, heads)
+    show_export(console, report, out)
+
+
+def evaluate(
+    backbone: tyro.conf.Positional[str],
+    data: tyro.conf.Positional[str],
+    train: str | None = None,
+    pictures: int | None = None,
+    probe: Literal["auto", "lbfgs", "sgd", "lars"] = "auto",
+    track: bool = False,
+    spread: SpreadFlags = Spread(cache="droppos-runs/features"),  # noqa: B008 - frozen
+    measure: MeasureFlags = Measure(),  # noqa: B008 - frozen
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
+) -> None:
+    """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
+
+    Args:
+        backbone: Folder of an export to timm, of a checkpoint, or of a run; models:/NAME@ALIAS; a
+            file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm
+            downloads.
+        data: Prepared data set to measure on.
+        train: Labelled data set to learn from; without it four fifths of `data`.
+        pictures: Pictures to take of each data set, from all over it; all when not given.
+        probe: How the linear probe is fitted. lbfgs: exactly, in memory. sgd, lars: over a grid of
+            rates, as the field does on a million pictures. auto: lbfgs where it fits.
+        track: Write the figures to MLflow: to the run that made the backbone, if it is known.
+        spread: Who takes the features, and where they are kept.
+        measure: Protocol of position accuracy.
+        heads: For a file of weights.
+        tracking: Where MLflow is.
+    """
+    from pipelines.evaluate import evaluate as job
+    from pipelines.evaluate import track as write
+    from pipelines.report import show_evaluation
+
+    with console.status("measuring"):
+        evaluation = job(
+            backbone,
+            data,
+            train=train,
+            measure=measure,
+            limit=pictures,
+            probe=probe,
+            spread=spread,
+            heads=heads,
+        )
+    show_evaluation(console, evaluation)
+    if track:
+        print(write(evaluation, tracking))
+
+
+def finetune(
+    backbone: tyro.conf.Positional[str],
+    data: tyro.conf.Positional[str],
+    holdout: str,
+    resume: bool = False,
+    recipe: FinetuneFlags = Finetune(),  # noqa: B008 - frozen
+    run: FinetuneRunFlags = FinetuneRun(),  # noqa: B008 - frozen
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
+) -> None:
+    """Fine-tune a backbone on labelled pictures by the published recipe, and classify others.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run.
+        data: Labelled prepared data set to train on.
+        holdout: Labelled prepared data set to classify at the end.
+        resume: Go on from the newest checkpoint of --storage/--name, if there is one.
+        recipe: How it is fine-tuned.
+        run: Name, storage and workers.
+        heads: For a file of weights.
+        tracking: Where MLflow is.
+    """
+    announce()
+    from pipelines.finetune import finetune as job
+    from pipelines.report import show_finetuned
+    from pipelines.screen import Screen
+
+    with Screen(Recipe(), console) as screen:
+        done = job(
+            backbone,
+            data,
+            holdout,
+            recipe,
+            run,
+            tracking=tracking,
+            resume=resume,
+            heads=heads,
+            on_event=screen.event,
+        )
+    show_finetuned(console, done)
+
+
+def look(
+    backbone: tyro.conf.Positional[str],
+    data: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[Path],
+    track: bool = False,
+    measure: MeasureFlags = Measure(pictures=256),  # noqa: B008 - frozen
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+    tracking: Tracking = Tracking(),  # noqa: B008 - frozen
+) -> None:
+    """Draw what a backbone sees and answers, and tell whether it takes shortcuts.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run.
+        data: Prepared data set that it was not trained on.
+        out: Folder of the PNGs.
+        track: Write what was found of shortcuts to MLflow: to the run that made the backbone, if it
+            is known.
+        measure: Protocol of position accuracy; so many pictures are looked at.
+        heads: For a file of weights.
+        tracking: Where MLflow is.
+    """
+    from pipelines.look import look as job
+    from pipelines.look import track as write
+    from pipelines.report import show_look
+
+    with console.status("looking"):
+        found = job(backbone, data, out, measure=measure, heads=heads)
+    show_look(console, found)
+    if track:
+        print(write(found, tracking))
+
+
+def register(
+    backbone: tyro.conf.Positional[str],
+    name: tyro.conf.Positional[str],
+    alias: str | None = None,
+    checkpoint: str | None = None,
+    uri: str | None = None,
+    experiment: str = EXPERIMENT,
+) -> None:
+    """Make a backbone a version of a registered model in MLflow; or move an alias to a version.
+
+    Args:
+        backbone: Folder of an export, of a checkpoint, or of a run; or models:/NAME@ALIAS or
+            models:/NAME/VERSION, to set only the alias.
+        name: Name of the registered model.
+        alias: Points at the version from now on: candidate, or champion.
+        checkpoint: For an export: the checkpoint or run it was made of, to be compared and named.
+        uri: MLflow server or database; that of the run when not given.
+        experiment: MLflow experiment of a backbone whose run is not known.
+    """
+    from pipelines.register import register as job
+    from pipelines.report import show_registered
+
+    with console.status("registering"):
+        registered = job(
+            backbone, name, alias, checkpoint=checkpoint, uri=uri, experiment=experiment
+        )
+    show_registered(console, registered)

@@ -1,0 +1,25 @@
+"""What several commands are told, as flags."""
+
+from typing import Annotated
+
+import tyro
+
+from droppos.measure.finetune_recipe import Finetune
+from pipelines.finetune_run import FinetuneRun
+from pipelines.launch.on import On
+from pipelines.plan.question import Question
+from pipelines.recipe import Measure, Recipe
+from pipelines.spread import Spread
+from pipelines.tracking import Where
+
+STORAGE, EXPERIMENT = Where().storage, Where().experiment
+
+RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
+FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
+FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
+QuestionFlags = Annotated[Question, tyro.conf.arg(name="")]
+SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
+WhereFlags = Annotated[Where, tyro.conf.arg(name="")]
+OnFlags = Annotated[On, tyro.conf.arg(name="")]
+RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
