@@ -12,10 +12,11 @@ from pipelines.plan.bill import Bill
 from pipelines.plan.job import Plan
 from pipelines.plan.losses import daly, young
 from pipelines.plan.option import Option
-from pipelines.plan.question import Question
+from pipelines.plan.question import INTERRUPTIONS, MFU, Question
 from pipelines.plan.scaling import Scale
 
 FORMULA, SIMULATED, ASSUMED, GIVEN = "by formula", "simulated", "assumed", "given"
+RECIPE = "of the recipe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Figure:
     value: float
     unit: str
     how: str
-    """by formula, simulated, measured (where), list price of a day, given, or assumed."""
+    """Formula, simulation, measurement (where), list price of a day, given, recipe, or assumed."""
 
 
 def run_figures(plan: Plan) -> list[Figure]:
@@ -38,8 +39,8 @@ def run_figures(plan: Plan) -> list[Figure]:
         Figure("weights", parameters(recipe.model, recipe.method) / 1e6, "million", FORMULA),
         Figure("steps", work.steps, f"of {recipe.optim.global_batch:,} images", FORMULA),
         Figure("images in all", work.images / 1e6, "million", FORMULA),
-        Figure("workers", recipe.run.workers, "", GIVEN),
-        Figure("  images of a micro-batch", recipe.worker_batch, "", GIVEN),
+        Figure("workers", recipe.run.workers, "", RECIPE),
+        Figure("  images of a micro-batch", recipe.worker_batch, "", RECIPE),
     ]
 
 
@@ -66,7 +67,8 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
     """Tell the pace, and what it asks of CPUs, storage and network."""
     step, flow, place = option.step, option.flow, option.fleet
     given = question.images_per_worker_s is not None
-    arithmetic = GIVEN if given else f"{FORMULA}, {question.mfu:.0%} of the peak assumed"
+    share = f"{question.mfu:.0%} of the peak {ASSUMED if question.mfu == MFU else GIVEN}"
+    arithmetic = GIVEN if given else f"{FORMULA}, {share}"
     if not place.machine.gpus and not given:
         arithmetic = f"{FORMULA}, a CPU's pace as in docs/step.md"
     return [
@@ -87,7 +89,7 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
     ]
 
 
-def saving_figures(option: Option, question: Question) -> list[Figure]:
+def saving_figures(option: Option) -> list[Figure]:
     """Tell size, time and interval of checkpoints, for the cheaper way to pay."""
     bill = cheaper(option)
     hard = bill.losses.hard_per_s
@@ -126,7 +128,9 @@ def money_figures(option: Option, question: Question) -> list[Figure]:
         figures += _bill_figures(
             "on spot", option.spot, f"typical spot price, lists of {place.machine.priced}"
         )
-        figures.append(Figure("interruptions of a machine", question.rate, "an hour", ASSUMED))
+        usual = question.rate == INTERRUPTIONS
+        how = ASSUMED if usual else GIVEN
+        figures.append(Figure("interruptions of a machine", question.rate, "an hour", how))
     return figures
 
 
@@ -164,7 +168,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "machine": best.fleet.machine.name,
             "memory": listed(memory_figures(best)),
             "pace": listed(pace_figures(best, plan.question, plan.work.decode_source)),
-            "checkpoints": listed(saving_figures(best, plan.question)),
+            "checkpoints": listed(saving_figures(best)),
             "money": listed(money_figures(best, plan.question)),
         },
         "scaling": [_scale_json(each) for each in plan.scaling],

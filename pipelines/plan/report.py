@@ -30,7 +30,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     _figures(console, f"Memory of a worker on {name}", figures.memory_figures(best))
     pace = figures.pace_figures(best, plan.question, plan.work.decode_source)
     _figures(console, f"Pace on {fleet_words(best)}", pace)
-    _figures(console, "Checkpoints", figures.saving_figures(best, plan.question))
+    _figures(console, "Checkpoints", figures.saving_figures(best))
     _figures(console, "Money", figures.money_figures(best, plan.question))
     if plan.scaling:
         _scaling(console, plan)
@@ -67,7 +67,7 @@ def notes(plan: Plan) -> list[str]:
             "compute.reshard_after_forward False where memory allows"
         )
     bill = figures.cheaper(best)
-    if isfinite(bill.best_factor) and bill.expected_factor > 1.01 * bill.best_factor:
+    if isfinite(bill.best_steps) and bill.expected_factor > 1.01 * bill.best_factor:
         found.append(
             f"set run.checkpoint_every to {bill.best_steps:,.0f}: it saves "
             f"{1 - bill.best_factor / bill.expected_factor:.0%} of the time"

@@ -15,6 +15,7 @@ from droppos.errors import ConfigError, DataError
 from pipelines import cli, recipe_file
 from pipelines.instances import catalogue
 from pipelines.order import Schedule
+from pipelines.plan.figures import money_figures, pace_figures
 from pipelines.plan.fleet import choice, fleet
 from pipelines.plan.job import Plan, least_usd, plan
 from pipelines.plan.option import Option, option
@@ -269,6 +270,19 @@ def test_the_report_tells_model_from_measurement(imagenet: Plan) -> None:
     for size in SIZES:
         assert f"{size:,} GPUs" in text
     assert f"on {imagenet.best.fleet.machine.name}" in text
+
+
+def test_what_a_person_gives_is_not_called_assumed(recipe: Recipe) -> None:
+    question = replace(IMAGENET, machines=("g6e.12xlarge",))
+    usual = planned(recipe, question)
+    told = {figure.name: figure.how for figure in money_figures(usual, question)}
+    assert told["interruptions of a machine"] == "assumed"
+    own = replace(question, rate=0.3, mfu=0.4)
+    given = planned(recipe, own)
+    told = {figure.name: figure.how for figure in money_figures(given, own)}
+    assert told["interruptions of a machine"] == "given"
+    pace = {figure.name: figure.how for figure in pace_figures(given, own, "given")}
+    assert pace["step: arithmetic"] == "by formula, 40% of the peak given"
 
 
 def test_the_command_prints_json_and_refuses_what_the_parser_does(
