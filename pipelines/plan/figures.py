@@ -106,12 +106,12 @@ def saving_figures(option: Option) -> list[Figure]:
             Figure("best: in steps", bill.best_steps, "", FORMULA),
             Figure("best: Young", young(hard, saving_s) / 60, "minutes", FORMULA),
             Figure("best: Daly", daly(hard, saving_s) / 60, "minutes", FORMULA),
-            Figure(
-                "lost to saving and losses", _lost(bill.expected_factor), "% of the time", FORMULA
-            ),
-            Figure("  at the best interval", _lost(bill.best_factor), "% of the time", FORMULA),
         ]
-    return figures
+    return [
+        *figures,
+        Figure("lost to saving and losses", _lost(bill.expected_factor), "% of the time", FORMULA),
+        Figure("  at the best interval", _lost(bill.best_factor), "% of the time", FORMULA),
+    ]
 
 
 def _lost(factor: float) -> float:

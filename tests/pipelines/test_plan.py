@@ -1,7 +1,9 @@
 """The plan of a run: what it says hangs together, and what cannot be planned is told."""
 
 import json
+import re
 from dataclasses import replace
+from io import StringIO
 from math import inf
 from pathlib import Path
 
@@ -15,13 +17,13 @@ from droppos.errors import ConfigError, DataError
 from pipelines import cli, recipe_file
 from pipelines.instances import catalogue
 from pipelines.order import Schedule
-from pipelines.plan.figures import money_figures, pace_figures
+from pipelines.plan.figures import as_json, money_figures, pace_figures, saving_figures
 from pipelines.plan.fleet import choice, fleet
 from pipelines.plan.job import Plan, least_usd, plan
 from pipelines.plan.option import Option, option
 from pipelines.plan.question import Question
-from pipelines.plan.report import show_plan
-from pipelines.plan.scaling import SIZES
+from pipelines.plan.report import notes, show_plan
+from pipelines.plan.scaling import SIZES, scale
 from pipelines.plan.workload import workload
 from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run
@@ -62,11 +64,63 @@ def test_a_plan_hangs_together(imagenet: Plan) -> None:
 
 def test_each_size_names_what_bounds_it(imagenet: Plan) -> None:
     assert [each.gpus for each in imagenet.scaling] == list(SIZES)
+    # 512 GPUs have 8 images each, computed in less time than their gradients take.
+    assert [each.bound for each in imagenet.scaling] == [
+        "GPU step",
+        "GPU step",
+        "communication",
+        "communication",
+    ]
     for each in imagenet.scaling:
         assert each.option is not None
-        assert each.bound == each.option.bounds[0][0]
         assert 0 <= each.lost < 0.5
         assert each.option.recipe.optim.global_batch == imagenet.recipe.optim.global_batch
+
+
+def test_a_size_that_cannot_be_says_why_in_the_report_too(recipe: Recipe) -> None:
+    shared = replace(
+        recipe,
+        run=replace(recipe.run, workers=16),
+        compute=replace(recipe.compute, strategy="fsdp2", shard_ranks=16),
+    )
+    found = plan(shared, replace(IMAGENET, machines=("p4d.24xlarge", "c7i.4xlarge")))
+    assert [each.option is None for each in found.scaling] == [True, False, False, False]
+    assert found.scaling[0].bound == "shard_ranks"
+    assert row("bound by", found)[0] == "shard_ranks"
+    assert all(json.dumps(each) for each in as_json(found)["scaling"])
+
+
+def row(label: str, found: Plan) -> list[str]:
+    """Read one row of the report: its cells, of which those that are empty are left out."""
+    console = Console(width=200, record=True, file=StringIO())
+    show_plan(console, found)
+    rows = [line.strip() for line in console.export_text().splitlines()]
+    last = [line for line in rows if line.startswith(label)][-1]
+    return re.split(r"\s{2,}", last)[1:]
+
+
+def test_a_gpu_too_small_for_a_size_bounds_it(recipe: Recipe) -> None:
+    chosen = choice(recipe, IMAGENET)
+    sizes = scale(recipe, workload(recipe, IMAGENET), chosen, IMAGENET, "g6e.2xlarge", 1e8, (1, 8))
+    assert [each.bound for each in sizes] == ["memory of a GPU", "memory of a GPU"]
+
+
+def test_without_losses_nothing_is_lost_and_no_interval_is_advised(recipe: Recipe) -> None:
+    often = replace(recipe, run=replace(recipe.run, checkpoint_every=2))
+    found = plan(often, replace(IMAGENET, machines=("g6e.12xlarge",), rate=0, hardware_rate=0))
+    assert not [note for note in notes(found) if "checkpoint_every" in note]
+    assert all(each.lost == 0 for each in found.scaling)
+    assert not [each for each in found.scaling if each.bound == "lost machines"]
+    told = {figure.name: figure.value for figure in saving_figures(found.best)}
+    assert told["lost to saving and losses"] > 0
+    assert row("% lost to failures", found) == ["0"] * 4
+
+
+def test_an_interval_longer_than_the_run_is_told_as_never(recipe: Recipe) -> None:
+    rare = replace(IMAGENET, machines=("g6e.12xlarge",), rate=0, hardware_rate=1e-12)
+    found = planned(recipe, rare)
+    assert found.on_demand.best_interval_s < inf
+    assert found.on_demand.best_steps == inf
 
 
 def test_more_gpus_than_images_of_a_step_have_nothing_to_do(recipe: Recipe) -> None:
