@@ -14,6 +14,7 @@ from pipelines.plan.losses import daly, young
 from pipelines.plan.option import Option
 from pipelines.plan.question import INTERRUPTIONS, MFU, Question
 from pipelines.plan.scaling import Scale
+from pipelines.plan.zones import GB_USD
 
 FORMULA, SIMULATED, ASSUMED, GIVEN = "by formula", "simulated", "assumed", "given"
 RECIPE = "of the recipe"
@@ -71,6 +72,9 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
     arithmetic = GIVEN if given else f"{FORMULA}, {share}"
     if not place.machine.gpus and not given:
         arithmetic = f"{FORMULA}, a CPU's pace as in docs/step.md"
+    line = (
+        "EFA, given" if question.efa and place.machine.efa_gbit else "data sheet, one network card"
+    )
     return [
         Figure("images/s", flow.images_per_s, "", SIMULATED),
         Figure("  workers wait", 100 * flow.waiting, "% of the time", SIMULATED),
@@ -79,6 +83,7 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
             for name, per_s in option.bounds
         ),
         Figure("step: arithmetic", 1e3 * step.arithmetic_s, "ms", arithmetic),
+        Figure("between machines", place.machine.between_gbit(question.efa), "Gbit/s", line),
         Figure("step: communication", 1e3 * step.communication_s, "ms", FORMULA),
         Figure("  of it not hidden", 1e3 * step.exposed_s, "ms", FORMULA),
         Figure("CPUs that decode: needed", option.decode_cpus_needed, "", decode_source),
@@ -131,7 +136,14 @@ def money_figures(option: Option, question: Question) -> list[Figure]:
         usual = question.rate == INTERRUPTIONS
         how = ASSUMED if usual else GIVEN
         figures.append(Figure("interruptions of a machine", question.rate, "an hour", how))
-    return figures
+    per_gb = f"{FORMULA}, {GB_USD} USD per GB each way"
+    elsewhere = {
+        "machine in another zone": option.crossing.worker_usd,
+        "  one that decodes": option.crossing.decoder_usd,
+    }
+    return figures + [
+        Figure(name, usd, "USD more", per_gb) for name, usd in elsewhere.items() if usd
+    ]
 
 
 def _bill_figures(how: str, bill: Bill, source: str) -> list[Figure]:

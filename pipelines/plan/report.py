@@ -60,6 +60,13 @@ def notes(plan: Plan) -> list[str]:
         )
     if plan.recipe.compute.compile:
         found.append("compute.compile is not modelled: memory and time are those without")
+    machine = best.fleet.machine
+    if machine.efa_gbit and not plan.question.efa:
+        found.append(
+            f"{machine.name} could send {machine.efa_gbit:,.0f} Gbit/s by EFA, which neither "
+            f"cluster.yaml nor the image sets up: its one network card is counted, "
+            f"{machine.network_gbit:,.0f}; --efa if yours do"
+        )
     if best.bound == "communication":
         found.append(
             "gradients and weights take longer to send than to compute: take machines with a "

@@ -47,6 +47,11 @@ def imagenet(recipe: Recipe) -> Plan:
     return plan(recipe, IMAGENET)
 
 
+@pytest.fixture(scope="module")
+def by_efa(recipe: Recipe) -> Plan:
+    return plan(recipe, replace(IMAGENET, efa=True))
+
+
 def test_a_plan_hangs_together(imagenet: Plan) -> None:
     work, best = imagenet.work, imagenet.best
     assert work.steps == 800 * (1_281_167 // 4096)
@@ -62,15 +67,17 @@ def test_a_plan_hangs_together(imagenet: Plan) -> None:
     assert [each.fleet.machine.name for each in imagenet.options] != list(IMAGENET.machines[:3])
 
 
-def test_each_size_names_what_bounds_it(imagenet: Plan) -> None:
+def test_each_size_names_what_bounds_it(imagenet: Plan, by_efa: Plan) -> None:
+    step, ring = "GPU step", "communication"
+    # 64 images a GPU of eight p5 take less time than their gradients do through one card of each,
+    # and more than through all 32; 8 images a GPU take less than either.
+    assert imagenet.best.fleet.machine.name == by_efa.best.fleet.machine.name == "p5.48xlarge"
+    assert [each.bound for each in imagenet.scaling] == [step, ring, ring, ring]
+    assert [each.bound for each in by_efa.scaling] == [step, step, ring, ring]
+
+
+def test_each_size_has_the_same_steps_and_loses_little(imagenet: Plan) -> None:
     assert [each.gpus for each in imagenet.scaling] == list(SIZES)
-    # 512 GPUs have 8 images each, computed in less time than their gradients take.
-    assert [each.bound for each in imagenet.scaling] == [
-        "GPU step",
-        "GPU step",
-        "communication",
-        "communication",
-    ]
     for each in imagenet.scaling:
         assert each.option is not None
         assert 0 <= each.lost < 0.5
@@ -139,8 +146,8 @@ def test_many_machines_on_a_bad_day_are_bound_by_those_that_are_lost(recipe: Rec
     assert scaling[0].bound != "lost machines"
 
 
-def test_more_gpus_are_never_slower_while_arithmetic_bounds(imagenet: Plan) -> None:
-    by_size = [each.option for each in imagenet.scaling if each.bound == "GPU step"]
+def test_more_gpus_are_never_slower_while_arithmetic_bounds(by_efa: Plan) -> None:
+    by_size = [each.option for each in by_efa.scaling if each.bound == "GPU step"]
     paces = [each.flow.images_per_s for each in by_size if each is not None]
     assert len(paces) >= 2
     assert paces == sorted(paces)
@@ -337,6 +344,45 @@ def test_what_a_person_gives_is_not_called_assumed(recipe: Recipe) -> None:
     assert told["interruptions of a machine"] == "given"
     pace = {figure.name: figure.how for figure in pace_figures(given, own, "given")}
     assert pace["step: arithmetic"] == "by formula, 40% of the peak given"
+
+
+def test_a_machine_with_many_cards_sends_through_one_unless_efa_is_given(recipe: Recipe) -> None:
+    two = replace(recipe, run=replace(recipe.run, workers=16))
+    question = replace(IMAGENET, machines=("p4d.24xlarge",))
+    one_card, efa = plan(two, question), plan(two, replace(question, efa=True))
+    told = [
+        {figure.name: figure for figure in pace_figures(each.best, each.question, "given")}
+        for each in (one_card, efa)
+    ]
+    assert [each["between machines"].value for each in told] == [100, 400]
+    assert told[1]["between machines"].how == "EFA, given"
+    ratio = told[0]["step: communication"].value / told[1]["step: communication"].value
+    assert 3 < ratio < 4  # hops stay
+    assert [note for note in notes(one_card) if "--efa" in note and "400 Gbit/s" in note]
+    assert not [note for note in notes(efa) if "--efa" in note]
+    # What comes from storage goes through the one card either way.
+    assert one_card.best.service.storage_s == efa.best.service.storage_s
+
+
+def test_what_another_zone_would_cost_is_told_with_its_price(recipe: Recipe) -> None:
+    question = replace(IMAGENET, machines=("g6e.2xlarge", "c7i.4xlarge"))
+    found = planned(recipe, question)
+    told = {figure.name: figure for figure in money_figures(found, question)}
+    across = told["machine in another zone"]
+    assert across.value == found.crossing.worker_usd > found.on_demand.usd
+    assert across.how == "by formula, 0.01 USD per GB each way"
+    assert "  one that decodes" not in told  # none is needed
+    alone = planned(replace(recipe, run=replace(recipe.run, workers=1)), question)
+    assert alone.fleet.decoders == alone.crossing.worker_usd == 0
+    assert not [each for each in money_figures(alone, question) if "zone" in each.name]
+
+
+def test_crops_travel_between_machines_wherever_they_are_decoded(recipe: Recipe) -> None:
+    """Ray deals them out in order: of 8 machines that decode for themselves, 7/8 go elsewhere."""
+    found = planned(recipe, replace(IMAGENET, machines=("g6e.2xlarge",)))
+    assert (found.fleet.machines, found.fleet.remote) == (8, 0)
+    pixels = found.flow.images_per_s * 7 / 8 * 3 * 224 * 224
+    assert found.pixels_bytes_s == pytest.approx(pixels)
 
 
 def test_the_command_prints_json_and_refuses_what_the_parser_does(
