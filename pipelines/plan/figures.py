@@ -96,7 +96,7 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
 
 def saving_figures(option: Option) -> list[Figure]:
     """Tell size, time and interval of checkpoints, for the cheaper way to pay."""
-    bill = cheaper(option)
+    bill = option.cheaper
     hard = bill.losses.hard_per_s
     figures = [
         Figure("size", option.saving.bytes / 1e9, "GB", FORMULA),
@@ -157,13 +157,6 @@ def _bill_figures(how: str, bill: Bill, source: str) -> list[Figure]:
     ]
 
 
-def cheaper(option: Option) -> Bill:
-    """Choose the way to pay that costs less."""
-    if option.spot is not None and option.spot.usd < option.on_demand.usd:
-        return option.spot
-    return option.on_demand
-
-
 def as_json(plan: Plan) -> dict[str, Any]:
     """Write the whole plan for scripts: JSON's types only, None where a number is infinite."""
     best = plan.best
@@ -202,6 +195,7 @@ def _option_json(each: Option) -> dict[str, Any]:
             "on_demand_usd": each.on_demand.usd,
             "spot_hours": each.spot.hours if each.spot else None,
             "spot_usd": each.spot.usd if each.spot else None,
+            "another_zone_usd": each.crossing.worker_usd,
         }
     )
 

@@ -4,7 +4,6 @@ Nothing is started and nothing is measured here. All that is no measurement says
 """
 
 from dataclasses import dataclass
-from math import inf
 
 from droppos.errors import ConfigError
 from pipelines.plan.fleet import choice
@@ -23,8 +22,8 @@ class Plan:
     question: Question
     work: Workload
     options: tuple[Option, ...]
-    """One for each machine type that could train, the cheapest on demand first; those whose
-    memory is too small come last."""
+    """One for each machine type that could train, the cheapest first, on spot or on demand; those
+    whose memory is too small come last."""
     machines_source: str
     """Who says which machine types there are."""
     scaling: tuple[Scale, ...]
@@ -32,13 +31,8 @@ class Plan:
 
     @property
     def best(self) -> Option:
-        """The option that costs least, on spot or on demand."""
-        return min((each for each in self.options if each.fits), key=least_usd)
-
-
-def least_usd(each: Option) -> float:
-    """Give what an option costs at the least: on spot or on demand."""
-    return min(each.on_demand.usd, each.spot.usd if each.spot else inf)
+        """The option that costs least."""
+        return self.options[0]
 
 
 def plan(recipe: Recipe, question: Question | None = None) -> Plan:
@@ -57,7 +51,7 @@ def plan(recipe: Recipe, question: Question | None = None) -> Plan:
     chosen = choice(recipe, question)
     work = workload(recipe, question)
     planned = [option(recipe, work, chosen, question, machine.name) for machine in chosen.training]
-    planned.sort(key=lambda each: (not each.fits, least_usd(each)))
+    planned.sort(key=lambda each: (not each.fits, each.cheaper.usd))
     best = planned[0]
     if not best.fits:
         raise ConfigError(_too_small(recipe, planned))

@@ -74,10 +74,10 @@ def _one(
 
     now = again = 0.0
     hard = noticed = 0
+    # Seconds of steps, and those in the newest checkpoint.
     done = saved = 0.0
-    """Seconds of steps, and those in the newest checkpoint."""
-    complete_at, written = 0.0, 0.0
-    """When the checkpoint that is being written will be complete, and what is in it."""
+    # When the checkpoint that is being written will be complete, and what is in it.
+    complete_at = written = 0.0
     strike = until(rate)
     while True:
         goal = min(written + interval_s, work_s)

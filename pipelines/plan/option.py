@@ -65,6 +65,13 @@ class Option:
         return self.memory.peak <= self.memory_bytes
 
     @property
+    def cheaper(self) -> Bill:
+        """The bill of the way to pay that costs less."""
+        if self.spot is not None and self.spot.usd < self.on_demand.usd:
+            return self.spot
+        return self.on_demand
+
+    @property
     def bound(self) -> str:
         """Name the part that is the slowest."""
         return self.bounds[0][0]

@@ -73,7 +73,7 @@ def notes(plan: Plan) -> list[str]:
             "faster network or more GPUs each, compute.shard_ranks (the GPUs of a machine), or "
             "compute.reshard_after_forward False where memory allows"
         )
-    bill = figures.cheaper(best)
+    bill = best.cheaper
     if isfinite(bill.best_steps) and bill.expected_factor > 1.01 * bill.best_factor:
         found.append(
             f"set run.checkpoint_every to {bill.best_steps:,.0f}: it saves "

@@ -24,12 +24,15 @@ class Scale:
     """A run on so many GPUs."""
 
     gpus: int
-    used: int
-    """Of them, by workers: no more than there are images in a step."""
     option: Option | None
-    """None if it cannot be: `bound` says why."""
-    shards: int
-    """GPUs that share one copy of the weights (compute.shard_ranks); 1 if nobody says."""
+    """None if it cannot be."""
+    obstacle: str
+    """What is in its way then."""
+
+    @property
+    def used(self) -> int:
+        """GPUs with a worker: no more than there are images in a step."""
+        return self.option.recipe.run.workers if self.option else 0
 
     @property
     def images_per_gpu(self) -> float:
@@ -47,7 +50,7 @@ class Scale:
     def bound(self) -> str:
         """Name the part that bounds it."""
         if self.option is None:
-            return "shard_ranks" if self.gpus < self.shards else "memory of a GPU"
+            return self.obstacle
         if self.lost > MOSTLY_LOST:
             return "lost machines"
         if self.used < self.gpus:
@@ -81,8 +84,8 @@ def scale(
     for gpus in sizes:
         sized = at_size(free, gpus, memory_bytes)
         planned = option(sized, work, chosen, question, name) if sized else None
-        shards = recipe.compute.shard_ranks or 1
-        found.append(Scale(gpus, sized.run.workers if sized else 0, planned, shards))
+        few = gpus < (recipe.compute.shard_ranks or 1)
+        found.append(Scale(gpus, planned, "shard_ranks" if few else "memory of a GPU"))
     return tuple(found)
 
 

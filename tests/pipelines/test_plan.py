@@ -19,7 +19,7 @@ from pipelines.instances import catalogue
 from pipelines.order import Schedule
 from pipelines.plan.figures import as_json, money_figures, pace_figures, saving_figures
 from pipelines.plan.fleet import choice, fleet
-from pipelines.plan.job import Plan, least_usd, plan
+from pipelines.plan.job import Plan, plan
 from pipelines.plan.option import Option, option
 from pipelines.plan.question import Question
 from pipelines.plan.report import notes, show_plan
@@ -63,7 +63,9 @@ def test_a_plan_hangs_together(imagenet: Plan) -> None:
         assert each.spot is not None and each.spot.hours >= 0.99 * bill.hours
         assert each.fleet.machines * each.fleet.machine.gpus >= imagenet.recipe.run.workers
         assert each.decode_cpus_needed <= each.fleet.decode_cpus
-    assert least_usd(best) == min(map(least_usd, imagenet.options))
+    usd = [min(each.on_demand.usd, each.spot.usd) for each in imagenet.options if each.spot]
+    assert usd == sorted(usd)
+    assert best.cheaper.usd == usd[0]
     assert [each.fleet.machine.name for each in imagenet.options] != list(IMAGENET.machines[:3])
 
 
