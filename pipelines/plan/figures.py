@@ -77,6 +77,7 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
     )
     return [
         Figure("images/s", flow.images_per_s, "", SIMULATED),
+        Figure("  the first after", flow.first_s, "s", SIMULATED),
         Figure("  workers wait", 100 * flow.waiting, "% of the time", SIMULATED),
         *(
             Figure(f"  {name} could do", per_s, "images/s", FORMULA)

@@ -50,15 +50,14 @@ def plan(recipe: Recipe, question: Question | None = None) -> Plan:
     question = question or Question()
     chosen = choice(recipe, question)
     work = workload(recipe, question)
-    planned = [option(recipe, work, chosen, question, machine.name) for machine in chosen.training]
+    planned = [option(recipe, work, chosen, question, machine) for machine in chosen.training]
     planned.sort(key=lambda each: (not each.fits, each.cheaper.usd))
     best = planned[0]
     if not best.fits:
         raise ConfigError(_too_small(recipe, planned))
     scaling: tuple[Scale, ...] = ()
     if best.fleet.machine.gpus:
-        name = best.fleet.machine.name
-        scaling = scale(recipe, work, chosen, question, name, best.memory_bytes)
+        scaling = scale(recipe, work, chosen, question, best)
     return Plan(
         recipe=recipe,
         question=question,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from droppos.footprint import Footprint, worker_footprint
+from pipelines.instances import Instance
 from pipelines.memory import AHEAD
 from pipelines.plan.bill import Bill, bills
 from pipelines.plan.fleet import Choice, Fleet, fleet, slots
@@ -93,20 +94,21 @@ class Option:
         return self.step.bound if self.fleet.machine.gpus else "CPU step"
 
 
-def option(recipe: Recipe, work: Workload, chosen: Choice, question: Question, name: str) -> Option:
+def option(
+    recipe: Recipe, work: Workload, chosen: Choice, question: Question, machine: Instance
+) -> Option:
     """Plan a recipe for one machine type.
 
     Args:
         recipe: The run, with its workers.
         work: What it has to do.
-        chosen: Machine types.
+        chosen: Machine types to choose from for the rest.
         question: Rates, prices, measured figures.
-        name: Of the type for the workers.
+        machine: Type for the workers.
 
     Raises:
         ConfigError: If a worker has no room on such a machine.
     """
-    machine = next(each for each in chosen.training if each.name == name)
     per_machine = slots(recipe, machine)
     sent = rings(recipe, machine, per_machine, question.efa)
     step = step_time(recipe, machine, question, sent.seconds)

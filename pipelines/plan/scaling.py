@@ -59,31 +59,23 @@ class Scale:
 
 
 def scale(
-    recipe: Recipe,
-    work: Workload,
-    chosen: Choice,
-    question: Question,
-    name: str,
-    memory_bytes: float,
-    sizes: tuple[int, ...] = SIZES,
+    recipe: Recipe, work: Workload, chosen: Choice, question: Question, best: Option
 ) -> tuple[Scale, ...]:
     """Plan a recipe at several sizes, on machines of one type.
 
     Args:
         recipe: Its workers and micro-batches are chosen anew for each size.
         work: What it has to do.
-        chosen: Machine types.
+        chosen: Machine types to choose from for the rest.
         question: Rates, prices, measured figures.
-        name: Machine type of the workers.
-        memory_bytes: That a worker may use.
-        sizes: Numbers of GPUs.
+        best: Its workers' machines are taken.
     """
     # So many CPUs decode in the recipe as suit its own size.
     free = replace(recipe, data=replace(recipe.data, decode_cpus=None))
     found = []
-    for gpus in sizes:
-        sized = at_size(free, gpus, memory_bytes)
-        planned = option(sized, work, chosen, question, name) if sized else None
+    for gpus in SIZES:
+        sized = at_size(free, gpus, best.memory_bytes)
+        planned = option(sized, work, chosen, question, best.fleet.machine) if sized else None
         few = gpus < (recipe.compute.shard_ranks or 1)
         found.append(Scale(gpus, planned, "shard_ranks" if few else "memory of a GPU"))
     return tuple(found)
