@@ -64,8 +64,8 @@ def notes(plan: Plan) -> list[str]:
     if machine.efa_gbit and not plan.question.efa:
         found.append(
             f"{machine.name} could send {machine.efa_gbit:,.0f} Gbit/s by EFA, which neither "
-            f"cluster.yaml nor the image sets up: its one network card is counted, "
-            f"{machine.network_gbit:,.0f}; --efa if yours do"
+            f"cluster.yaml nor the image sets up, so one network card is counted: "
+            f"{machine.network_gbit:,.0f}; --efa counts all, where your cluster has it"
         )
     if best.bound == "communication":
         found.append(
@@ -121,6 +121,7 @@ def _scaling(console: Console, plan: Plan) -> None:
     sizes = [f"{each.gpus:,} GPUs" for each in plan.scaling]
     table = _table(f"The same steps on more of {name}, simulated", "", *sizes)
     columns = [_scale_column(each) for each in plan.scaling]
+    # A size that cannot be has but one of the rows.
     for label in max(columns, key=len):
         table.add_row(label, *(column.get(label, "") for column in columns))
     console.print(table, highlight=False)
