@@ -318,9 +318,10 @@ def _cluster_file() -> str:
     config = yaml.safe_load((PROJECT / "cluster.yaml").read_text())
     config["idle_timeout_minutes"] = 0.5
     kinds = config["available_node_types"]
-    kinds["decode"]["max_workers"] = 0
+    kinds["decode"]["max_workers"] = kinds["gpu"]["max_workers"] = 0
+    kinds["gpu_single"]["max_workers"] = 2
     # A training worker takes two; one is left to decode.
-    kinds["gpu"]["resources"]["CPU"] = 3
+    kinds["gpu_single"]["resources"]["CPU"] = 3
     return yaml.safe_dump(config, sort_keys=False)
 
 
