@@ -284,12 +284,12 @@ def test_quotas_are_held_against_what_the_recipe_needs_and_the_file_allows(
         head = Use("m7i.xlarge", "on demand", 1, 1)
         return [head, Use("g6e.2xlarge", "spot", most, needed)]
 
-    assert QUOTAS["L-3819A6DF"] == 64
-    check_quotas(client, gpus(8, 8), vcpus)
-    with pytest.raises(Note, match=r"64 vCPUs, the recipe needs 64, the file allows 72 \(L-3819"):
-        check_quotas(client, gpus(9, 8), vcpus)
-    with pytest.raises(Wrong, match=r"64 vCPUs, the recipe needs 72, the file allows 72"):
-        check_quotas(client, gpus(9, 9), vcpus)
+    assert QUOTAS["L-3819A6DF"] == 104
+    check_quotas(client, gpus(13, 13), vcpus)
+    with pytest.raises(Note, match=r"104 vCPUs, the recipe needs 104, the file allows 112 \(L-38"):
+        check_quotas(client, gpus(14, 13), vcpus)
+    with pytest.raises(Wrong, match=r"104 vCPUs, the recipe needs 112, the file allows 112"):
+        check_quotas(client, gpus(14, 14), vcpus)
 
 
 def test_a_fallback_to_on_demand_needs_that_limit_too_to_grow(

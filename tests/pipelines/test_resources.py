@@ -278,7 +278,7 @@ def test_the_shipped_cluster_grows_from_a_head_without_cpus_to_the_shipped_recip
     assert most_cpus(cluster) == 2 * 48 + 8 + 4 * 16
     recipe = recipe_file.from_dict(recipe_file.read(name))
     fit = solve(cluster, Demand.of(recipe, gpu=True))
-    assert (fit.gpus, fit.added["gpu"]) == (8, recipe.run.workers / 4)
+    assert (fit.gpus, fit.added["gpu"]) == (9, recipe.run.workers / 4)
 
 
 def test_machines_that_stand_are_not_added_once_more() -> None:
