@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -223,10 +223,11 @@ class Aws:
                     log.write(line)
                     log.flush()
                     if self._verbose:
-                        sys.stderr.buffer.write(line)
-                        sys.stderr.flush()
+                        with suppress(OSError):  # of a terminal that is gone
+                            sys.stderr.buffer.write(line)
+                            sys.stderr.flush()
             except KeyboardInterrupt:
-                running.terminate()  # a signal to this process alone has not reached it
+                running.kill()  # a signal to this process alone has not reached it
                 raise
         return running.returncode
 

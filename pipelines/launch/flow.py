@@ -25,7 +25,7 @@ from pipelines.launch.errors import LaunchError, LineLostError, TakenError
 from pipelines.launch.jobs import End, Job, Submission
 from pipelines.launch.record import Record
 from pipelines.launch.request import Request
-from pipelines.launch.terminal import Terminal
+from pipelines.launch.terminal import Terminal, signals_ignored
 
 HEAD_S = 300.0
 """Seconds that the jobs API of a cluster that has just come up has to answer."""
@@ -251,10 +251,11 @@ def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> 
 
 
 def _end(found: Record, backend: Backend, terminal: Terminal) -> bool:
-    """End all machines, and say what is left."""
+    """End all machines, and say what is left; nothing but Ctrl-C stops it."""
     _note(found, "ending")
     try:
-        left = backend.down(terminal.say)
+        with signals_ignored():
+            left = backend.down(terminal.say)
     except KeyboardInterrupt:
         terminal.say(f"machines may still be there: `droppos down {found.name}` again")
         raise
