@@ -255,6 +255,9 @@ class Machines:
         self.did: list[str] = []
         self.phase_at_up: str | None = None
 
+    def place(self) -> Mapping[str, str]:
+        return {"account": "1", "region": "r"}
+
     def looks(self, recipe: Recipe) -> Sequence[Look]:
         return [Look("machines", lambda: "some")]
 
@@ -345,6 +348,7 @@ def test_what_was_started_is_taken_back_if_the_job_is_not_handed_over(
     assert machines.phase_at_up == "starting"  # written before anything could cost money
     kept = record.find("vit")
     assert kept is not None and kept.phase == "ended" and "$0.25" in kept.costs
+    assert kept.place == {"on": "aws", "account": "1", "region": "r"}  # for `down`
 
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
@@ -424,6 +428,19 @@ def test_a_name_that_has_machines_is_not_launched_again(clone: Path) -> None:
     assert machines.did == [] and person.checks == []
 
 
+@pytest.mark.parametrize("other", [{"on": "kube"}, {"account": "2"}, {"region": "s"}])
+def test_a_launch_elsewhere_does_not_take_a_kept_clusters_name(
+    clone: Path, other: Mapping[str, str]
+) -> None:
+    there = Record(name="vit", on="aws", account="1", region="r", keep=True)
+    kept = record.begin(replace(there, **other)).at("up")
+    machines, person = Machines(), Person()
+    said = rf"{next(iter(other.values()))}.*another place.*droppos down vit"
+    with pytest.raises(ConfigError, match=said):
+        launch(machines, person, clone)
+    assert machines.did == [] and record.find("vit") == kept
+
+
 def test_down_asks_while_a_job_may_run_and_says_what_is_left() -> None:
     begun = record.begin(Record(name="vit", on="aws")).at("submitted", job="vit")
     no = Person(answer=False)
@@ -469,7 +486,30 @@ def test_a_launch_is_found_by_its_record_or_by_where_it_is_said_to_be() -> None:
     assert other.on == "http://10.0.0.5:8265" and isinstance(backend, Standing)
     begun = record.begin(Record(name="vit", on="http://here:8265"))
     assert found("vit", On())[0] == begun
-    assert found("vit", On(on="http://here:8265"))[0] == begun
+    assert found("vit", On(on="here"))[0] == begun
+
+
+def test_another_place_than_the_records_is_refused_until_that_launch_has_ended() -> None:
+    begun = record.begin(Record(name="vit", on="aws", region="r", account="1", stack="s")).at("up")
+    assert found("vit", On(on="aws", region="r", stack="s"))[0] == begun
+    for other in (On(on="kube"), On(region="q"), On(stack="droppos"), On(namespace="n")):
+        with pytest.raises(ConfigError, match=r"vit .* on aws, account 1, region r, stack s; .*"):
+            found("vit", other)
+    ended = begun.at("ended")
+    elsewhere, _ = found("vit", On(on="kube", namespace="n"))
+    assert elsewhere.place == {"on": "kube", "namespace": "n"}
+    machines = Machines()
+    machines.place = lambda: {}
+    assert flow.down(elsewhere, machines, Person().terminal) == 0 and machines.did == ["down"]
+    assert record.find("vit") == ended  # its own record is left as it is
+
+
+def test_what_a_later_launch_wrote_is_left_to_it() -> None:
+    earlier = record.begin(Record(name="vit", on="aws")).at("submitted")
+    earlier.at("ended")
+    later = record.begin(Record(name="vit", on="aws")).at("submitted")
+    assert flow.down(earlier, Machines(), Person().terminal) == 0
+    assert record.find("vit") == later
 
 
 @pytest.mark.parametrize("name", ["", "Vit", "a_b", "-a", "a-", "9a", "a" * 51, "a/b"])
