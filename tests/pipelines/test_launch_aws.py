@@ -15,14 +15,16 @@ from botocore.stub import ANY, Stubber
 
 from droppos.config import Compute, Optim
 from droppos.errors import ConfigError
-from pipelines.launch import clusterfile, mlflow_login, record
+from pipelines.launch import clusterfile, flow, mlflow_login, places, record
 from pipelines.launch.account import Account
 from pipelines.launch.aws import Aws
 from pipelines.launch.check import Check, Look, Note, Wrong, look
 from pipelines.launch.fleet import Fleet
+from pipelines.launch.on import On
 from pipelines.launch.prices import on_demand_price, spot_price
 from pipelines.launch.quotas import Use, check_quotas, family_of
 from pipelines.launch.record import Record
+from pipelines.launch.terminal import Terminal
 from pipelines.launch.token import ensure_token_file, token_file
 from pipelines.recipe import Data, Recipe, Run
 from tests.cloud_account import (
@@ -411,8 +413,37 @@ def test_machines_of_the_name_that_were_not_kept_are_left_alone(
     _run("studio-vit", "head")
     check = looked(Aws(planned(source)), recipe)["name"]
     assert check.state == "wrong" and "droppos attach vit --on aws" in check.way_out
-    record.begin(planned(source, keep=True)).at("up")
+    kept = record.begin(planned(source, keep=True, region=REGION)).at("up")
     assert "were kept" in looked(Aws(planned(source)), recipe)["name"].found
+    for other in (kept.at("ended"), kept.at("up", account="1"), kept.at("up", region="eu-west-1")):
+        other.save()  # so what has the name now is a colleague's
+        assert looked(Aws(planned(source)), recipe)["name"].state == "wrong"
+
+
+def test_machines_are_not_looked_for_in_another_account(ready_account: str, source: Path) -> None:
+    """Where there are none, which is not to say that none is left."""
+    begun = record.begin(planned(source, region=REGION, account="999999999999")).at("submitted")
+    said: list[str] = []
+    speaking = Terminal(said.append, print, lambda question: True, print, print)
+    for command in (flow.down, flow.attach, flow.stop):
+        with pytest.raises(ConfigError, match=r"account 999999999999.*account 123456789012"):
+            command(begun, Aws(begun), speaking)
+    assert said == [] and record.find("vit") == begun
+    its_own = begun.at("submitted", account="123456789012")
+    assert flow.down(its_own, Aws(its_own), speaking) == 0
+
+
+def test_the_file_of_an_ended_launch_is_not_used_for_one_elsewhere(
+    ready_account: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = record.begin(planned(source)).at("ended")
+    record.write_private(ended.file("cluster.yaml"), "cluster_name: of-before\n")
+    monkeypatch.setattr(Aws, "_ray", lambda self, *command: pytest.fail("`ray` was run"))
+    asked, backend = places.found("vit", On(on="aws", stack=STACK))
+    left = _run("studio-vit", "worker")
+    speaking = Terminal(print, print, lambda question: True, print, print)
+    assert flow.down(asked, backend, speaking) == 0 and _state(left) == "terminated"
+    assert record.find("vit") == ended
 
 
 def test_what_cannot_be_ended_is_named(
