@@ -7,7 +7,7 @@ an answer tells by itself why it has none.
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -70,17 +70,26 @@ class Account:
         except NoRegionError as error:
             raise Wrong(str(error), "a region", "give --region, or set AWS_REGION") from error
 
+    @property
+    def number(self) -> str:
+        """Of the account that the credentials are of; raises Wrong as `identity`."""
+        return self._caller["Account"]
+
     def identity(self) -> str:
         """Tell who asks.
 
         Raises:
             Wrong: If nobody does, or the right to do so is over.
         """
+        return self._caller["Arn"]
+
+    @cached_property
+    def _caller(self) -> Mapping[str, str]:
         way_out = (
             "`aws sso login`, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
         try:
-            return self.client("sts").get_caller_identity()["Arn"]
+            return self.client("sts").get_caller_identity()
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise Wrong(str(error), "credentials of the account", way_out) from error
         except ClientError as error:

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipelines.launch.cost import Cost
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
-from pipelines.launch.record import Record, find, write_private
+from pipelines.launch.record import Record, is_kept, write_private
 from pipelines.launch.request import check_data, on_gpus
 from pipelines.launch.token import ensure_token_file, headers, read_token
 from pipelines.launch.tunnel import tunnel
@@ -46,10 +47,15 @@ class Aws:
     def __init__(self, record: Record, *, verbose: bool = False) -> None:
         """Take the launch's record; nothing is asked yet."""
         self._record, self._verbose = record, verbose
+        self._wrote_file = False  # another launch's may lie where this one's would
         filled = self._kept or {"provider": {}}
         region = record.region or filled["provider"].get("region")
         self._account = Account(region, record.stack or "droppos", record.mlflow_stack)
         self.where = f"AWS, stack {record.stack}"
+
+    def place(self) -> Mapping[str, str]:
+        """Spell out region, and account by who asks."""
+        return {"region": self._account.region, "account": self._account.number}
 
     # --- before it starts -------------------------------------------------------------------
 
@@ -94,6 +100,7 @@ class Aws:
             zones=account.zones,
             image=account.image,
             ami=None if parameter is None else account.ami(parameter),
+            ends_itself=not self._record.keep,
         )
         return clusterfile.fill(self._source, facts)
 
@@ -113,9 +120,8 @@ class Aws:
 
     def _is_free(self) -> str:
         """See that no machines have the cluster's name already, but those that we kept."""
-        before = find(self._record.name)
         there = self._machines(ALIVE)
-        if there and not (before and before.keep):
+        if there and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
                 f"{len(there)} machines of {self._name}, which this machine has not kept",
                 "none of that name",
@@ -180,6 +186,7 @@ class Aws:
         """Run `ray up` on the filled file."""
         file = self._record.file("cluster.yaml")
         write_private(file, clusterfile.to_yaml(self.filled))
+        self._wrote_file = True
         say(f"bringing the head of {self._name} up, in minutes; what is done: {self._log('up')}")
         code = self._ray("up", str(file), "--yes", "--no-config-cache")
         if code:
@@ -192,7 +199,7 @@ class Aws:
         first: it would start new ones.
         """
         file = self._record.file("cluster.yaml")
-        if file.exists():
+        if self._kept is not None or self._wrote_file:
             say(f"ending the machines of {self._name}; what is done: {self._log('down')}")
             if code := self._ray("down", str(file), "--yes"):
                 say(f"`ray down` ended with {code}; what it left is ended by its tag")
@@ -223,10 +230,11 @@ class Aws:
                     log.write(line)
                     log.flush()
                     if self._verbose:
-                        sys.stderr.buffer.write(line)
-                        sys.stderr.flush()
+                        with suppress(OSError):  # of a terminal that is gone
+                            sys.stderr.buffer.write(line)
+                            sys.stderr.flush()
             except KeyboardInterrupt:
-                running.terminate()  # a signal to this process alone has not reached it
+                running.kill()  # a signal to this process alone has not reached it
                 raise
         return running.returncode
 
@@ -273,7 +281,11 @@ class Aws:
         """Make the tunnel's command, for the head as it is now."""
         heads = self._machines(["running"], **{"ray-node-type": "head"})
         if not heads:
-            raise LaunchError(f"no head of {self._name} is running on {self.where}")
+            raise LaunchError(
+                f"no head of {self._name} is running on {self.where}; a launch without --keep ends "
+                "its machines by itself a quarter of an hour after its job, and leaves what that "
+                "said in the run's folder, in launches/"
+            )
         auth = self.filled["auth"]
         inside = self.filled["provider"].get("use_internal_ips", False)
         host = heads[0]["PrivateIpAddress" if inside else "PublicIpAddress"]

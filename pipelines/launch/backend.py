@@ -25,12 +25,22 @@ class Address:
 class Backend(Protocol):
     """Machines, and the way to the jobs API of the cluster on them."""
 
-    where: str
-    """What a person calls it."""
     remote: bool
     """Whether its machines are others than this one, so that they do not see its files."""
     mortal: bool
     """Whether the machines are started and ended by us."""
+
+    @property
+    def where(self) -> str:
+        """What a person calls it."""
+        ...
+
+    def place(self) -> Mapping[str, str]:
+        """Spell out what the flags left to this machine's settings: fields of the record.
+
+        The settings may be others by the time that the machines are to be ended.
+        """
+        ...
 
     def looks(self, recipe: Recipe) -> Sequence[Look]:
         """List what has to be right before `up`; each one may be done in its turn."""

@@ -25,7 +25,7 @@ from pipelines.launch.errors import LaunchError, LineLostError, TakenError
 from pipelines.launch.jobs import End, Job, Submission
 from pipelines.launch.record import Record
 from pipelines.launch.request import Request
-from pipelines.launch.terminal import Terminal
+from pipelines.launch.terminal import Terminal, signals_ignored
 
 HEAD_S = 300.0
 """Seconds that the jobs API of a cluster that has just come up has to answer."""
@@ -62,7 +62,7 @@ def launch(
         LaunchError: If machines failed; what was started has been ended, or is named.
     """
     asked.check()
-    record.check_free(planned.name)
+    record.check_free(planned)
     with tempfile.TemporaryDirectory() as made:
         asked = _looked(asked, backend, terminal, start, Path(made))
         cost = backend.cost()
@@ -70,7 +70,7 @@ def launch(
         if not terminal.ask(f"launch {planned.name} on {backend.where}?"):
             terminal.say("nothing was started")
             return End.FAILED.code
-        begun = record.begin(replace(planned, costs=cost.line))
+        begun = record.begin(replace(planned, costs=cost.line, **backend.place()))
         # Temporary files may be on another disk.
         package = Path(shutil.move(Path(made) / "package.zip", begun.file("package.zip")))
     with _taken_back(begun, backend, terminal):
@@ -90,6 +90,7 @@ def launch(
 
 def attach(found: Record, backend: Backend, terminal: Terminal) -> int:
     """Follow a launch's job again."""
+    _check_place(found, backend)
     return _code(_follow(found, backend, terminal))
 
 
@@ -105,6 +106,7 @@ def stop(found: Record, backend: Backend, terminal: Terminal) -> int:
             jobs.ready(address, LOOK_S).stop(job.id)
             terminal.say(f"job {job.id} was asked to save and end; it has {jobs.STOP_S} s")
 
+    _check_place(found, backend)
     end = _follow(found, backend, terminal, first=ask)
     return 0 if end is End.STOPPED else _code(end)
 
@@ -115,6 +117,7 @@ def down(found: Record, backend: Backend, terminal: Terminal) -> int:
     Returns:
         0 if none is left; 1 otherwise.
     """
+    _check_place(found, backend)
     if backend.mortal and (running := _running(found, backend)):
         question = f"{running}; end the machines anyway? (`droppos stop {found.name}` saves first)"
         if not terminal.ask(question):
@@ -251,10 +254,11 @@ def _conclude(found: Record, backend: Backend, terminal: Terminal, job: Job) -> 
 
 
 def _end(found: Record, backend: Backend, terminal: Terminal) -> bool:
-    """End all machines, and say what is left."""
+    """End all machines, and say what is left; nothing but Ctrl-C stops it."""
     _note(found, "ending")
     try:
-        left = backend.down(terminal.say)
+        with signals_ignored():
+            left = backend.down(terminal.say)
     except KeyboardInterrupt:
         terminal.say(f"machines may still be there: `droppos down {found.name}` again")
         raise
@@ -270,9 +274,14 @@ def _end(found: Record, backend: Backend, terminal: Terminal) -> bool:
     return True
 
 
+def _check_place(found: Record, backend: Backend) -> None:
+    """See that this machine's settings lead to where the launch is: nothing is left elsewhere."""
+    found.check_place(backend.place(), "set AWS_PROFILE, or the credentials, to those of its own")
+
+
 def _note(found: Record, phase: record.Phase) -> None:
     """Write how far a launch has come; nothing for one that another machine began."""
-    if found.folder.exists():
+    if found.is_on_disk():
         found.at(phase)
 
 
@@ -302,7 +311,7 @@ def _left(found: Record, backend: Backend) -> str:
 @contextmanager
 def _kept(found: Record, show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     """Keep the job's output on this machine, for its head's copy goes with the head."""
-    if not found.folder.exists():
+    if not found.is_on_disk():
         yield show
         return
     with found.file("job.log").open("w") as log:

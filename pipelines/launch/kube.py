@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pipelines.launch.cost import Cost, Kind
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import describe
 from pipelines.launch.manifest import Manifest
-from pipelines.launch.record import Record, find, write_private
+from pipelines.launch.record import Record, is_kept, write_private
 from pipelines.launch.request import check_data, on_gpus
 from pipelines.launch.token import headers
 from pipelines.launch.tunnel import tunnel
@@ -49,7 +50,16 @@ class Kube:
     def __init__(self, record: Record) -> None:
         """Take the launch's record; nothing is asked yet."""
         self._record = record
-        self.where = f"Kubernetes, context {record.context or 'current'}"
+
+    @property
+    def where(self) -> str:
+        """What a person calls it."""
+        return f"Kubernetes, context {self._context or 'none'}"
+
+    def place(self) -> Mapping[str, str]:
+        """Spell out context and namespace."""
+        context = {"context": self._context} if self._context else {}
+        return {**context, "namespace": self._namespace}
 
     # --- before it starts -------------------------------------------------------------------
 
@@ -78,7 +88,7 @@ class Kube:
             except OSError as error:
                 raise ConfigError(
                     f"{source} cannot be read ({error.strerror}); run this in the clone, or give "
-                    "--cluster"
+                    "--cluster (or, for a cluster that is there, --namespace)"
                 ) from error
         return manifest.read(text, str(source), self._record.name, self._record.namespace)
 
@@ -115,9 +125,9 @@ class Kube:
 
     def _is_free(self) -> str:
         """See that there is no cluster of the launch's name, but one that we kept."""
-        before, name = find(self._record.name), self._record.name
+        name = self._record.name
         there = self._kubectl("get", CLUSTERS, name, "--ignore-not-found", "--output=name")
-        if there.strip() and not (before and before.keep):
+        if there.strip() and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
                 f"a RayCluster {name} in {self._namespace}, that this machine has not kept",
                 "none of that name",
@@ -249,30 +259,33 @@ class Kube:
 
     # --- kubectl ----------------------------------------------------------------------------
 
-    @property
+    @cached_property
+    def _context(self) -> str | None:
+        """The context, asked for once: it may be changed while a job runs.
+
+        None where there is none, as in a pod that kubectl takes its rights from.
+        """
+        if self._record.context is not None:
+            return self._record.context
+        return _run(["kubectl", "config", "current-context"]).stdout.strip() or None
+
+    @cached_property
     def _namespace(self) -> str:
-        return self._record.namespace or self._manifest.namespace or "default"
+        """The record's, the manifest's, or the context's, as kubectl itself would take it."""
+        if named := self._record.namespace or self._manifest.namespace:
+            return named
+        view = ("config", "view", "--minify", "--output=jsonpath={..namespace}")
+        return self._run(*view, anywhere=True).stdout.strip() or "default"
 
     def _command(self, *words: str, anywhere: bool = False) -> list[str]:
-        context = [f"--context={self._record.context}"] if self._record.context else []
+        context = [f"--context={self._context}"] if self._context else []
         space = [] if anywhere else [f"--namespace={self._namespace}"]
         return ["kubectl", *context, *space, *words]
 
     def _run(
         self, *words: str, anywhere: bool = False, given: str = ""
     ) -> "subprocess.CompletedProcess[str]":
-        try:
-            return subprocess.run(
-                self._command(*words, anywhere=anywhere),
-                input=given,
-                capture_output=True,
-                text=True,
-                timeout=ANSWER_S,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"kubectl {words[0]} did not end within {ANSWER_S:.0f} s") from error
-        except FileNotFoundError as error:
-            raise LaunchError("kubectl is not on this machine's PATH; install it") from error
+        return _run(self._command(*words, anywhere=anywhere), given)
 
     def _kubectl(self, *words: str, anywhere: bool = False, given: str = "") -> str:
         """Run it.
@@ -285,3 +298,15 @@ class Kube:
             said = done.stderr.strip() or done.stdout.strip()
             raise LaunchError(f"kubectl {' '.join(words[:3])}: {said[-1000:]}")
         return done.stdout
+
+
+def _run(command: Sequence[str], given: str = "") -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=ANSWER_S
+        )
+    except subprocess.TimeoutExpired as error:
+        said = " ".join(command)
+        raise LaunchError(f"{said} did not end within {ANSWER_S:.0f} s") from error
+    except FileNotFoundError as error:
+        raise LaunchError("kubectl is not on this machine's PATH; install it") from error

@@ -17,8 +17,9 @@ class On:
     cluster: str | None = None
     """aws: file for Ray's cluster launcher; ./cluster.yaml when not given. kube: manifest with a
     RayCluster, or a folder for kustomize; ./infra/kuberay/base."""
-    stack: str = "droppos"
-    """aws: CloudFormation stack of the account, whose outputs fill the file."""
+    stack: str | None = None
+    """aws: CloudFormation stack of the account, whose outputs fill the file; droppos when not
+    given."""
     mlflow_stack: str | None = None
     """aws: stack of the team's MLflow server, if there is one."""
     region: str | None = None
@@ -26,6 +27,6 @@ class On:
     context: str | None = None
     """kube: context of kubectl; the current one when not given."""
     namespace: str | None = None
-    """kube: the context's when not given."""
+    """kube: the manifest's when not given; if it has none either, the context's."""
     verbose: Annotated[bool, tyro.conf.arg(aliases=["-v"])] = False
     """aws: show what `ray up` and `ray down` say; a file keeps it in any case."""

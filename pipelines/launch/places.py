@@ -1,5 +1,7 @@
 """The place that `--on` means, for a launch that begins and for one that is looked for."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from droppos.errors import ConfigError
@@ -9,7 +11,7 @@ from pipelines.launch.on import On
 from pipelines.launch.record import Record
 from pipelines.launch.standing import Standing, url_of
 
-CLUSTER_FILE, MANIFESTS = "cluster.yaml", "infra/kuberay/base"
+CLUSTER_FILE, MANIFESTS, STACK = "cluster.yaml", "infra/kuberay/base", "droppos"
 
 
 def planned(name: str, on: On, *, keep: bool) -> tuple[Record, Backend]:
@@ -19,18 +21,15 @@ def planned(name: str, on: On, *, keep: bool) -> tuple[Record, Backend]:
         ConfigError: If name or place are impossible.
     """
     record.check_name(name)
-    where = on.on or "aws"
-    made = Record(
-        name=name,
-        on=where if where in ("aws", "kube") else url_of(where),
-        keep=keep,
-        region=on.region,
-        stack=on.stack,
-        mlflow_stack=on.mlflow_stack,
-        context=on.context,
-        namespace=on.namespace,
-        source=str(Path(on.cluster or _usual(where)).expanduser().absolute()),
-    )
+    where = _spelt(on.on or "aws")
+    source = Path(on.cluster or _usual(where)).expanduser().absolute()
+    made = Record(name=name, on=where, keep=keep, source=str(source))
+    if where == "aws":
+        made = replace(
+            made, region=on.region, stack=on.stack or STACK, mlflow_stack=on.mlflow_stack
+        )
+    elif where == "kube":
+        made = replace(made, context=on.context, namespace=on.namespace)
     return made, backend_of(made, verbose=on.verbose)
 
 
@@ -41,17 +40,37 @@ def found(name: str, on: On) -> tuple[Record, Backend]:
         ConfigError: If nothing is known of it.
     """
     kept = record.find(name)
-    if on.on is not None:
-        asked, backend = planned(name, on, keep=False)
-        if kept is None or kept.on != asked.on:
-            return asked, backend
+    if on.on is not None and (kept is None or kept.phase == "ended"):
+        return planned(name, on, keep=False)
     if kept is None:
         known = ", ".join(each.name for each in record.all_records()) or "none"
         raise ConfigError(
             f"this machine knows of no launch {name} (it knows of {known}); say where it is: "
             "--on aws --stack STACK, --on kube or --on ADDRESS"
         )
+    kept.check_place(
+        _said(on),
+        "leave those flags out to mean that launch; with DROPPOS_HOME set to another folder, "
+        "another one is found",
+    )
     return kept, backend_of(kept, verbose=on.verbose)
+
+
+def _said(on: On) -> Mapping[str, str]:
+    """Take what a person said of the place; some of it is said of one kind of place only."""
+    fields = {name: getattr(on, name) for name in ("region", "stack", "context", "namespace")}
+    said = {name: value for name, value in fields.items() if value is not None}
+    if on.on is not None:
+        said["on"] = _spelt(on.on)
+    elif said.keys() & {"region", "stack"}:
+        said["on"] = "aws"
+    elif said:
+        said["on"] = "kube"
+    return said
+
+
+def _spelt(on: str) -> str:
+    return on if on in ("aws", "kube") else url_of(on)
 
 
 def backend_of(made: Record, *, verbose: bool = False) -> Backend:

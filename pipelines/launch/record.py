@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,8 @@ from typing import Literal
 from droppos.errors import ConfigError
 
 Phase = Literal["starting", "up", "submitted", "ending", "ended"]
+PLACE = ("on", "account", "region", "stack", "context", "namespace")
+"""Fields that say where a launch is; another place may have a cluster of the same name."""
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
 """Of a launch: it becomes a cluster's name, a Kubernetes object's and a tag."""
 
@@ -42,6 +44,8 @@ class Record:
     region: str | None = None
     stack: str | None = None
     mlflow_stack: str | None = None
+    account: str | None = None
+    """Number of AWS's account."""
     context: str | None = None
     """Of kubectl."""
     namespace: str | None = None
@@ -54,13 +58,39 @@ class Record:
 
     @property
     def again(self) -> bool:
-        """Whether another launch may take its name: nothing is left, or a cluster that was kept."""
-        return self.phase == "ended" or (self.keep and self.phase == "up")
+        """Whether its cluster was kept, and another launch may run on it."""
+        return self.keep and self.phase == "up"
 
     @property
     def folder(self) -> Path:
         """Where it is kept."""
         return home() / self.name
+
+    @property
+    def place(self) -> Mapping[str, str]:
+        """Where it is, as far as it is known."""
+        return {name: value for name in PLACE if (value := getattr(self, name)) is not None}
+
+    def may_be_at(self, said: Mapping[str, str]) -> bool:
+        """Tell whether nothing that is known of its place speaks against it."""
+        return all(self.place.get(name, value) == value for name, value in said.items())
+
+    def check_place(self, said: Mapping[str, str], way_out: str) -> None:
+        """Refuse another place than the launch's.
+
+        Raises:
+            ConfigError: Naming both.
+        """
+        if not self.may_be_at(said):
+            raise ConfigError(
+                f"the launch {self.name} of this machine is at {_listed(self.place)}; "
+                f"this would be another place, {_listed(said)}; {way_out}"
+            )
+
+    def is_on_disk(self) -> bool:
+        """Tell whether this machine keeps it: not one that another began, or a later one."""
+        kept = find(self.name)
+        return kept is not None and kept.started == self.started
 
     def file(self, name: str) -> Path:
         """Name a file beside it."""
@@ -88,30 +118,40 @@ def begin(record: Record) -> Record:
     Raises:
         ConfigError: If one of this name is there, and still has a job or machines.
     """
-    check_free(record.name)
+    check_free(record)
     home().mkdir(parents=True, exist_ok=True, mode=0o700)
-    before = find(record.name)
-    if before is not None and before.phase == "ended":
-        shutil.rmtree(before.folder)  # another head has another key, another file, another log
+    if not is_kept(record) and record.folder.exists():
+        shutil.rmtree(record.folder)  # another head has another key, another file, another log
     record.folder.mkdir(mode=0o700, exist_ok=True)
     record = replace(record, started=time.time())
     record.save()
     return record
 
 
-def check_free(name: str) -> None:
-    """Refuse a name that a launch of this machine still has.
+def check_free(planned: Record) -> None:
+    """Refuse a name that a launch of this machine still has, or keeps a cluster of elsewhere.
 
     Raises:
         ConfigError: With what may be done about it.
     """
-    before = find(name)
-    if before is not None and not before.again:
+    before, name = find(planned.name), planned.name
+    if before is None or before.phase == "ended":
+        return
+    if not before.again:
         raise ConfigError(
-            f"there is a launch {name} already, begun {age(before)} ago on {before.on}; "
-            f"`droppos attach {name}` follows it, `droppos down {name}` ends it, "
-            "--name takes another name"
+            f"there is a launch {name} already, begun {age(before)} ago at "
+            f"{_listed(before.place)}; `droppos attach {name}` follows it, `droppos down {name}` "
+            "ends it, --name takes another name"
         )
+    before.check_place(
+        planned.place, f"`droppos down {name}` ends what was kept there, --name takes another name"
+    )
+
+
+def is_kept(planned: Record) -> bool:
+    """Tell whether a launch is planned on a cluster that this machine has kept, at that place."""
+    before = find(planned.name)
+    return before is not None and before.again and before.may_be_at(planned.place)
 
 
 def find(name: str) -> Record | None:
@@ -147,6 +187,10 @@ def check_name(name: str) -> None:
             f"a launch's name has small letters, digits and dashes, at most 50, and begins with a "
             f"letter, got {name!r}; give one with --name"
         )
+
+
+def _listed(place: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in place.items())
 
 
 def age(record: Record) -> str:

@@ -38,6 +38,10 @@ class Standing:
         # path is believed: it is how a cluster on this machine is used.
         self.remote = urlsplit(self.url).hostname not in LOOPBACK
 
+    def place(self) -> Mapping[str, str]:
+        """Nothing beside its address."""
+        return {}
+
     def looks(self, recipe: Recipe) -> Sequence[Look]:
         """See whether it lets us in, and whether the data are there."""
         return [

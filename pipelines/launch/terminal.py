@@ -2,9 +2,10 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +16,9 @@ from pipelines.launch import check, cost
 from pipelines.launch.backend import Say
 from pipelines.launch.check import Check
 from pipelines.launch.cost import Cost
+
+CLOSING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals of a shell or a system that wants its programs to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,17 @@ def terminal(console: Console, *, yes: bool) -> Terminal:
     """
 
     def say(text: str) -> None:
-        console.print(f"[dim]·[/] {escape(text)}", highlight=False, soft_wrap=True)
+        with _gone_or_not():
+            console.print(f"[dim]·[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def show(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise  # who read it has left, so following it may end
+        except OSError:
+            pass
 
     def ask(question: str) -> bool:
         if yes:
@@ -53,28 +63,55 @@ def terminal(console: Console, *, yes: bool) -> Terminal:
             raise ConfigError(f"{question} Nobody can be asked here; say --yes to go on")
         return Confirm.ask(escape(question), console=console, default=False)
 
+    def tell_checks(checks: list[Check]) -> None:
+        with _gone_or_not():
+            console.print(check.table(checks), soft_wrap=False)
+
     def tell_cost(told: Cost) -> None:
         if told.kinds:
-            console.print(cost.table(told))
+            with _gone_or_not():
+                console.print(cost.table(told))
         say(told.line)
 
-    return Terminal(
-        say,
-        show,
-        ask,
-        lambda checks: console.print(check.table(checks), soft_wrap=False),
-        tell_cost,
-    )
+    return Terminal(say, show, ask, tell_checks, tell_cost)
+
+
+@contextmanager
+def _gone_or_not() -> Iterator[None]:
+    """Go on where nobody is left to hear it: machines are ended after the terminal has closed."""
+    # A closed terminal is an OSError; at a closed pipe rich leaves the program.
+    with suppress(OSError, SystemExit):
+        yield
 
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Take a closed terminal and SIGTERM for Ctrl-C, so that tunnels are ended and records kept."""
+    """Take a closed terminal and SIGTERM for Ctrl-C, so that tunnels are ended and records kept.
+
+    Only the first of them: a terminal that closes is told by the system and by its shell, and the
+    second must not stop what the first began. A signal that is ignored stays so, as under nohup.
+    """
 
     def interrupt(number: int, frame: object) -> None:
+        for each in heard:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGHUP)}
+    heard = [each for each in CLOSING if signal.getsignal(each) is not signal.SIG_IGN]
+    with _handled({each: interrupt for each in heard}):
+        yield
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Hear neither a closed terminal nor SIGTERM, nor do programs that are started; only Ctrl-C."""
+    with _handled(dict.fromkeys(CLOSING, signal.SIG_IGN)):
+        yield
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     try:
         yield
     finally:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from droppos.config import Compute
 from droppos.errors import ConfigError, DataError
@@ -30,7 +33,7 @@ from pipelines.launch.places import found, launch_name, planned
 from pipelines.launch.record import Record
 from pipelines.launch.request import Request
 from pipelines.launch.standing import Standing, url_of
-from pipelines.launch.terminal import Terminal
+from pipelines.launch.terminal import Terminal, signals_interrupt, terminal
 from pipelines.launch.tunnel import tunnel
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
@@ -252,6 +255,9 @@ class Machines:
         self.did: list[str] = []
         self.phase_at_up: str | None = None
 
+    def place(self) -> Mapping[str, str]:
+        return {"account": "1", "region": "r"}
+
     def looks(self, recipe: Recipe) -> Sequence[Look]:
         return [Look("machines", lambda: "some")]
 
@@ -342,6 +348,61 @@ def test_what_was_started_is_taken_back_if_the_job_is_not_handed_over(
     assert machines.phase_at_up == "starting"  # written before anything could cost money
     kept = record.find("vit")
     assert kept is not None and kept.phase == "ended" and "$0.25" in kept.costs
+    assert kept.place == {"on": "aws", "account": "1", "region": "r"}  # for `down`
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_machines_are_ended_though_nobody_is_left_to_be_told(
+    clone: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    end, ours = os.openpty() if kind == "terminal" else os.pipe()
+    machines = Machines(fails=KeyboardInterrupt())
+    planned = Record(name="vit", on="aws")
+    with os.fdopen(ours, "w", closefd=False) as gone, tempfile.TemporaryFile("w") as output:
+        monkeypatch.setattr(sys, "stdout", output)  # which rich closes for a broken pipe
+        told = terminal(Console(file=gone), yes=True)
+        os.close(end)
+        with pytest.raises(KeyboardInterrupt):
+            flow.launch(Request(recipe=RECIPE), machines, planned, told, start=clone)
+        monkeypatch.setattr(sys, "stdout", gone)
+        if kind == "terminal":
+            told.show("the job's output")
+        else:
+            with pytest.raises(BrokenPipeError):  # by which following ends
+                told.show("the job's output")
+        os.dup2(output.fileno(), ours)  # for what is left in buffers
+    os.close(ours)
+    assert machines.did == ["up", "down"]
+    kept = record.find("vit")
+    assert kept is not None and kept.phase == "ended"
+
+
+def test_only_ctrl_c_stops_the_ending_of_machines() -> None:
+    class Signalled(Machines):
+        def down(self, say: Say) -> list[str]:
+            for each in (signal.SIGHUP, signal.SIGTERM):
+                os.kill(os.getpid(), each)
+            return super().down(say)
+
+    begun = record.begin(Record(name="vit", on="aws"))
+    with signals_interrupt():
+        assert flow.down(begun, Signalled(), Person().terminal) == 0
+        with pytest.raises(KeyboardInterrupt):  # heard again
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # the shell's, after the system's
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_that_is_ignored_stays_so_as_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_cluster_that_is_to_be_kept_stays_even_then(clone: Path) -> None:
@@ -365,6 +426,19 @@ def test_a_name_that_has_machines_is_not_launched_again(clone: Path) -> None:
     with pytest.raises(ConfigError, match=r"a launch vit already.*attach.*down"):
         launch(machines, person, clone)
     assert machines.did == [] and person.checks == []
+
+
+@pytest.mark.parametrize("other", [{"on": "kube"}, {"account": "2"}, {"region": "s"}])
+def test_a_launch_elsewhere_does_not_take_a_kept_clusters_name(
+    clone: Path, other: Mapping[str, str]
+) -> None:
+    there = Record(name="vit", on="aws", account="1", region="r", keep=True)
+    kept = record.begin(replace(there, **other)).at("up")
+    machines, person = Machines(), Person()
+    said = rf"{next(iter(other.values()))}.*another place.*droppos down vit"
+    with pytest.raises(ConfigError, match=said):
+        launch(machines, person, clone)
+    assert machines.did == [] and record.find("vit") == kept
 
 
 def test_down_asks_while_a_job_may_run_and_says_what_is_left() -> None:
@@ -412,7 +486,30 @@ def test_a_launch_is_found_by_its_record_or_by_where_it_is_said_to_be() -> None:
     assert other.on == "http://10.0.0.5:8265" and isinstance(backend, Standing)
     begun = record.begin(Record(name="vit", on="http://here:8265"))
     assert found("vit", On())[0] == begun
-    assert found("vit", On(on="http://here:8265"))[0] == begun
+    assert found("vit", On(on="here"))[0] == begun
+
+
+def test_another_place_than_the_records_is_refused_until_that_launch_has_ended() -> None:
+    begun = record.begin(Record(name="vit", on="aws", region="r", account="1", stack="s")).at("up")
+    assert found("vit", On(on="aws", region="r", stack="s"))[0] == begun
+    for other in (On(on="kube"), On(region="q"), On(stack="droppos"), On(namespace="n")):
+        with pytest.raises(ConfigError, match=r"vit .* on aws, account 1, region r, stack s; .*"):
+            found("vit", other)
+    ended = begun.at("ended")
+    elsewhere, _ = found("vit", On(on="kube", namespace="n"))
+    assert elsewhere.place == {"on": "kube", "namespace": "n"}
+    machines = Machines()
+    machines.place = lambda: {}
+    assert flow.down(elsewhere, machines, Person().terminal) == 0 and machines.did == ["down"]
+    assert record.find("vit") == ended  # its own record is left as it is
+
+
+def test_what_a_later_launch_wrote_is_left_to_it() -> None:
+    earlier = record.begin(Record(name="vit", on="aws")).at("submitted")
+    earlier.at("ended")
+    later = record.begin(Record(name="vit", on="aws")).at("submitted")
+    assert flow.down(earlier, Machines(), Person().terminal) == 0
+    assert record.find("vit") == later
 
 
 @pytest.mark.parametrize("name", ["", "Vit", "a_b", "-a", "a-", "9a", "a" * 51, "a/b"])

@@ -16,7 +16,7 @@ from pipelines.launch import manifest
 from pipelines.launch.check import Check, Look, Wrong, look
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.kube import Kube
-from pipelines.launch.record import Record
+from pipelines.launch.record import Record, begin
 from pipelines.recipe import Data, Recipe, Run
 from tests.kube_api import KubeApi, kube_api
 
@@ -158,6 +158,51 @@ def test_a_pod_that_stays_is_named(
     assert backend(source).down(print) == ["pod/vit-gpu-x"]
 
 
+def test_a_cluster_is_ended_where_it_was_made_whatever_has_changed_since(
+    api: KubeApi, source: Path, tmp_path: Path
+) -> None:
+    made = backend(source)
+    made.up(print)
+    assert made.place() == {"context": "team", "namespace": "droppos"}
+    config = tmp_path / "kubeconfig"
+    config.write_text(config.read_text().replace("current-context: team", "current-context: my"))
+    assert made._forward(1)[1] == "--context=team"  # in mid-launch, too
+    source.unlink()
+    later = backend(source, phase="submitted", **made.place())
+    assert later.down(print) == [] and not api.named("RayCluster")
+    with pytest.raises(ConfigError, match="--namespace"):
+        backend(source).down(print)
+
+
+def test_without_a_namespace_in_the_manifest_the_contexts_is_taken(
+    api: KubeApi, source: Path, tmp_path: Path
+) -> None:
+    source.write_text(source.read_text().replace("namespace: droppos", "annotations: {}"))
+    assert backend(source).place()["namespace"] == "default"
+    config = tmp_path / "kubeconfig"
+    config.write_text(
+        config.read_text()
+        .replace("cluster: team,", "")
+        .replace("    cluster: team\n", "    cluster: team\n    namespace: mine\n")
+    )
+    assert backend(source).place()["namespace"] == "mine"
+
+
+def test_only_a_cluster_that_was_kept_here_is_taken_for_ours(api: KubeApi, source: Path) -> None:
+    backend(source).up(print)
+    kept = begin(Record(name="vit", on="kube", keep=True, context="team", namespace="droppos"))
+
+    def state() -> str:
+        return looked(backend(source))["name"].state
+
+    kept.at("ended")
+    assert state() == "wrong"
+    kept.at("up", namespace="another")
+    assert state() == "wrong"
+    kept.at("up")
+    assert state() == "ok"
+
+
 def test_another_namespace_takes_the_cluster_alone(api: KubeApi, source: Path) -> None:
     backend(source, namespace="mine").up(print)
     assert list(api.objects) == ["/apis/ray.io/v1/namespaces/mine/rayclusters/vit"]
@@ -173,7 +218,7 @@ def test_the_token_that_kuberay_made_is_read_and_the_heads_service_is_forwarded(
     api.answer("POST", "/api/v1/namespaces/droppos/secrets", made)
     assert kube._token() == "of the cluster"
     words = ["port-forward", "service/vit-head-svc", "4711:8265"]
-    assert kube._forward(4711) == ["kubectl", "--namespace=droppos", *words]
+    assert kube._forward(4711) == ["kubectl", "--context=team", "--namespace=droppos", *words]
     kube.down(print)
     with pytest.raises(LaunchError, match="not found"), kube.address():
         pass

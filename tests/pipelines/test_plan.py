@@ -232,7 +232,7 @@ def test_without_a_choice_the_clusters_machines_are_taken(
 ) -> None:
     assert choice(recipe, Question()).source == "those of cluster.yaml"
     names = [each.name for each in choice(recipe, Question()).training]
-    assert names == ["g6e.2xlarge"]
+    assert names == ["g6e.12xlarge", "g6e.2xlarge"]
     monkeypatch.chdir(tmp_path)
     assert len(choice(recipe, Question()).training) > 3
     Path("cluster.yaml").write_text("available_node_types: {head: {}}")
