@@ -33,8 +33,11 @@ CLUSTER_TAG = "tag:ray-cluster-name"
 """By which Ray finds its machines again."""
 ALIVE = ("pending", "running", "stopping", "stopped")
 """States of a machine that is paid for, or whose disk is."""
+GOING = "shutting-down"
+"""State of one that has been ended; a head may still ask for machines in it."""
+HEAD = {"ray-node-type": "head"}
 PORT = 8265
-TERMINATE_S = 300.0
+TERMINATE_S = 600.0
 """Seconds that machines have to end."""
 LOOK_AGAIN_S = 3.0
 
@@ -119,7 +122,7 @@ class Aws:
 
     def _is_free(self) -> str:
         """See that no machines have the cluster's name already, but those that we kept."""
-        there = self._machines(ALIVE)
+        there = self._left()
         if there and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
                 f"{len(there)} machines of {self._name}, which this machine has not kept",
@@ -203,11 +206,24 @@ class Aws:
             if code := self._ray("down", str(file), "--yes"):
                 say(f"`ray down` ended with {code}; what it left is ended by its tag")
         until = time.monotonic() + TERMINATE_S
-        while (left := self._machines(ALIVE)) and time.monotonic() < until:
-            heads = [each for each in left if _tag(each, "ray-node-type") == "head"]
-            self._terminate(heads or left)
+        left = self._end_tagged(until)
+        if not left:
+            time.sleep(LOOK_AGAIN_S)  # what a head asked for last is seen some time after
+            left = self._end_tagged(until)
+        return [f"{each['InstanceId']} ({_state(each)})" for each in left]
+
+    def _end_tagged(self, until: float) -> list[Any]:
+        """End what has the cluster's tag; gives what is left at a time of the monotonic clock."""
+        while left := self._left():
+            self._terminate([each for each in left if _state(each) != GOING])
+            if time.monotonic() > until:
+                break
             time.sleep(LOOK_AGAIN_S)
-        return [f"{each['InstanceId']} ({each['State']['Name']})" for each in left]
+        return left
+
+    def _left(self) -> list[Any]:
+        """Find the head until it has gone, for it starts others anew; then the others."""
+        return self._machines((*ALIVE, GOING), **HEAD) or self._machines(ALIVE)
 
     def _ray(self, *command: str) -> int:
         """Run one of Ray's commands; it says what it does to a file, and here if asked to."""
@@ -261,6 +277,8 @@ class Aws:
 
     def _terminate(self, machines: Sequence[Any]) -> None:
         ids = [each["InstanceId"] for each in machines]
+        if not ids:
+            return
         ec2 = self._account.client("ec2")
         asked(
             lambda: ec2.terminate_instances(InstanceIds=ids),
@@ -278,7 +296,7 @@ class Aws:
 
     def _tunnel_command(self, port: int) -> list[str]:
         """Make the tunnel's command, for the head as it is now."""
-        heads = self._machines(["running"], **{"ray-node-type": "head"})
+        heads = self._machines(["running"], **HEAD)
         if not heads:
             raise LaunchError(f"no head of {self._name} is running on {self.where}")
         auth = self.filled["auth"]
@@ -307,8 +325,8 @@ class Aws:
         ]
 
 
-def _tag(machine: Mapping[str, Any], name: str) -> str:
-    return next((tag["Value"] for tag in machine.get("Tags", []) if tag["Key"] == name), "")
+def _state(machine: Mapping[str, Any]) -> str:
+    return machine["State"]["Name"]
 
 
 def _last_lines(log: Path) -> str:

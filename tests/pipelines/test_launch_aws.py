@@ -12,6 +12,8 @@ import boto3
 import pytest
 import yaml
 from botocore.stub import ANY, Stubber
+from moto.core.models import DEFAULT_ACCOUNT_ID as ACCOUNT_ID
+from moto.ec2.models import ec2_backends
 
 from droppos.config import Compute, Optim
 from droppos.errors import ConfigError
@@ -400,6 +402,34 @@ def test_down_ends_all_machines_of_the_cluster_and_no_others(
     assert Aws(planned(source, phase="submitted")).down(said.append) == []
     assert {_state(each) for each in [*ours, stopped]} == {"terminated"}
     assert {_state(each) for each in others} == {"running"}
+
+
+def test_what_a_head_starts_while_it_is_shutting_down_is_ended_too(
+    ready_account: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EC2 takes its time; in moto a machine is terminated at once."""
+    head = _run("studio-vit", "head")
+    state = ec2_backends[ACCOUNT_ID][REGION].get_instance(head)._state
+    state.name, state.code = "shutting-down", 32
+    seen: list[tuple[str, list[str]]] = []
+    started: list[str] = []
+
+    def passes(seconds: float) -> None:
+        seen.append((_state(head), [_state(each) for each in started]))
+        if len(seen) in (1, 4):
+            started.append(_run("studio-vit", "worker"))
+        if len(seen) == 2:
+            state.name, state.code = "terminated", 48
+
+    monkeypatch.setattr("pipelines.launch.aws.time.sleep", passes)
+    assert Aws(planned(source)).down(print) == []
+    assert [_state(each) for each in started] == ["terminated"] * 2
+    assert seen[:4] == [
+        ("shutting-down", []),
+        ("shutting-down", ["running"]),  # which goes after the head
+        ("terminated", ["terminated"]),
+        ("terminated", ["terminated"]),  # nothing is left: it is looked once more
+    ]
 
 
 def test_machines_of_the_name_that_were_not_kept_are_left_alone(
