@@ -22,6 +22,7 @@ from pipelines.launch.check import Look, Wrong
 from pipelines.launch.cost import Cost
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
+from pipelines.launch.jobs import ready
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, is_kept, write_private
 from pipelines.launch.request import check_data, on_gpus
@@ -35,7 +36,10 @@ ALIVE = ("pending", "running", "stopping", "stopped")
 """States of a machine that is paid for, or whose disk is."""
 GOING = "shutting-down"
 """State of one that has been ended; a head may still ask for machines in it."""
+RUNNING = ("pending", "running")
 HEAD = {"ray-node-type": "head"}
+JOBS_S = 20.0
+"""Seconds that a kept head has to tell of its jobs."""
 PORT = 8265
 TERMINATE_S = 600.0
 """Seconds that machines have to end."""
@@ -77,6 +81,7 @@ class Aws:
             Look("cluster file", self._check_file, after=(*here, "image")),
             Look("ssh", self._check_key),
             Look("token", ensure_token_file),
+            Look("jobs", self._is_idle, after=("name", "cluster file", "ssh", "token")),
             Look("recipe's fit", lambda: fleet.describe(self._fleet.fit(recipe))),
             Look("machine types", lambda: account.offered(self._fleet.types), after=here),
             Look("quota", partial(self._check_quotas, recipe), after=(*here, "recipe's fit")),
@@ -132,6 +137,29 @@ class Aws:
             )
         return f"{self._name}, " + ("whose machines were kept" if there else "new")
 
+    def _is_idle(self) -> str:
+        """See that nothing runs on a cluster that was kept: it ends with the launch that is new."""
+        name = self._record.name
+        if not self._machines(RUNNING, **HEAD):
+            return "none, as there is no head"
+        try:
+            with self.address() as address:
+                running = ready(address, JOBS_S).running()
+        except LaunchError as error:
+            raise Wrong(
+                f"the kept head does not tell of its jobs: {error}",
+                "a cluster that can be used again",
+                f"`droppos down {name}` ends it, and a new one is launched",
+            ) from error
+        if running:
+            raise Wrong(
+                f"{', '.join(running)}, still running on the cluster that was kept",
+                "none",
+                f"`droppos attach {name} --on aws` follows {name}'s; wait for it, or take another "
+                "--name",
+            )
+        return "none runs on the cluster that was kept"
+
     def _check_file(self) -> str:
         if left := clusterfile.unfilled(self.filled):
             raise Wrong(
@@ -185,12 +213,14 @@ class Aws:
     # --- up and down ------------------------------------------------------------------------
 
     def up(self, say: Say) -> None:
-        """Run `ray up` on the filled file."""
+        """Run `ray up` on the filled file; on a cluster that was kept, Ray and its jobs go on."""
         file = self._record.file("cluster.yaml")
         write_private(file, clusterfile.to_yaml(self.filled))
         self._wrote_file = True
         say(f"bringing the head of {self._name} up, in minutes; what is done: {self._log('up')}")
-        code = self._ray("up", str(file), "--yes", "--no-config-cache")
+        # Without it Ray is stopped on a head that stands, with all that runs there.
+        kept = ["--no-restart"] if self._machines(RUNNING, **HEAD) else []
+        code = self._ray("up", str(file), "--yes", "--no-config-cache", *kept)
         if code:
             raise LaunchError(f"`ray up` ended with {code}: {_last_lines(self._log('up'))}")
 

@@ -178,6 +178,16 @@ class Jobs:
                 ) from refused
             raise
 
+    def running(self) -> list[str]:
+        """Name all jobs that may still do something, whoever submitted them."""
+        with _answers(self._address):
+            there = self._client.list_jobs()
+        return [
+            each.submission_id or each.job_id or "one without a name"
+            for each in there
+            if not each.status.is_terminal()
+        ]
+
     def newest(self, name: str) -> Job | None:
         """Find the last job of a launch."""
         with _answers(self._address):

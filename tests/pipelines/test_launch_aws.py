@@ -2,14 +2,18 @@
 
 import json
 import stat
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+import ray
 import yaml
 from botocore.stub import ANY, Stubber
 from moto.core.models import DEFAULT_ACCOUNT_ID as ACCOUNT_ID
@@ -20,6 +24,7 @@ from droppos.errors import ConfigError
 from pipelines.launch import clusterfile, flow, mlflow_login, places, record
 from pipelines.launch.account import Account
 from pipelines.launch.aws import Aws
+from pipelines.launch.backend import Address
 from pipelines.launch.check import Check, Look, Note, Wrong, look
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.on import On
@@ -122,7 +127,9 @@ def test_an_empty_account_is_told_all_it_lacks_at_once(
     assert checks["ssh"].state == "wrong" and "ssh-keygen" in checks["ssh"].way_out
     assert "run.workers to" in checks["recipe's fit"].way_out
     left_out = {what for what, check in checks.items() if check.state == "left out"}
-    assert left_out == {"name", "bucket", "image", "cluster file", "machine types", "quota"}
+    assert left_out == {
+        *("name", "bucket", "image", "cluster file", "jobs", "machine types", "quota")
+    }
 
 
 def test_a_type_that_no_zone_offers_is_named(
@@ -469,6 +476,62 @@ def test_the_file_of_an_ended_launch_is_not_used_for_one_elsewhere(
     speaking = Terminal(print, print, lambda question: True, print, print)
     assert flow.down(asked, backend, speaking) == 0 and _state(left) == "terminated"
     assert record.find("vit") == ended
+
+
+@contextmanager
+def jobs_api(jobs: dict[str, str]) -> Iterator[Address]:
+    """As much of a head as says which jobs it has, by their states."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            told: Any = {"ray_version": ray.__version__}
+            if self.path == "/api/jobs/":
+                told = [
+                    {
+                        "type": "SUBMISSION",
+                        "submission_id": name,
+                        "status": state,
+                        "entrypoint": "x",
+                    }
+                    for name, state in jobs.items()
+                ]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(told).encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Address(f"http://127.0.0.1:{server.server_port}")
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_kept_cluster_is_used_again_when_it_is_idle_and_its_ray_goes_on(
+    ready_account: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = {"vit": "SUCCEEDED", "theirs": "RUNNING"}
+    monkeypatch.setattr(Aws, "address", lambda self: jobs_api(jobs))  # in place of ssh
+    monkeypatch.setattr("pipelines.launch.aws.JOBS_S", 0.0)
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Aws, "_ray", lambda self, *command: ran.append(command))
+    assert "no head" in Aws(planned(source))._is_idle()
+    record.begin(planned(source, keep=True)).at("up")
+    Aws(planned(source)).up(print)
+    assert "--no-restart" not in ran[-1]
+    _run("studio-vit", "head")
+    with pytest.raises(Wrong, match="theirs, still running"):
+        Aws(planned(source))._is_idle()
+    jobs["theirs"] = "STOPPED"
+    assert "none runs" in Aws(planned(source))._is_idle()
+    Aws(planned(source)).up(print)
+    assert "--no-restart" in ran[-1]
+    gone = Address("http://127.0.0.1:9")
+    monkeypatch.setattr(Aws, "address", lambda self: nullcontext(gone))
+    with pytest.raises(Wrong, match="droppos down vit"):
+        Aws(planned(source))._is_idle()
 
 
 def test_what_cannot_be_ended_is_named(
