@@ -366,7 +366,7 @@ def _answers(address: Address) -> Iterator[None]:
         why = "refuses the token of this machine" if address.headers else "wants a token"
         raise ConfigError(
             f"the cluster at {address.url} {why}; put the cluster's own into ~/.ray/auth_token, "
-            "or its file's name into RAY_AUTH_TOKEN_PATH"
+            "or its file's name into RAY_AUTH_TOKEN_PATH, and unset RAY_AUTH_TOKEN"
         ) from error
     except _RefusedError as error:
         # 404 and the like are answers; 5xx is a head, or its agent, that is not ready.

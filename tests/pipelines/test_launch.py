@@ -48,6 +48,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+KEYS = (
+    ".aws/credentials",
+    ".docker/config.json",
+    ".git-credentials",
+    ".kube/config",
+    ".mlflow/credentials",
+    ".netrc",
+    ".pgpass",
+    ".ray/auth_token",
+    ".ssh/id_ed25519",
+    "deploy/id_rsa",
+    "deploy/server.key",
+)
+"""Where tools keep what opens doors; it comes to lie in clones, too."""
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A git clone with what is sent, and with what must stay."""
@@ -62,6 +78,7 @@ def clone(tmp_path: Path) -> Path:
         "keys/droppos.pem": "PRIVATE",
         "droppos-runs/mlflow.db": "x",
         ".venv/bin/python": "x",
+        **dict.fromkeys(KEYS, "SECRET=1"),
     }.items():
         file = top / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +103,18 @@ def test_what_git_would_take_is_sent_and_secrets_stay(
         (clone / "ignored" / "data.bin").unlink()
     package = folder.pack(clone, tmp_path / "p.zip", Request(recipe=RECIPE).files)
     with zipfile.ZipFile(package.file) as archive:
-        assert set(archive.namelist()) == SENT
+        assert set(archive.namelist()) == (SENT if git else SENT - {".gitignore"})
+
+
+def test_a_folder_that_has_the_home_folder_is_not_sent(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(clone))
+    for top in (clone, tmp_path):
+        with pytest.raises(ConfigError, match="all your files"):
+            folder.pack(top, tmp_path / "p.zip", {})
+    assert not (tmp_path / "p.zip").exists()
+    folder.pack(clone / "pipelines", tmp_path / "p.zip", {})
 
 
 def test_the_clone_is_sent_from_anywhere_in_it(clone: Path) -> None:

@@ -32,7 +32,7 @@ from pipelines.launch.prices import on_demand_price, spot_price
 from pipelines.launch.quotas import Use, check_quotas, family_of
 from pipelines.launch.record import Record
 from pipelines.launch.terminal import Terminal
-from pipelines.launch.token import ensure_token_file, token_file
+from pipelines.launch.token import ensure_token_file, read_token, token_file
 from pipelines.recipe import Data, Recipe, Run
 from tests.cloud_account import (
     AMI_PARAMETER,
@@ -54,7 +54,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This machine's own files: records, token, key."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DROPPOS_HOME", str(tmp_path / "droppos"))
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pipelines.launch.aws.LOOK_AGAIN_S", 0.1)
     key = tmp_path / ".ssh" / "droppos.pem"
     key.parent.mkdir()
@@ -589,6 +590,19 @@ def test_the_token_is_made_once_for_its_owner_alone(home: Path) -> None:
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         ensure_token_file()
+
+
+def test_requests_and_the_cluster_have_the_same_token_or_nothing_starts(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    ensure_token_file()
+    assert (home / ".ray" / "auth_token").read_text() == "a" * 64 == read_token()
+    ensure_token_file()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
+    with pytest.raises(ConfigError, match="unset it") as error:
+        ensure_token_file()
+    assert "b" * 64 not in str(error.value)
 
 
 def test_another_clouds_file_is_refused(source: Path) -> None:
