@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.launch import clusterfile, fleet, stack
+from pipelines.launch import clusterfile, fit, stack
 from pipelines.launch.account import Account, asked, needs_program
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
@@ -25,7 +25,7 @@ from pipelines.launch.fleet import Fleet
 from pipelines.launch.jobs import ready
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, is_kept, write_private
-from pipelines.launch.request import check_data, on_gpus
+from pipelines.launch.request import check_data
 from pipelines.launch.token import ensure_token_file, headers, read_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
@@ -82,7 +82,7 @@ class Aws:
             Look("ssh", self._check_key),
             Look("token", ensure_token_file),
             Look("jobs", self._is_idle, after=("name", "cluster file", "ssh", "token")),
-            Look("recipe's fit", lambda: fleet.describe(self._fleet.fit(recipe))),
+            Look("recipe's fit", lambda: fit.described(self._fleet.fit(recipe))),
             Look("machine types", lambda: account.offered(self._fleet.types), after=here),
             Look("quota", partial(self._check_quotas, recipe), after=(*here, "recipe's fit")),
         ]
@@ -192,11 +192,7 @@ class Aws:
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
         """Say cuda where the recipe says auto and GPUs come from zero."""
-        if recipe.compute.device == "auto" and self._fleet.has_gpus:
-            return on_gpus(recipe), [
-                "compute.device auto was made cuda: GPUs come only when they are asked for"
-            ]
-        return recipe, []
+        return fit.adapted(recipe, self._fleet.cluster)
 
     def job_env(self) -> Mapping[str, str]:
         """Tell jobs where the team's MLflow is; its password is on the head: mlflow_login.py."""

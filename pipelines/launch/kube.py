@@ -17,20 +17,19 @@ from typing import Any
 import yaml
 
 from droppos.errors import ConfigError
-from pipelines.launch import manifest
+from pipelines.launch import fit, manifest
 from pipelines.launch.account import needs_program
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
 from pipelines.launch.cost import Cost, Kind
 from pipelines.launch.errors import LaunchError
-from pipelines.launch.fleet import describe
 from pipelines.launch.manifest import Manifest
 from pipelines.launch.record import Record, is_kept, write_private
-from pipelines.launch.request import check_data, on_gpus
+from pipelines.launch.request import check_data
 from pipelines.launch.token import headers
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
-from pipelines.resources import Demand, Fit, solve
+from pipelines.resources import Fit
 
 CLUSTERS = "rayclusters.ray.io"
 PORT = 8265
@@ -74,7 +73,7 @@ class Kube:
             Look("rights", self._may_create, after=(*there, "KubeRay", "manifest")),
             Look("name", self._is_free, after=(*there, "KubeRay", "manifest")),
             Look("data", partial(check_data, recipe), after=("places",)),
-            Look("recipe's fit", lambda: describe(self._fit(recipe)), after=("manifest",)),
+            Look("recipe's fit", lambda: fit.described(self._fit(recipe)), after=("manifest",)),
         ]
 
     @cached_property
@@ -141,21 +140,11 @@ class Kube:
         return done.stdout.strip() == "yes"
 
     def _fit(self, recipe: Recipe) -> Fit:
-        demand = Demand.of(recipe, gpu=recipe.compute.device == "cuda")
-        try:
-            return solve(self._manifest.cluster, demand)
-        except ConfigError as error:
-            what, _, way_out = str(error).rpartition("; ")
-            raise Wrong(what, "a recipe that fits the manifest", way_out) from error
+        return fit.fitted(recipe, self._manifest.cluster, "the manifest")
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
         """Say cuda where the recipe says auto and GPUs come from zero."""
-        gpus = any(machine.gpus for machine in self._manifest.cluster.machines)
-        if recipe.compute.device == "auto" and gpus:
-            return on_gpus(recipe), [
-                "compute.device auto was made cuda: GPUs come only when they are asked for"
-            ]
-        return recipe, []
+        return fit.adapted(recipe, self._manifest.cluster)
 
     def job_env(self) -> Mapping[str, str]:
         """Nothing: the manifest's pods have what they need from a secret of the namespace."""
