@@ -26,8 +26,11 @@ class FitError(ConfigError):
     """A demand that a cluster cannot meet."""
 
     def __init__(self, found: str, way_out: str) -> None:
-        super().__init__(f"{found}; {way_out}")
+        super().__init__(found, way_out)  # as they are, or Ray could not send it
         self.found, self.way_out = found, way_out
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.way_out}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

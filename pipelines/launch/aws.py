@@ -130,7 +130,7 @@ class Aws:
         there = self._left()
         if there and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
-                f"{len(there)} machines of {self._name}, which this machine has not kept",
+                f"{', '.join(_named(there))} of {self._name}, which this machine has not kept",
                 "none of that name",
                 f"`droppos attach {self._record.name} --on aws` follows its job, `droppos down` "
                 "ends them; or take another --name",
@@ -236,7 +236,7 @@ class Aws:
         if not left:
             time.sleep(LOOK_AGAIN_S)  # what a head asked for last is seen some time after
             left = self._end_tagged(until)
-        return [f"{each['InstanceId']} ({_state(each)})" for each in left]
+        return _named(left)
 
     def _end_tagged(self, until: float) -> list[Any]:
         """End what has the cluster's tag; gives what is left at a time of the monotonic clock."""
@@ -349,6 +349,10 @@ class Aws:
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
         ]
+
+
+def _named(machines: Sequence[Any]) -> list[str]:
+    return [f"{each['InstanceId']} ({_state(each)})" for each in machines]
 
 
 def _state(machine: Mapping[str, Any]) -> str:
