@@ -15,14 +15,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.launch import clusterfile, fit, stack
+from pipelines.launch import clusterfile, fit, jobs, stack
 from pipelines.launch.account import Account, asked, needs_program
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
 from pipelines.launch.cost import Cost
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
-from pipelines.launch.jobs import ready
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, is_kept, write_private
 from pipelines.launch.request import check_data
@@ -38,8 +37,6 @@ GOING = "shutting-down"
 """State of one that has been ended; a head may still ask for machines in it."""
 RUNNING = ("pending", "running")
 HEAD = {"ray-node-type": "head"}
-JOBS_S = 20.0
-"""Seconds that a kept head has to tell of its jobs."""
 PORT = 8265
 TERMINATE_S = 600.0
 """Seconds that machines have to end."""
@@ -138,27 +135,10 @@ class Aws:
         return f"{self._name}, " + ("whose machines were kept" if there else "new")
 
     def _is_idle(self) -> str:
-        """See that nothing runs on a cluster that was kept: it ends with the launch that is new."""
-        name = self._record.name
+        """See that nothing runs on a cluster that was kept."""
         if not self._machines(RUNNING, **HEAD):
-            return "none, as there is no head"
-        try:
-            with self.address() as address:
-                running = ready(address, JOBS_S).running()
-        except LaunchError as error:
-            raise Wrong(
-                f"the kept head does not tell of its jobs: {error}",
-                "a cluster that can be used again",
-                f"`droppos down {name}` ends it, and a new one is launched",
-            ) from error
-        if running:
-            raise Wrong(
-                f"{', '.join(running)}, still running on the cluster that was kept",
-                "none",
-                f"`droppos attach {name} --on aws` follows {name}'s; wait for it, or take another "
-                "--name",
-            )
-        return "none runs on the cluster that was kept"
+            return jobs.NO_CLUSTER
+        return jobs.check_idle(self.address(), self._record.name)
 
     def _check_file(self) -> str:
         if left := clusterfile.unfilled(self.filled):

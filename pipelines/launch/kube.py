@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from droppos.errors import ConfigError
-from pipelines.launch import fit, manifest
+from pipelines.launch import fit, jobs, manifest
 from pipelines.launch.account import needs_program
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
@@ -72,6 +72,7 @@ class Kube:
             Look("manifest", lambda: manifest.check_filled(self._manifest), after=there[:1]),
             Look("rights", self._may_create, after=(*there, "KubeRay", "manifest")),
             Look("name", self._is_free, after=(*there, "KubeRay", "manifest")),
+            Look("jobs", self._is_idle, after=("name",)),
             Look("data", partial(check_data, recipe), after=("places",)),
             Look("recipe's fit", lambda: fit.described(self._fit(recipe)), after=("manifest",)),
         ]
@@ -124,16 +125,26 @@ class Kube:
 
     def _is_free(self) -> str:
         """See that there is no cluster of the launch's name, but one that we kept."""
-        name = self._record.name
-        there = self._kubectl("get", CLUSTERS, name, "--ignore-not-found", "--output=name")
-        if there.strip() and not is_kept(replace(self._record, **self.place())):
+        name, there = self._record.name, self._is_there()
+        if there and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
                 f"a RayCluster {name} in {self._namespace}, that this machine has not kept",
                 "none of that name",
                 f"`droppos attach {name} --on kube` follows its job, `droppos down` ends it; or "
                 "take another --name",
             )
-        return f"{name}, " + ("which was kept" if there.strip() else "new")
+        return f"{name}, " + ("which was kept" if there else "new")
+
+    def _is_there(self) -> bool:
+        name = self._record.name
+        found = self._kubectl("get", CLUSTERS, name, "--ignore-not-found", "--output=name")
+        return bool(found.strip())
+
+    def _is_idle(self) -> str:
+        """See that nothing runs on a cluster that was kept."""
+        if not self._is_there():
+            return jobs.NO_CLUSTER
+        return jobs.check_idle(self.address(), self._record.name)
 
     def _may(self, verb: str) -> bool:
         done = self._run("auth", "can-i", verb, CLUSTERS)

@@ -2,18 +2,15 @@
 
 import json
 import stat
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-import ray
 import yaml
 from botocore.stub import ANY, Stubber
 from moto.core.models import DEFAULT_ACCOUNT_ID as ACCOUNT_ID
@@ -45,6 +42,7 @@ from tests.cloud_account import (
     deploy,
     push,
 )
+from tests.jobs_api import jobs_api
 
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -478,46 +476,15 @@ def test_the_file_of_an_ended_launch_is_not_used_for_one_elsewhere(
     assert record.find("vit") == ended
 
 
-@contextmanager
-def jobs_api(jobs: dict[str, str]) -> Iterator[Address]:
-    """As much of a head as says which jobs it has, by their states."""
-
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            told: Any = {"ray_version": ray.__version__}
-            if self.path == "/api/jobs/":
-                told = [
-                    {
-                        "type": "SUBMISSION",
-                        "submission_id": name,
-                        "status": state,
-                        "entrypoint": "x",
-                    }
-                    for name, state in jobs.items()
-                ]
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(told).encode())
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Address(f"http://127.0.0.1:{server.server_port}")
-    server.shutdown()
-    server.server_close()
-
-
 def test_a_kept_cluster_is_used_again_when_it_is_idle_and_its_ray_goes_on(
     ready_account: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = {"vit": "SUCCEEDED", "theirs": "RUNNING"}
     monkeypatch.setattr(Aws, "address", lambda self: jobs_api(jobs))  # in place of ssh
-    monkeypatch.setattr("pipelines.launch.aws.JOBS_S", 0.0)
+    monkeypatch.setattr("pipelines.launch.jobs.KEPT_S", 0.0)
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr(Aws, "_ray", lambda self, *command: ran.append(command))
-    assert "no head" in Aws(planned(source))._is_idle()
+    assert "no cluster" in Aws(planned(source))._is_idle()
     record.begin(planned(source, keep=True)).at("up")
     Aws(planned(source)).up(print)
     assert "--no-restart" not in ran[-1]
