@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.launch import clusterfile, fleet, stack
+from pipelines.launch import clusterfile, fit, jobs, stack
 from pipelines.launch.account import Account, asked, needs_program
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
@@ -24,7 +24,7 @@ from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, is_kept, write_private
-from pipelines.launch.request import check_data, on_gpus
+from pipelines.launch.request import check_data
 from pipelines.launch.token import ensure_token_file, headers, read_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
@@ -33,8 +33,12 @@ CLUSTER_TAG = "tag:ray-cluster-name"
 """By which Ray finds its machines again."""
 ALIVE = ("pending", "running", "stopping", "stopped")
 """States of a machine that is paid for, or whose disk is."""
+GOING = "shutting-down"
+"""State of one that has been ended; a head may still ask for machines in it."""
+RUNNING = ("pending", "running")
+HEAD = {"ray-node-type": "head"}
 PORT = 8265
-TERMINATE_S = 300.0
+TERMINATE_S = 600.0
 """Seconds that machines have to end."""
 LOOK_AGAIN_S = 3.0
 
@@ -74,7 +78,8 @@ class Aws:
             Look("cluster file", self._check_file, after=(*here, "image")),
             Look("ssh", self._check_key),
             Look("token", ensure_token_file),
-            Look("recipe's fit", lambda: fleet.describe(self._fleet.fit(recipe))),
+            Look("jobs", self._is_idle, after=("name", "cluster file", "ssh", "token")),
+            Look("recipe's fit", lambda: fit.described(self._fleet.fit(recipe))),
             Look("machine types", lambda: account.offered(self._fleet.types), after=here),
             Look("quota", partial(self._check_quotas, recipe), after=(*here, "recipe's fit")),
         ]
@@ -120,15 +125,21 @@ class Aws:
 
     def _is_free(self) -> str:
         """See that no machines have the cluster's name already, but those that we kept."""
-        there = self._machines(ALIVE)
+        there = self._left()
         if there and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
-                f"{len(there)} machines of {self._name}, which this machine has not kept",
+                f"{', '.join(_named(there))} of {self._name}, which this machine has not kept",
                 "none of that name",
                 f"`droppos attach {self._record.name} --on aws` follows its job, `droppos down` "
                 "ends them; or take another --name",
             )
         return f"{self._name}, " + ("whose machines were kept" if there else "new")
+
+    def _is_idle(self) -> str:
+        """See that nothing runs on a cluster that was kept."""
+        if not self._machines(RUNNING, **HEAD):
+            return jobs.NO_CLUSTER
+        return jobs.check_idle(self.address(), self._record.name)
 
     def _check_file(self) -> str:
         if left := clusterfile.unfilled(self.filled):
@@ -162,11 +173,7 @@ class Aws:
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
         """Say cuda where the recipe says auto and GPUs come from zero."""
-        if recipe.compute.device == "auto" and self._fleet.has_gpus:
-            return on_gpus(recipe), [
-                "compute.device auto was made cuda: GPUs come only when they are asked for"
-            ]
-        return recipe, []
+        return fit.adapted(recipe, self._fleet.cluster)
 
     def job_env(self) -> Mapping[str, str]:
         """Tell jobs where the team's MLflow is; its password is on the head: mlflow_login.py."""
@@ -183,12 +190,14 @@ class Aws:
     # --- up and down ------------------------------------------------------------------------
 
     def up(self, say: Say) -> None:
-        """Run `ray up` on the filled file."""
+        """Run `ray up` on the filled file; on a cluster that was kept, Ray and its jobs go on."""
         file = self._record.file("cluster.yaml")
         write_private(file, clusterfile.to_yaml(self.filled))
         self._wrote_file = True
         say(f"bringing the head of {self._name} up, in minutes; what is done: {self._log('up')}")
-        code = self._ray("up", str(file), "--yes", "--no-config-cache")
+        # Without it Ray is stopped on a head that stands, with all that runs there.
+        kept = ["--no-restart"] if self._machines(RUNNING, **HEAD) else []
+        code = self._ray("up", str(file), "--yes", "--no-config-cache", *kept)
         if code:
             raise LaunchError(f"`ray up` ended with {code}: {_last_lines(self._log('up'))}")
 
@@ -204,11 +213,24 @@ class Aws:
             if code := self._ray("down", str(file), "--yes"):
                 say(f"`ray down` ended with {code}; what it left is ended by its tag")
         until = time.monotonic() + TERMINATE_S
-        while (left := self._machines(ALIVE)) and time.monotonic() < until:
-            heads = [each for each in left if _tag(each, "ray-node-type") == "head"]
-            self._terminate(heads or left)
+        left = self._end_tagged(until)
+        if not left:
+            time.sleep(LOOK_AGAIN_S)  # what a head asked for last is seen some time after
+            left = self._end_tagged(until)
+        return _named(left)
+
+    def _end_tagged(self, until: float) -> list[Any]:
+        """End what has the cluster's tag; gives what is left at a time of the monotonic clock."""
+        while left := self._left():
+            self._terminate([each for each in left if _state(each) != GOING])
+            if time.monotonic() > until:
+                break
             time.sleep(LOOK_AGAIN_S)
-        return [f"{each['InstanceId']} ({each['State']['Name']})" for each in left]
+        return left
+
+    def _left(self) -> list[Any]:
+        """Find the head until it has gone, for it starts others anew; then the others."""
+        return self._machines((*ALIVE, GOING), **HEAD) or self._machines(ALIVE)
 
     def _ray(self, *command: str) -> int:
         """Run one of Ray's commands; it says what it does to a file, and here if asked to."""
@@ -262,6 +284,8 @@ class Aws:
 
     def _terminate(self, machines: Sequence[Any]) -> None:
         ids = [each["InstanceId"] for each in machines]
+        if not ids:
+            return
         ec2 = self._account.client("ec2")
         asked(
             lambda: ec2.terminate_instances(InstanceIds=ids),
@@ -279,7 +303,7 @@ class Aws:
 
     def _tunnel_command(self, port: int) -> list[str]:
         """Make the tunnel's command, for the head as it is now."""
-        heads = self._machines(["running"], **{"ray-node-type": "head"})
+        heads = self._machines(["running"], **HEAD)
         if not heads:
             raise LaunchError(
                 f"no head of {self._name} is running on {self.where}; a launch without --keep ends "
@@ -312,8 +336,12 @@ class Aws:
         ]
 
 
-def _tag(machine: Mapping[str, Any], name: str) -> str:
-    return next((tag["Value"] for tag in machine.get("Tags", []) if tag["Key"] == name), "")
+def _named(machines: Sequence[Any]) -> list[str]:
+    return [f"{each['InstanceId']} ({_state(each)})" for each in machines]
+
+
+def _state(machine: Mapping[str, Any]) -> str:
+    return machine["State"]["Name"]
 
 
 def _last_lines(log: Path) -> str:
