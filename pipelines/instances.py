@@ -21,7 +21,7 @@ from droppos.errors import ConfigError
 _SHIPPED = Path(__file__).with_name("instances.yaml")
 _GPU_FIELDS = {"memory_gb", "bf16_tflops", "float32_tflops", "link_gbyte_s"}
 _NEEDED = {"cpus", "memory_gb", "network_gbit", "on_demand"}
-_OPTIONAL = {"gpu", "gpus", "spot"}
+_OPTIONAL = {"gpu", "gpus", "efa_gbit", "spot"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,19 @@ class Instance:
     link_gbyte_s: float
     """GB/s that a GPU sends to another in the machine; 0 without."""
     network_gbit: float
-    """Gbit/s to other machines and to storage, sustained."""
+    """Gbit/s to other machines and to storage, sustained, of one network card."""
+    efa_gbit: float | None
+    """Gbit/s between GPUs of different machines with EFA on all cards; None where that is no more
+    than without."""
     on_demand: float
     """USD an hour, by the list of the day `priced`."""
     spot: float | None
     """USD an hour, typical; None where it is not offered."""
     priced: date
+
+    def between_gbit(self, efa: bool) -> float:
+        """Gbit/s between workers of different machines, with EFA or without."""
+        return (efa and self.efa_gbit) or self.network_gbit
 
 
 @cache
@@ -133,6 +140,7 @@ def _instance(
         float32_tflops=kind.get("float32_tflops"),
         link_gbyte_s=kind.get("link_gbyte_s", 0),
         network_gbit=has["network_gbit"],
+        efa_gbit=has.get("efa_gbit"),
         on_demand=has["on_demand"],
         spot=spot,
         priced=priced,

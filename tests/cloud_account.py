@@ -14,7 +14,7 @@ REGION = "us-west-2"
 STACK = "studio"
 AMI_PARAMETER = "/droppos-tests/ami"
 """Amazon's own names are reserved in moto, and it has not the one of the deep learning image."""
-QUOTAS = {"L-3819A6DF": 64, "L-DB2E81BA": 64, "L-1216C47A": 128}
+QUOTAS = {"L-3819A6DF": 104, "L-DB2E81BA": 104, "L-1216C47A": 128}
 """vCPUs: GPU types on spot and on demand, standard ones on demand."""
 
 TEMPLATE = {

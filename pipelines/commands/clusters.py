@@ -69,7 +69,7 @@ def launch(
         resume: Go on from the newest checkpoint of run.storage/run.name, if there is one.
         allow_changes: Resume even if data or recipe differ from the checkpoint's.
         keep: Leave the cluster when the job has ended; another launch of this name runs on it.
-        detach: Don't follow; nobody ends the machines then until `droppos attach` or `down`.
+        detach: Don't follow; on aws the cluster ends by itself after its job, unless keep is said.
         yes: Don't ask.
         recipe: Fields given here override the file's.
     """

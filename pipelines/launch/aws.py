@@ -103,6 +103,7 @@ class Aws:
             zones=account.zones,
             image=account.image,
             ami=None if parameter is None else account.ami(parameter),
+            ends_itself=not self._record.keep,
         )
         return clusterfile.fill(self._source, facts)
 
@@ -298,7 +299,11 @@ class Aws:
         """Make the tunnel's command, for the head as it is now."""
         heads = self._machines(["running"], **HEAD)
         if not heads:
-            raise LaunchError(f"no head of {self._name} is running on {self.where}")
+            raise LaunchError(
+                f"no head of {self._name} is running on {self.where}; a launch without --keep ends "
+                "its machines by itself a quarter of an hour after its job, and leaves what that "
+                "said in the run's folder, in launches/"
+            )
         auth = self.filled["auth"]
         inside = self.filled["provider"].get("use_internal_ips", False)
         host = heads[0]["PrivateIpAddress" if inside else "PublicIpAddress"]

@@ -36,6 +36,8 @@ class Facts:
     """Repository and digest."""
     ami: str | None
     """Of the machines, where the file leaves it to a parameter or to us."""
+    ends_itself: bool = False
+    """Whether its head is to end it when nobody follows its jobs any more."""
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -110,6 +112,13 @@ def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         # On the head alone, where the jobs' drivers are, and which alone may read the secret.
         login = shlex.join(["python", "-m", "pipelines.launch.mlflow_login", secret, facts.region])
         filled["head_setup_commands"] = [*filled.get("head_setup_commands", []), login]
+    if facts.ends_itself:
+        care = shlex.join(["python", "-m", "pipelines.launch.caretaker", facts.name, facts.region])
+        filled["head_start_ray_commands"] = [
+            *filled["head_start_ray_commands"],
+            # In a session of its own, or it ends with the ssh that started it.
+            f"nohup setsid {care} > ~/caretaker.log 2>&1 < /dev/null &",
+        ]
     return filled
 
 

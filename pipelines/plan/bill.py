@@ -25,21 +25,16 @@ class Bill:
     """Seconds of training between two checkpoints, as the recipe has them."""
     best_interval_s: float
     """The same with the least expected time; infinite if nothing is ever lost."""
+    best_steps: float
+    """It in steps, at least 1; infinite if it is longer than the run."""
     best_factor: float
     """Expected time over that of the steps alone, at the best interval."""
     expected_factor: float
     """The same at the recipe's interval: by formula, where `life` is simulated."""
+    lost: float
+    """Share of the expected time that goes to lost machines, all but steps and checkpoints."""
     requests_usd: float
     losses: Losses
-    step_s: float
-    """Of a step with what holds it up, between checkpoints."""
-
-    @property
-    def best_steps(self) -> float:
-        """The best interval in steps, at least 1."""
-        return (
-            max(1.0, round(self.best_interval_s / self.step_s)) if self.losses.hard_per_s else inf
-        )
 
     @property
     def hours(self) -> float:
@@ -108,14 +103,17 @@ def _bill(
     life = live(work_s, interval, strikes, seed)
     again = life.again_s / work_s if isfinite(life.again_s) else inf
     requests = work.images * work.requests_per_picture * (1 + again)
+    expected = strikes.factor(min(interval, work_s))
+    unharmed = replace(strikes, hard_per_s=0.0, noticed_per_s=0.0)
     return Bill(
         usd_per_hour=price,
         life=life,
         interval_s=interval,
         best_interval_s=best,
+        best_steps=max(1.0, round(best / step_s)) if best < work_s else inf,
         best_factor=strikes.factor(min(best, work_s)),
-        expected_factor=strikes.factor(min(interval, work_s)),
+        expected_factor=expected,
+        lost=1 - unharmed.factor(min(interval, work_s)) / expected,
         requests_usd=requests * REQUEST_USD,
         losses=strikes,
-        step_s=step_s,
     )

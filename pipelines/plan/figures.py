@@ -12,10 +12,12 @@ from pipelines.plan.bill import Bill
 from pipelines.plan.job import Plan
 from pipelines.plan.losses import daly, young
 from pipelines.plan.option import Option
-from pipelines.plan.question import Question
+from pipelines.plan.question import INTERRUPTIONS, MFU, Question
 from pipelines.plan.scaling import Scale
+from pipelines.plan.zones import GB_USD
 
 FORMULA, SIMULATED, ASSUMED, GIVEN = "by formula", "simulated", "assumed", "given"
+RECIPE = "of the recipe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Figure:
     value: float
     unit: str
     how: str
-    """by formula, simulated, measured (where), list price of a day, given, or assumed."""
+    """Formula, simulation, measurement (where), list price of a day, given, recipe, or assumed."""
 
 
 def run_figures(plan: Plan) -> list[Figure]:
@@ -38,8 +40,8 @@ def run_figures(plan: Plan) -> list[Figure]:
         Figure("weights", parameters(recipe.model, recipe.method) / 1e6, "million", FORMULA),
         Figure("steps", work.steps, f"of {recipe.optim.global_batch:,} images", FORMULA),
         Figure("images in all", work.images / 1e6, "million", FORMULA),
-        Figure("workers", recipe.run.workers, "", GIVEN),
-        Figure("  images of a micro-batch", recipe.worker_batch, "", GIVEN),
+        Figure("workers", recipe.run.workers, "", RECIPE),
+        Figure("  images of a micro-batch", recipe.worker_batch, "", RECIPE),
     ]
 
 
@@ -66,9 +68,13 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
     """Tell the pace, and what it asks of CPUs, storage and network."""
     step, flow, place = option.step, option.flow, option.fleet
     given = question.images_per_worker_s is not None
-    arithmetic = GIVEN if given else f"{FORMULA}, {question.mfu:.0%} of the peak assumed"
+    share = f"{question.mfu:.0%} of the peak {ASSUMED if question.mfu == MFU else GIVEN}"
+    arithmetic = GIVEN if given else f"{FORMULA}, {share}"
     if not place.machine.gpus and not given:
         arithmetic = f"{FORMULA}, a CPU's pace as in docs/step.md"
+    line = (
+        "EFA, given" if question.efa and place.machine.efa_gbit else "data sheet, one network card"
+    )
     return [
         Figure("images/s", flow.images_per_s, "", SIMULATED),
         Figure("  workers wait", 100 * flow.waiting, "% of the time", SIMULATED),
@@ -77,6 +83,7 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
             for name, per_s in option.bounds
         ),
         Figure("step: arithmetic", 1e3 * step.arithmetic_s, "ms", arithmetic),
+        Figure("between machines", place.machine.between_gbit(question.efa), "Gbit/s", line),
         Figure("step: communication", 1e3 * step.communication_s, "ms", FORMULA),
         Figure("  of it not hidden", 1e3 * step.exposed_s, "ms", FORMULA),
         Figure("CPUs that decode: needed", option.decode_cpus_needed, "", decode_source),
@@ -87,7 +94,7 @@ def pace_figures(option: Option, question: Question, decode_source: str) -> list
     ]
 
 
-def saving_figures(option: Option, question: Question) -> list[Figure]:
+def saving_figures(option: Option) -> list[Figure]:
     """Tell size, time and interval of checkpoints, for the cheaper way to pay."""
     bill = cheaper(option)
     hard = bill.losses.hard_per_s
@@ -104,12 +111,12 @@ def saving_figures(option: Option, question: Question) -> list[Figure]:
             Figure("best: in steps", bill.best_steps, "", FORMULA),
             Figure("best: Young", young(hard, saving_s) / 60, "minutes", FORMULA),
             Figure("best: Daly", daly(hard, saving_s) / 60, "minutes", FORMULA),
-            Figure(
-                "lost to saving and losses", _lost(bill.expected_factor), "% of the time", FORMULA
-            ),
-            Figure("  at the best interval", _lost(bill.best_factor), "% of the time", FORMULA),
         ]
-    return figures
+    return [
+        *figures,
+        Figure("lost to saving and losses", _lost(bill.expected_factor), "% of the time", FORMULA),
+        Figure("  at the best interval", _lost(bill.best_factor), "% of the time", FORMULA),
+    ]
 
 
 def _lost(factor: float) -> float:
@@ -126,8 +133,17 @@ def money_figures(option: Option, question: Question) -> list[Figure]:
         figures += _bill_figures(
             "on spot", option.spot, f"typical spot price, lists of {place.machine.priced}"
         )
-        figures.append(Figure("interruptions of a machine", question.rate, "an hour", ASSUMED))
-    return figures
+        usual = question.rate == INTERRUPTIONS
+        how = ASSUMED if usual else GIVEN
+        figures.append(Figure("interruptions of a machine", question.rate, "an hour", how))
+    per_gb = f"{FORMULA}, {GB_USD} USD per GB each way"
+    elsewhere = {
+        "machine in another zone": option.crossing.worker_usd,
+        "  one that decodes": option.crossing.decoder_usd,
+    }
+    return figures + [
+        Figure(name, usd, "USD more", per_gb) for name, usd in elsewhere.items() if usd
+    ]
 
 
 def _bill_figures(how: str, bill: Bill, source: str) -> list[Figure]:
@@ -164,7 +180,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "machine": best.fleet.machine.name,
             "memory": listed(memory_figures(best)),
             "pace": listed(pace_figures(best, plan.question, plan.work.decode_source)),
-            "checkpoints": listed(saving_figures(best, plan.question)),
+            "checkpoints": listed(saving_figures(best)),
             "money": listed(money_figures(best, plan.question)),
         },
         "scaling": [_scale_json(each) for each in plan.scaling],

@@ -66,6 +66,14 @@ class Fleet:
         """Share of the pictures that are decoded on other machines than the workers'."""
         return max(0, self.decode_cpus - self.own_cpus) / self.decode_cpus
 
+    @property
+    def carried(self) -> float:
+        """Share of the crops that go to a worker on another machine than they were decoded on.
+
+        Ray deals them out in the order of the run, wherever they were made.
+        """
+        return 1 - (1 - self.remote) / self.machines
+
     def usd_per_hour(self, spot: bool) -> float | None:
         """Price it: workers on spot or on demand, the rest on demand, as in cluster.yaml.
 

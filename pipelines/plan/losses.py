@@ -15,6 +15,10 @@ from math import exp, expm1, inf, sqrt
 HOPELESS = 10.0
 """Losses in one interval above which the run is said never to end: that is e^10 tries each."""
 
+RARE = 1e-10
+"""Losses while a checkpoint is made below which Young's interval is right to 1e-5, and what the
+exact equation tells apart is lost in rounding."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Losses:
@@ -78,6 +82,8 @@ def best(rate: float, saving_s: float) -> float:
     """
     if rate == 0:
         return inf
+    if rate * saving_s < RARE:
+        return young(rate, saving_s)
     wanted, low, high = exp(-rate * saving_s), 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2

@@ -8,9 +8,11 @@ from pipelines.plan.bill import Bill, bills
 from pipelines.plan.fleet import Choice, Fleet, fleet, slots
 from pipelines.plan.pipeline import Flow, Service, simulate
 from pipelines.plan.question import Question
+from pipelines.plan.rings import LINE_SHARE, rings
 from pipelines.plan.saving import Saving, saving
-from pipelines.plan.step_time import LINE_SHARE, StepTime, step_time
+from pipelines.plan.step_time import StepTime, step_time
 from pipelines.plan.workload import Workload
+from pipelines.plan.zones import Crossing, crossing
 from pipelines.recipe import Recipe
 from pipelines.windows import READERS
 
@@ -55,6 +57,7 @@ class Option:
     """Decoded crops that go from one machine to another."""
     on_demand: Bill
     spot: Bill | None
+    crossing: Crossing
 
     @property
     def fits(self) -> bool:
@@ -98,7 +101,8 @@ def option(recipe: Recipe, work: Workload, chosen: Choice, question: Question, n
     """
     machine = next(each for each in chosen.training if each.name == name)
     per_machine = slots(recipe, machine)
-    step = step_time(recipe, machine, per_machine, question.mfu, question.images_per_worker_s)
+    sent = rings(recipe, machine, per_machine, question.efa)
+    step = step_time(recipe, machine, question, sent.seconds)
     alone = recipe.optim.global_batch / step.seconds
     place = fleet(recipe, machine, chosen, alone, work.decode_s)
     kept = saving(recipe, machine, per_machine)
@@ -124,9 +128,10 @@ def option(recipe: Recipe, work: Workload, chosen: Choice, question: Question, n
         flow=flow,
         storage_bytes_s=flow.images_per_s * work.picture_bytes,
         requests_s=flow.images_per_s * work.requests_per_picture,
-        pixels_bytes_s=flow.images_per_s * place.remote * work.crop_bytes,
+        pixels_bytes_s=flow.images_per_s * place.carried * work.crop_bytes,
         on_demand=on_demand,
         spot=spot,
+        crossing=crossing(work, place, sent),
     )
 
 
@@ -144,8 +149,8 @@ def services(recipe: Recipe, work: Workload, place: Fleet, step: StepTime, kept:
     )
     window_bytes = work.window * work.picture_bytes
     requests = work.window * work.requests_per_picture
-    # A picture comes into the workers' machines as pixels, or encoded where they decode it.
-    carried = place.remote * work.crop_bytes + (1 - place.remote) * work.picture_bytes
+    # What comes into the workers' machines: crops from others, and encoded what they decode.
+    carried = place.carried * work.crop_bytes + (1 - place.remote) * work.picture_bytes
     inbound = place.machines * place.machine.network_gbit * network
     batch = recipe.optim.global_batch
     cores = 0.0

@@ -43,6 +43,9 @@ class Question:
     formula."""
     mfu: float = MFU
     """Share of a GPU's peak that the formula takes for a training step."""
+    efa: bool = False
+    """Whether the machines have EFA set up on all their network cards. cluster.yaml and the image
+    don't: without it, a machine sends through one card."""
     rate: float = INTERRUPTIONS
     """Spot interruptions of one machine in an hour."""
     missed: float = MISSED

@@ -30,7 +30,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     _figures(console, f"Memory of a worker on {name}", figures.memory_figures(best))
     pace = figures.pace_figures(best, plan.question, plan.work.decode_source)
     _figures(console, f"Pace on {fleet_words(best)}", pace)
-    _figures(console, "Checkpoints", figures.saving_figures(best, plan.question))
+    _figures(console, "Checkpoints", figures.saving_figures(best))
     _figures(console, "Money", figures.money_figures(best, plan.question))
     if plan.scaling:
         _scaling(console, plan)
@@ -60,6 +60,13 @@ def notes(plan: Plan) -> list[str]:
         )
     if plan.recipe.compute.compile:
         found.append("compute.compile is not modelled: memory and time are those without")
+    machine = best.fleet.machine
+    if machine.efa_gbit and not plan.question.efa:
+        found.append(
+            f"{machine.name} could send {machine.efa_gbit:,.0f} Gbit/s by EFA, which neither "
+            f"cluster.yaml nor the image sets up: its one network card is counted, "
+            f"{machine.network_gbit:,.0f}; --efa if yours do"
+        )
     if best.bound == "communication":
         found.append(
             "gradients and weights take longer to send than to compute: take machines with a "
@@ -67,7 +74,7 @@ def notes(plan: Plan) -> list[str]:
             "compute.reshard_after_forward False where memory allows"
         )
     bill = figures.cheaper(best)
-    if isfinite(bill.best_factor) and bill.expected_factor > 1.01 * bill.best_factor:
+    if isfinite(bill.best_steps) and bill.expected_factor > 1.01 * bill.best_factor:
         found.append(
             f"set run.checkpoint_every to {bill.best_steps:,.0f}: it saves "
             f"{1 - bill.best_factor / bill.expected_factor:.0%} of the time"
@@ -114,43 +121,31 @@ def _scaling(console: Console, plan: Plan) -> None:
     sizes = [f"{each.gpus:,} GPUs" for each in plan.scaling]
     table = _table(f"The same steps on more of {name}, simulated", "", *sizes)
     columns = [_scale_column(each) for each in plan.scaling]
-    labels = (
-        "images a GPU, of a step",
-        "images/s",
-        "bound by",
-        "next to bound",
-        "  at images/s",
-        "CPUs that decode",
-        "GB/s from storage",
-        "requests a second",
-        "% lost to failures",
-        "hours on spot",
-        "USD on spot",
-    )
-    for label, *row in zip(labels, *columns, strict=True):
-        table.add_row(label, *row)
+    for label in max(columns, key=len):
+        table.add_row(label, *(column.get(label, "") for column in columns))
     console.print(table, highlight=False)
 
 
-def _scale_column(each: Scale) -> list[str]:
+def _scale_column(each: Scale) -> dict[str, str]:
+    """Tell of one size, by the rows' labels; of one that cannot be, what is in its way."""
     planned = each.option
     if planned is None:
-        return ["", "", each.bound, *[""] * 7]
-    bill = planned.spot or planned.on_demand
+        return {"bound by": each.bound}
+    bill, paid = planned.spot or planned.on_demand, "on spot" if planned.spot else "on demand"
     after, could = planned.bounds[1]
-    return [
-        number(each.images_per_gpu),
-        number(planned.flow.images_per_s),
-        each.bound,
-        after,
-        number(could),
-        number(planned.decode_cpus_needed),
-        number(planned.storage_bytes_s / 1e9),
-        number(planned.requests_s),
-        number(100 * each.lost),
-        number(bill.hours),
-        money(bill),
-    ]
+    return {
+        "images a GPU, of a step": number(each.images_per_gpu),
+        "images/s": number(planned.flow.images_per_s),
+        "bound by": each.bound,
+        "next to bound": after,
+        "  at images/s": number(could),
+        "CPUs that decode": number(planned.decode_cpus_needed),
+        "GB/s from storage": number(planned.storage_bytes_s / 1e9),
+        "requests a second": number(planned.requests_s),
+        "% lost to failures": number(100 * each.lost),
+        f"hours {paid}": number(bill.hours),
+        f"USD {paid}": money(bill),
+    }
 
 
 def money(bill: Bill | None) -> str:

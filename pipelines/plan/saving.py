@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from droppos.footprint import checkpoint_bytes
 from pipelines.instances import Instance
-from pipelines.plan.step_time import LINE_SHARE
+from pipelines.plan.rings import LINE_SHARE
 from pipelines.recipe import Recipe
 
 COPY_BYTES_S = 10e9

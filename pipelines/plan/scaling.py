@@ -27,7 +27,9 @@ class Scale:
     used: int
     """Of them, by workers: no more than there are images in a step."""
     option: Option | None
-    """None if no number of micro-batches fits into a GPU's memory."""
+    """None if it cannot be: `bound` says why."""
+    shards: int
+    """GPUs that share one copy of the weights (compute.shard_ranks); 1 if nobody says."""
 
     @property
     def images_per_gpu(self) -> float:
@@ -37,19 +39,15 @@ class Scale:
 
     @property
     def lost(self) -> float:
-        """Share of the expected time, on spot if that is offered, that is no step's.
-
-        It goes to checkpoints, restarts and steps done again: more of it the more machines.
-        """
+        """Share of the expected time, on spot if that is offered, that goes to lost machines."""
         assert self.option is not None
-        bill = self.option.spot or self.option.on_demand
-        return 1 - 1 / bill.expected_factor
+        return (self.option.spot or self.option.on_demand).lost
 
     @property
     def bound(self) -> str:
         """Name the part that bounds it."""
         if self.option is None:
-            return "memory of a GPU"
+            return "shard_ranks" if self.gpus < self.shards else "memory of a GPU"
         if self.lost > MOSTLY_LOST:
             return "lost machines"
         if self.used < self.gpus:
@@ -83,7 +81,8 @@ def scale(
     for gpus in sizes:
         sized = at_size(free, gpus, memory_bytes)
         planned = option(sized, work, chosen, question, name) if sized else None
-        found.append(Scale(gpus, sized.run.workers if sized else 0, planned))
+        shards = recipe.compute.shard_ranks or 1
+        found.append(Scale(gpus, sized.run.workers if sized else 0, planned, shards))
     return tuple(found)
 
 
@@ -91,7 +90,7 @@ def at_size(recipe: Recipe, gpus: int, memory_bytes: float) -> Recipe | None:
     """Give a recipe as many workers as can share its batch, in the fewest micro-batches that fit.
 
     Returns:
-        None if even single images don't fit.
+        None if even single images don't fit, or the GPUs are fewer than share the weights.
     """
     batch = recipe.optim.global_batch
     shards = recipe.compute.shard_ranks or 1

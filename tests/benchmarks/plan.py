@@ -151,8 +151,9 @@ def round_of(recipe: Recipe, steps: int, seconds: float) -> Found:
     service = service_of(recipe, training, decoding)
     bounds = service.bounds
     predicted = simulate(service, seed=0, steps=steps).images_per_s
-    measured = run(recipe)
-    return Found(predicted, measured, min(bounds, key=lambda part: bounds[part]), decoding.others)
+    measured, others = run(recipe)
+    bound = min(bounds, key=lambda part: bounds[part])
+    return Found(predicted, measured, bound, max(others, decoding.others))
 
 
 def service_of(recipe: Recipe, training: Training, decoding: Decoding) -> Service:

@@ -76,10 +76,12 @@ class Cloud:
     def host(self, instance: str) -> Host:
         return self._hosts[instance]
 
-    def machines(self, **tags: str) -> dict[str, dict[str, Any]]:
-        """What EC2 says of the machines that are there, by identifier.
+    def machines(self, *, on: bool = True, **tags: str) -> dict[str, dict[str, Any]]:
+        """What EC2 says of machines, by identifier.
 
         Args:
+            on: Only those that are on, or about to be; else all that are not gone, for a machine
+                that is off pays for its disks.
             tags: Only those whose tags have these values; _ stands for - in the names.
         """
         wanted = {name.replace("_", "-"): value for name, value in tags.items()}
@@ -89,6 +91,7 @@ class Cloud:
             for reservation in answer["Reservations"]
             for instance in reservation["Instances"]
             if instance["State"]["Name"] in {"pending", "running"}
+            or (not on and instance["State"]["Name"] != "terminated")
         }
         return {
             name: instance

@@ -25,8 +25,7 @@ def image() -> dict[str, Any]:
 
 
 def image_env() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-    return {"HOME": USER_HOME, "PATH": path, "LANG": "C.UTF-8"} | image()["env"]
+    return image()["env"]
 
 
 def container() -> dict[str, Any] | None:
@@ -70,7 +69,7 @@ def inspect(words: list[str]) -> None:
 
 def start(words: list[str]) -> None:
     parser = argparse.ArgumentParser("docker run")
-    for flag in ("--rm", "-d", "-it", "--init"):
+    for flag in ("--rm", "-d", "-it"):
         parser.add_argument(flag, action="store_true")
     for flag in ("--name", "--ulimit", "--security-opt", "--shm-size", "--net"):
         parser.add_argument(flag, action="append")

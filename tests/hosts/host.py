@@ -17,6 +17,7 @@ from typing import Any
 from tests.hosts.network import METADATA, Cable, run
 
 PROJECT = Path(__file__).parents[2]
+DOCKERFILE = PROJECT / "infra/image/Dockerfile"
 USER = "ubuntu"
 NEEDED = ("ip", "nft", "nsenter", "rsync", "sshd", "ssh-keygen", "sysctl", "tini", "unshare")
 """Programs of the system; on Debian the packages iproute2 nftables openssh-server procps rsync
@@ -34,6 +35,18 @@ class Image:
 
     name: str
     env: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_the_dockerfile(cls, name: str, **env: str) -> "Image":
+        """Take the variables that the Dockerfile sets, and no others: Ray reads them.
+
+        Its environment lies elsewhere here.
+        """
+        text = DOCKERFILE.read_text().replace("\\\n", " ")
+        lines = [line.removeprefix("ENV ") for line in text.splitlines() if line.startswith("ENV ")]
+        said = dict(pair.split("=", 1) for line in lines for pair in shlex.split(line))
+        venv = str(Path(sys.executable).parent)
+        return cls(name, {k: v.replace("/opt/venv/bin", venv) for k, v in said.items()} | env)
 
 
 class Host:

@@ -17,6 +17,8 @@ OPERATOR = "203.0.113.10"
 """The laptop of whoever launches."""
 OPERATORS = "203.0.113.0/24"
 """Where ssh may come from."""
+STRANGER = "192.0.2.77"
+"""Somebody else on the internet."""
 ROUTER = "169.254.1.1"
 METADATA = "169.254.169.254"
 """Where each machine finds its own metadata."""
@@ -33,7 +35,7 @@ def run(*command: str, check: bool = True, **kwargs: Any) -> "subprocess.Complet
 def set_up() -> None:
     """Make this process's own, empty namespace into the network's router."""
     run("ip", "link", "set", "lo", "up")
-    for address in (PROVIDER, OPERATOR):
+    for address in (PROVIDER, OPERATOR, STRANGER):
         run("ip", "address", "add", f"{address}/32", "dev", "lo")
     run("sysctl", "-qw", "net.ipv4.ip_forward=1")
 

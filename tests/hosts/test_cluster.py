@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.hosts.host import Image
 from tests.hosts.network import OPERATORS, rules_of
 from tests.hosts.proof import NotPermittedError, check_machine
 
@@ -37,3 +39,10 @@ def test_a_launch_grows_loses_a_machine_falls_back_and_leaves_nothing() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     line = r"cluster up_s=\S+ scale_up_s=\S+ job=ok interrupted=ok scale_down_s=\S+ left=0"
     assert re.fullmatch(line, done.stdout.splitlines()[-1])
+
+
+def test_a_container_has_the_variables_of_the_image() -> None:
+    env = Image.of_the_dockerfile("x", MORE="1").env
+    assert env["HOME"] == "/home/ray"
+    assert env["PATH"].startswith(str(Path(sys.executable).parent))
+    assert env["MORE"] == "1"

@@ -159,7 +159,14 @@ def test_a_login_shell_finds_ray(home: Path) -> None:
 
 
 def test_a_plain_process_finds_ray() -> None:
-    assert any(rest.startswith("PATH=/opt/venv/bin:") for rest in all_of("ENV"))
+    (env,) = all_of("ENV")
+    assert " PATH=/opt/venv/bin:" in f" {env}"
+
+
+def test_rays_launcher_is_told_where_home_is() -> None:
+    """It mounts the token there, and reads only what the image itself says."""
+    (env,) = all_of("ENV")
+    assert "HOME=/home/ray" in env.split()
 
 
 def test_the_tokens_folder_is_there_before_docker_mounts_into_it(home: Path) -> None:

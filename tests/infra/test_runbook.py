@@ -181,9 +181,10 @@ def test_quotas_are_asked_for_all_machines_that_the_cluster_may_have(
         option(call, "--quota-code"): int(option(call, "--desired-value"))
         for call in of(calls, "aws", "service-quotas")
     }
+    gpus = most["gpu"] + most["gpu_single"]
     assert asked == {
-        "L-3819A6DF": most["gpu"],
-        "L-DB2E81BA": most["gpu"],  # where there is none on spot
+        "L-3819A6DF": gpus,
+        "L-DB2E81BA": gpus,  # where there is none on spot
         "L-1216C47A": most["decode"] + 4,
     }
 

@@ -15,7 +15,8 @@ priced: 2026-10-01
 gpus:
   B200: {memory_gb: 192, bf16_tflops: 2250, float32_tflops: 80, link_gbyte_s: 900}
 machines:
-  ours.8: {cpus: 192, memory_gb: 2048, gpu: B200, gpus: 8, network_gbit: 3200, on_demand: 30}
+  ours.8: {cpus: 192, memory_gb: 2048, gpu: B200, gpus: 8, network_gbit: 100, efa_gbit: 3200,
+    on_demand: 30}
   ours.old: {cpus: 16, memory_gb: 64, gpu: L4, gpus: 1, network_gbit: 10, on_demand: 1, spot: 0.2}
 """
 
@@ -46,6 +47,13 @@ def test_spot_is_cheaper_and_prices_have_a_day() -> None:
         )
 
 
+def test_more_than_100_gbit_take_more_cards_than_one() -> None:
+    """But for p5en, whose cards have 200."""
+    for name, machine in catalogue().items():
+        assert machine.network_gbit <= (200 if name.startswith("p5en") else 100)
+        assert machine.efa_gbit is None or machine.efa_gbit % machine.network_gbit == 0
+
+
 def test_an_unknown_machine_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(ConfigError, match=r"'g6e\.2xlrge' is not known, only such as g6e\.2xlarge"):
         find("g6e.2xlrge")
@@ -56,7 +64,9 @@ def test_an_own_file_adds_to_what_is_shipped(tmp_path: Path) -> None:
     file.write_text(OWN)
     assert find("ours.8", file).bf16_tflops == 2250
     assert find("ours.8", file).spot is None  # nothing is known of it, so nothing is assumed
+    assert [find("ours.8", file).between_gbit(efa) for efa in (False, True)] == [100, 3200]
     old = find("ours.old", file)
+    assert old.between_gbit(efa=True) == 10
     assert (old.gpu_memory_gb, old.spot) == (24, 0.2)
     assert find("g5.xlarge", file) == find("g5.xlarge")
 

@@ -107,7 +107,7 @@ def test_all_is_well_in_an_account_that_was_set_up(
     checks = looked(Aws(planned(source)), recipe)
     assert {what: check.state for what, check in checks.items() if check.state != "ok"} == {}
     assert checks["image"].found.endswith(f"/studio@{ready_account}")
-    assert "needs 8 x gpu" in checks["recipe's fit"].found
+    assert "needs 2 x gpu" in checks["recipe's fit"].found
 
 
 def test_an_empty_account_is_told_all_it_lacks_at_once(
@@ -202,7 +202,10 @@ def test_the_repositorys_file_is_filled_from_the_stack_and_nothing_is_left(
     # ssh and Ray read ~ differently where HOME is not the user's home: nothing is left to that.
     assert filled["auth"]["ssh_private_key"] == str(Path("~/.ssh/droppos.pem").expanduser())
     assert filled["file_mounts"] == {"~/.ray/auth_token": str(token_file())}
-    untouched = {"head_start_ray_commands", "worker_start_ray_commands"}
+    *before_it, caretaker = filled["head_start_ray_commands"]
+    assert before_it == before["head_start_ray_commands"]
+    assert f"pipelines.launch.caretaker {filled['cluster_name']} {REGION} " in caretaker
+    untouched = {"worker_start_ray_commands"}
     assert {name: filled[name] for name in untouched} == {name: before[name] for name in untouched}
 
 
@@ -285,20 +288,20 @@ def test_quotas_are_held_against_what_the_recipe_needs_and_the_file_allows(
         head = Use("m7i.xlarge", "on demand", 1, 1)
         return [head, Use("g6e.2xlarge", "spot", most, needed)]
 
-    assert QUOTAS["L-3819A6DF"] == 64
-    check_quotas(client, gpus(8, 8), vcpus)
-    with pytest.raises(Note, match=r"64 vCPUs, the recipe needs 64, the file allows 72 \(L-3819"):
-        check_quotas(client, gpus(9, 8), vcpus)
-    with pytest.raises(Wrong, match=r"64 vCPUs, the recipe needs 72, the file allows 72"):
-        check_quotas(client, gpus(9, 9), vcpus)
+    assert QUOTAS["L-3819A6DF"] == 104
+    check_quotas(client, gpus(13, 13), vcpus)
+    with pytest.raises(Note, match=r"104 vCPUs, the recipe needs 104, the file allows 112 \(L-38"):
+        check_quotas(client, gpus(14, 13), vcpus)
+    with pytest.raises(Wrong, match=r"104 vCPUs, the recipe needs 112, the file allows 112"):
+        check_quotas(client, gpus(14, 14), vcpus)
 
 
 def test_a_fallback_to_on_demand_needs_that_limit_too_to_grow(
     ready_account: str, source: Path, recipe: Recipe
 ) -> None:
     uses = Fleet.of(clusterfile.read(source)).uses(recipe)
-    gpus = [(use.market, use.most, use.needed) for use in uses if use.machine == "g6e.2xlarge"]
-    assert gpus == [("spot", 8, 8), ("on demand", 8, 0)]
+    gpus = [(use.market, use.most, use.needed) for use in uses if use.machine == "g6e.12xlarge"]
+    assert gpus == [("spot", 2, 2), ("on demand", 2, 0)]
 
 
 def test_the_dearest_spot_price_of_our_zones_counts() -> None:
@@ -352,10 +355,12 @@ def test_the_cost_has_the_head_at_once_and_the_dearest_machines_at_most(
     assert head and spot and decode and on_demand and on_demand > spot
     assert cost.standing == pytest.approx(head)
     # Of each spot machine it may be that only one on demand is to be had.
-    assert cost.most == pytest.approx(head + 8 * on_demand + 4 * decode)
-    source.write_text(source.read_text().replace("max_workers: 12", "max_workers: 9"))
+    single = kinds["gpu_single"].dearest
+    assert single
+    assert cost.most == pytest.approx(head + 2 * on_demand + single + 4 * decode)
+    source.write_text(source.read_text().replace("max_workers: 7", "max_workers: 4"))
     fewer = Aws(planned(source)).cost()
-    assert fewer.most == pytest.approx(head + 8 * on_demand + decode)
+    assert fewer.most == pytest.approx(head + 2 * on_demand + single + decode)
     assert "an hour from the start" in cost.line and "on top" in cost.line
 
 

@@ -1,7 +1,9 @@
 """The plan of a run: what it says hangs together, and what cannot be planned is told."""
 
 import json
+import re
 from dataclasses import replace
+from io import StringIO
 from math import inf
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from droppos.errors import ConfigError, DataError
 from pipelines import cli, recipe_file
 from pipelines.instances import catalogue
 from pipelines.order import Schedule
+from pipelines.plan.figures import as_json, money_figures, pace_figures, saving_figures
 from pipelines.plan.fleet import choice, fleet
 from pipelines.plan.job import Plan, least_usd, plan
 from pipelines.plan.option import Option, option
 from pipelines.plan.question import Question
-from pipelines.plan.report import show_plan
-from pipelines.plan.scaling import SIZES
+from pipelines.plan.report import notes, show_plan
+from pipelines.plan.scaling import SIZES, scale
 from pipelines.plan.workload import workload
 from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run
@@ -44,6 +47,11 @@ def imagenet(recipe: Recipe) -> Plan:
     return plan(recipe, IMAGENET)
 
 
+@pytest.fixture(scope="module")
+def by_efa(recipe: Recipe) -> Plan:
+    return plan(recipe, replace(IMAGENET, efa=True))
+
+
 def test_a_plan_hangs_together(imagenet: Plan) -> None:
     work, best = imagenet.work, imagenet.best
     assert work.steps == 800 * (1_281_167 // 4096)
@@ -59,13 +67,67 @@ def test_a_plan_hangs_together(imagenet: Plan) -> None:
     assert [each.fleet.machine.name for each in imagenet.options] != list(IMAGENET.machines[:3])
 
 
-def test_each_size_names_what_bounds_it(imagenet: Plan) -> None:
+def test_each_size_names_what_bounds_it(imagenet: Plan, by_efa: Plan) -> None:
+    step, ring = "GPU step", "communication"
+    # 64 images a GPU of eight p5 take less time than their gradients do through one card of each,
+    # and more than through all 32; 8 images a GPU take less than either.
+    assert imagenet.best.fleet.machine.name == by_efa.best.fleet.machine.name == "p5.48xlarge"
+    assert [each.bound for each in imagenet.scaling] == [step, ring, ring, ring]
+    assert [each.bound for each in by_efa.scaling] == [step, step, ring, ring]
+
+
+def test_each_size_has_the_same_steps_and_loses_little(imagenet: Plan) -> None:
     assert [each.gpus for each in imagenet.scaling] == list(SIZES)
     for each in imagenet.scaling:
         assert each.option is not None
-        assert each.bound == each.option.bounds[0][0]
         assert 0 <= each.lost < 0.5
         assert each.option.recipe.optim.global_batch == imagenet.recipe.optim.global_batch
+
+
+def test_a_size_that_cannot_be_says_why_in_the_report_too(recipe: Recipe) -> None:
+    shared = replace(
+        recipe,
+        run=replace(recipe.run, workers=16),
+        compute=replace(recipe.compute, strategy="fsdp2", shard_ranks=16),
+    )
+    found = plan(shared, replace(IMAGENET, machines=("p4d.24xlarge", "c7i.4xlarge")))
+    assert [each.option is None for each in found.scaling] == [True, False, False, False]
+    assert found.scaling[0].bound == "shard_ranks"
+    assert row("bound by", found)[0] == "shard_ranks"
+    assert all(json.dumps(each) for each in as_json(found)["scaling"])
+
+
+def row(label: str, found: Plan) -> list[str]:
+    """Read one row of the report: its cells, of which those that are empty are left out."""
+    console = Console(width=200, record=True, file=StringIO())
+    show_plan(console, found)
+    rows = [line.strip() for line in console.export_text().splitlines()]
+    last = [line for line in rows if line.startswith(label)][-1]
+    return re.split(r"\s{2,}", last)[1:]
+
+
+def test_a_gpu_too_small_for_a_size_bounds_it(recipe: Recipe) -> None:
+    chosen = choice(recipe, IMAGENET)
+    sizes = scale(recipe, workload(recipe, IMAGENET), chosen, IMAGENET, "g6e.2xlarge", 1e8, (1, 8))
+    assert [each.bound for each in sizes] == ["memory of a GPU", "memory of a GPU"]
+
+
+def test_without_losses_nothing_is_lost_and_no_interval_is_advised(recipe: Recipe) -> None:
+    often = replace(recipe, run=replace(recipe.run, checkpoint_every=2))
+    found = plan(often, replace(IMAGENET, machines=("g6e.12xlarge",), rate=0, hardware_rate=0))
+    assert not [note for note in notes(found) if "checkpoint_every" in note]
+    assert all(each.lost == 0 for each in found.scaling)
+    assert not [each for each in found.scaling if each.bound == "lost machines"]
+    told = {figure.name: figure.value for figure in saving_figures(found.best)}
+    assert told["lost to saving and losses"] > 0
+    assert row("% lost to failures", found) == ["0"] * 4
+
+
+def test_an_interval_longer_than_the_run_is_told_as_never(recipe: Recipe) -> None:
+    rare = replace(IMAGENET, machines=("g6e.12xlarge",), rate=0, hardware_rate=1e-12)
+    found = planned(recipe, rare)
+    assert found.on_demand.best_interval_s < inf
+    assert found.on_demand.best_steps == inf
 
 
 def test_more_gpus_than_images_of_a_step_have_nothing_to_do(recipe: Recipe) -> None:
@@ -84,8 +146,8 @@ def test_many_machines_on_a_bad_day_are_bound_by_those_that_are_lost(recipe: Rec
     assert scaling[0].bound != "lost machines"
 
 
-def test_more_gpus_are_never_slower_while_arithmetic_bounds(imagenet: Plan) -> None:
-    by_size = [each.option for each in imagenet.scaling if each.bound == "GPU step"]
+def test_more_gpus_are_never_slower_while_arithmetic_bounds(by_efa: Plan) -> None:
+    by_size = [each.option for each in by_efa.scaling if each.bound == "GPU step"]
     paces = [each.flow.images_per_s for each in by_size if each is not None]
     assert len(paces) >= 2
     assert paces == sorted(paces)
@@ -164,7 +226,7 @@ def test_without_a_choice_the_clusters_machines_are_taken(
 ) -> None:
     assert choice(recipe, Question()).source == "those of cluster.yaml"
     names = [each.name for each in choice(recipe, Question()).training]
-    assert names == ["g6e.2xlarge"]
+    assert names == ["g6e.12xlarge", "g6e.2xlarge"]
     monkeypatch.chdir(tmp_path)
     assert len(choice(recipe, Question()).training) > 3
     Path("cluster.yaml").write_text("available_node_types: {head: {}}")
@@ -269,6 +331,58 @@ def test_the_report_tells_model_from_measurement(imagenet: Plan) -> None:
     for size in SIZES:
         assert f"{size:,} GPUs" in text
     assert f"on {imagenet.best.fleet.machine.name}" in text
+
+
+def test_what_a_person_gives_is_not_called_assumed(recipe: Recipe) -> None:
+    question = replace(IMAGENET, machines=("g6e.12xlarge",))
+    usual = planned(recipe, question)
+    told = {figure.name: figure.how for figure in money_figures(usual, question)}
+    assert told["interruptions of a machine"] == "assumed"
+    own = replace(question, rate=0.3, mfu=0.4)
+    given = planned(recipe, own)
+    told = {figure.name: figure.how for figure in money_figures(given, own)}
+    assert told["interruptions of a machine"] == "given"
+    pace = {figure.name: figure.how for figure in pace_figures(given, own, "given")}
+    assert pace["step: arithmetic"] == "by formula, 40% of the peak given"
+
+
+def test_a_machine_with_many_cards_sends_through_one_unless_efa_is_given(recipe: Recipe) -> None:
+    two = replace(recipe, run=replace(recipe.run, workers=16))
+    question = replace(IMAGENET, machines=("p4d.24xlarge",))
+    one_card, efa = plan(two, question), plan(two, replace(question, efa=True))
+    told = [
+        {figure.name: figure for figure in pace_figures(each.best, each.question, "given")}
+        for each in (one_card, efa)
+    ]
+    assert [each["between machines"].value for each in told] == [100, 400]
+    assert told[1]["between machines"].how == "EFA, given"
+    ratio = told[0]["step: communication"].value / told[1]["step: communication"].value
+    assert 3 < ratio < 4  # hops stay
+    assert [note for note in notes(one_card) if "--efa" in note and "400 Gbit/s" in note]
+    assert not [note for note in notes(efa) if "--efa" in note]
+    # What comes from storage goes through the one card either way.
+    assert one_card.best.service.storage_s == efa.best.service.storage_s
+
+
+def test_what_another_zone_would_cost_is_told_with_its_price(recipe: Recipe) -> None:
+    question = replace(IMAGENET, machines=("g6e.2xlarge", "c7i.4xlarge"))
+    found = planned(recipe, question)
+    told = {figure.name: figure for figure in money_figures(found, question)}
+    across = told["machine in another zone"]
+    assert across.value == found.crossing.worker_usd > found.on_demand.usd
+    assert across.how == "by formula, 0.01 USD per GB each way"
+    assert "  one that decodes" not in told  # none is needed
+    alone = planned(replace(recipe, run=replace(recipe.run, workers=1)), question)
+    assert alone.fleet.decoders == alone.crossing.worker_usd == 0
+    assert not [each for each in money_figures(alone, question) if "zone" in each.name]
+
+
+def test_crops_travel_between_machines_wherever_they_are_decoded(recipe: Recipe) -> None:
+    """Ray deals them out in order: of 8 machines that decode for themselves, 7/8 go elsewhere."""
+    found = planned(recipe, replace(IMAGENET, machines=("g6e.2xlarge",)))
+    assert (found.fleet.machines, found.fleet.remote) == (8, 0)
+    pixels = found.flow.images_per_s * 7 / 8 * 3 * 224 * 224
+    assert found.pixels_bytes_s == pytest.approx(pixels)
 
 
 def test_the_command_prints_json_and_refuses_what_the_parser_does(

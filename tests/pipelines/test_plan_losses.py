@@ -51,6 +51,11 @@ def test_youngs_and_dalys_intervals_are_near_it_where_losses_are_rare(
     assert abs(daly(rate, saving) - exact) <= abs(young(rate, saving) - exact)
 
 
+def test_the_best_interval_of_next_to_no_losses_is_not_lost_in_rounding() -> None:
+    for rate in (1e-9, 1e-12, 1e-15, 1e-18):
+        assert best(rate, 0.01) == pytest.approx(young(rate, 0.01), rel=1e-4)
+
+
 def test_where_losses_are_as_often_as_checkpoints_take_daly_gives_their_mean_time() -> None:
     assert daly(1e-2, 300) == 100
 

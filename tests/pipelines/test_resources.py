@@ -275,15 +275,18 @@ def test_the_shipped_cluster_grows_from_a_head_without_cpus_to_the_shipped_recip
     name: str,
 ) -> None:
     cluster = cluster_of([HEAD], [], shipped())
-    assert most_cpus(cluster) == 8 * 8 + 4 * 16
+    assert most_cpus(cluster) == 2 * 48 + 8 + 4 * 16
     recipe = recipe_file.from_dict(recipe_file.read(name))
     fit = solve(cluster, Demand.of(recipe, gpu=True))
-    assert (fit.cpus, fit.gpus, fit.added["gpu"]) == (128, 8, recipe.run.workers)
+    assert (fit.gpus, fit.added["gpu"]) == (9, recipe.run.workers / 4)
 
 
 def test_machines_that_stand_are_not_added_once_more() -> None:
+    limits = Limits(
+        (machine(16, count=4, name="decode"), machine(8, 1, 8, name="gpu")), machines=12
+    )
     standing = [machine(8, 1), machine(8, 1), machine(16)]
-    cluster = cluster_of([HEAD], standing, shipped())
+    cluster = cluster_of([HEAD], standing, limits)
     assert [(kind.name, kind.count) for kind in cluster.growth] == [("decode", 3), ("gpu", 6)]
     assert cluster.most_added == 9
     assert most_cpus(cluster) == 128
@@ -291,7 +294,7 @@ def test_machines_that_stand_are_not_added_once_more() -> None:
     assert fit.added == {"gpu": 1}
     assert solve(cluster, Demand(workers=2, gpu=True)).added == {}
     assert solve(cluster, Demand(decode_cpus=40)).added == {"decode": 1}  # no GPU for decoding
-    assert solve(cluster_of([HEAD], [], shipped()), Demand(decode_cpus=40)).added == {"decode": 3}
+    assert solve(cluster_of([HEAD], [], limits), Demand(decode_cpus=40)).added == {"decode": 3}
 
 
 def test_a_bound_on_all_machines_together_is_kept() -> None:

@@ -7,10 +7,10 @@ import boto3
 import pytest
 import yaml
 from moto import mock_aws
-from ray.autoscaler._private.aws import utils
-from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+from ray.autoscaler._private.aws import node_provider, utils
 from ray.autoscaler._private.providers import _get_node_provider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.tags import NODE_KIND_HEAD, NODE_KIND_WORKER, TAG_RAY_NODE_KIND
 
 from pipelines.spot_first import SpotFirst
 from tests.infra.test_cluster_yaml import FILE
@@ -18,6 +18,7 @@ from tests.infra.test_cluster_yaml import FILE
 REGION = "us-east-1"
 SPOT = {"MarketType": "spot", "SpotOptions": {"SpotInstanceType": "one-time"}}
 SOLD_OUT = "InsufficientInstanceCapacity"
+WORKER = {TAG_RAY_NODE_KIND: NODE_KIND_WORKER}
 EVENT = "provide-client-params.ec2.RunInstances"
 
 
@@ -26,6 +27,7 @@ def subnets(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setattr(node_provider, "BOTO_CREATE_MAX_RETRIES", 1)  # as cluster.yaml has it
     with mock_aws():
         utils.resource_cache.cache_clear()
         utils.client_cache.cache_clear()
@@ -33,11 +35,11 @@ def subnets(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield [subnet["SubnetId"] for subnet in answer["Subnets"]][:2]
 
 
-def provider(sold_out: str = "", refusal: str = SOLD_OUT) -> tuple[Any, list[tuple[str, str]]]:
+def provider(*sold_out: tuple[str, str], refusal: str = SOLD_OUT) -> tuple[Any, list[Any]]:
     """Make cluster.yaml's provider, and a list of the requests that it sends.
 
     Args:
-        sold_out: Markets in which EC2 refuses.
+        sold_out: Markets and subnets in which EC2 refuses.
         refusal: What it says then.
     """
     config = yaml.safe_load(FILE.read_text())["provider"] | {"region": REGION}
@@ -48,7 +50,7 @@ def provider(sold_out: str = "", refusal: str = SOLD_OUT) -> tuple[Any, list[tup
     def note(params: dict[str, Any], **_: Any) -> None:
         market = "spot" if "InstanceMarketOptions" in params else "on-demand"
         asked.append((market, params["SubnetId"]))
-        if market in sold_out.split():
+        if asked[-1] in sold_out:
             raise refused(refusal)
 
     events = made.ec2_fail_fast.meta.client.meta.events
@@ -79,39 +81,68 @@ def markets() -> list[str]:
 
 def test_a_spot_machine_that_is_there_is_taken(subnets: list[str]) -> None:
     aws, asked = provider()
-    assert len(aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), {}, 1)) == 1
+    assert len(aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), WORKER, 1)) == 1
     assert asked == [("spot", subnets[0])]
     assert markets() == ["spot"]
 
 
 def test_spot_is_asked_for_in_every_zone_before_the_same_on_demand(subnets: list[str]) -> None:
-    aws, asked = provider(sold_out="spot")
-    assert len(aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), {}, 1)) == 1
-    zones = [subnet for market, subnet in asked if market == "spot"]
-    assert set(zones) == set(subnets)
-    assert asked[len(zones) :] == [("on-demand", subnets[0])]
+    spot = [("spot", subnet) for subnet in subnets]
+    aws, asked = provider(*spot)
+    assert len(aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), WORKER, 1)) == 1
+    assert asked == [*spot, ("on-demand", subnets[0])]
     assert markets() == ["on-demand"]
 
 
-@pytest.mark.parametrize(
-    ("options", "sold_out", "refusal"),
-    [
-        ({"InstanceMarketOptions": SPOT}, "spot on-demand", SOLD_OUT),
-        ({}, "on-demand", SOLD_OUT),
-        ({"InstanceMarketOptions": SPOT}, "spot", "UnauthorizedOperation"),
-    ],
-)
-def test_what_money_does_not_mend_is_told(
-    subnets: list[str], options: dict[str, object], sold_out: str, refusal: str
+def test_a_zone_that_has_not_the_type_does_not_hide_that_others_are_sold_out(
+    subnets: list[str],
 ) -> None:
-    aws, _ = provider(sold_out, refusal)
+    aws, asked = provider(*[("spot", subnet) for subnet in subnets], refusal="Unsupported")
+    aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), WORKER, 1)
+    assert asked[-1] == ("on-demand", subnets[0])
+
+
+def test_machines_are_asked_for_beside_those_that_stand(subnets: list[str]) -> None:
+    first, second = subnets
+    aws, _ = provider(("spot", first))
+    spot = machine(subnets, InstanceMarketOptions=SPOT)
+    aws.create_node(spot, WORKER, 1)  # stands in the second zone
+
+    aws, asked = provider()
+    aws.create_node(spot, WORKER, 1)
+    assert asked == [("spot", second)]
+
+    aws, asked = provider(("spot", second))
+    aws.create_node(spot, WORKER, 1)
+    assert asked == [("spot", second), ("on-demand", second)]
+
+    aws, asked = provider(("spot", second), ("on-demand", second))
+    aws.create_node(spot, WORKER, 1)
+    assert asked == [("spot", second), ("on-demand", second), ("spot", first)]
+
+
+def test_a_head_draws_nobody_to_its_zone(subnets: list[str]) -> None:
+    aws, _ = provider()
+    aws.create_node(machine([subnets[1]]), {TAG_RAY_NODE_KIND: NODE_KIND_HEAD}, 1)
+    aws, asked = provider()
+    aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), WORKER, 1)
+    assert asked == [("spot", subnets[0])]
+
+
+@pytest.mark.parametrize("refusal", [SOLD_OUT, "UnauthorizedOperation"])
+def test_what_neither_money_nor_another_zone_mends_is_told(
+    subnets: list[str], refusal: str
+) -> None:
+    nowhere = [(market, subnet) for market in ("spot", "on-demand") for subnet in subnets]
+    aws, asked = provider(*nowhere, refusal=refusal)
     with pytest.raises(NodeLaunchException) as told:
-        aws.create_node(machine(subnets, **options), {}, 1)
+        aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), WORKER, 1)
     assert told.value.category == refusal
+    assert asked == (nowhere if refusal == SOLD_OUT else nowhere[:1])
     assert markets() == []
 
 
-def test_the_rest_is_rays_own() -> None:
-    assert set(vars(SpotFirst)) - {"__doc__", "__module__", "_create_node"} == set(
-        vars(type("Empty", (AWSNodeProvider,), {}))
-    ) - {"__doc__", "__module__"}
+def test_a_type_on_demand_is_never_asked_for_twice(subnets: list[str]) -> None:
+    aws, asked = provider(("on-demand", subnets[0]))
+    aws.create_node(machine(subnets), WORKER, 1)
+    assert asked == [("on-demand", subnets[0]), ("on-demand", subnets[1])]
