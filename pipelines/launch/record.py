@@ -41,6 +41,8 @@ class Record:
     phase: Phase = "starting"
     job: str | None = None
     """The last job that was, or was about to be, submitted."""
+    mark: str | None = None
+    """By which that job is known to be ours: its name may be another's."""
     region: str | None = None
     stack: str | None = None
     mlflow_stack: str | None = None
@@ -174,6 +176,13 @@ def all_records() -> Iterator[Record]:
     for folder in sorted(home().glob("*/record.json")):
         if (record := find(folder.parent.name)) is not None:
             yield record
+
+
+def note(found: Record, phase: Phase) -> None:
+    """Write how far a launch has come; nothing for one that another machine began."""
+    kept = find(found.name)
+    if kept is not None and found.is_on_disk():
+        kept.at(phase)  # with what has been written meanwhile, such as the job
 
 
 def check_name(name: str) -> None:
