@@ -143,8 +143,8 @@ def _looked(
     """Do all looks, and show them; give the request as it will be handed over."""
     try:
         recipe, changes = backend.adapted(asked.recipe)
-    except DropposError:
-        recipe, changes = asked.recipe, []  # a look at the same thing tells, beside all others
+    except Exception:  # whatever it is, a look at the same thing tells, beside all others
+        recipe, changes = asked.recipe, []
     asked = replace(asked, recipe=recipe)
     remote = backend.remote
 

@@ -11,6 +11,7 @@ its owner's alone: the filled file says how to reach the machines.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast, get_args, get_origin
 
 from droppos.errors import ConfigError
 
@@ -27,6 +28,8 @@ PLACE = ("on", "account", "region", "stack", "context", "namespace")
 """Fields that say where a launch is; another place may have a cluster of the same name."""
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
 """Of a launch: it becomes a cluster's name, a Kubernetes object's and a tag."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,21 +163,49 @@ def find(name: str) -> Record | None:
     """Find a launch of this machine."""
     file = home() / name / "record.json"
     try:
-        loaded = json.loads(file.read_text())
-        known = {field.name for field in fields(Record)}
-        return Record(**{key: value for key, value in loaded.items() if key in known})
+        return _of(json.loads(file.read_text()))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror}); remove what is in its place, and find the "
+            "launch again by --on"
+        ) from error
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} is damaged ({error}); remove its folder, and find the launch again by --on"
         ) from error
 
 
+def _of(loaded: Any) -> Record:
+    """Make a record of what was written, by this version or by another one.
+
+    Raises:
+        TypeError: If it is none, or a field is of a wrong type.
+    """
+    if not isinstance(loaded, dict):
+        raise TypeError(f"a mapping is expected, got {loaded!r}")
+    known = {field.name: field.type for field in fields(Record) if field.name in loaded}
+    for name, kind in known.items():
+        value = loaded[name]
+        if get_origin(kind) is Literal:
+            fits = value in get_args(kind)
+        else:
+            fits = isinstance(value, (int, float) if kind is float else cast(type, kind))
+        if not fits:
+            raise TypeError(f"{name} is {value!r}")
+    return Record(**{name: loaded[name] for name in known})
+
+
 def all_records() -> Iterator[Record]:
-    """List the launches of this machine."""
-    for folder in sorted(home().glob("*/record.json")):
-        if (record := find(folder.parent.name)) is not None:
+    """List the launches of this machine; a record that is damaged is told of, and left out."""
+    for file in sorted(home().glob("*/record.json")):
+        try:
+            record = find(file.parent.name)
+        except ConfigError as error:
+            _log.warning("%s", error)
+            continue
+        if record is not None:
             yield record
 
 
