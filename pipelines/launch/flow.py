@@ -129,7 +129,7 @@ def down(found: Record, backend: Backend, terminal: Terminal) -> int:
     _check_place(found, backend)
     if not backend.mortal:
         return 0 if _let_go(found, backend, terminal) else 1
-    if doubt := _doubt(found, backend):
+    if doubt := _doubt(found, backend, terminal):
         question = f"{doubt}; end the machines anyway? (`droppos stop {found.name}` saves first)"
         if not terminal.ask(question):
             terminal.say("nothing was ended")
@@ -321,7 +321,7 @@ def _end(found: Record, backend: Backend, terminal: Terminal) -> bool:
 def _let_go(found: Record, backend: Backend, terminal: Terminal) -> bool:
     """Note a launch on a cluster that stands as ended, unless a job of it still runs."""
     try:
-        running = _running(found, backend)
+        running = _running(found, backend, terminal)
     except DropposError as error:
         question = f"{_whether(found)} ({error}); let {found.name} go anyway?"
         if not terminal.ask(question):
@@ -344,12 +344,12 @@ def _check_place(found: Record, backend: Backend) -> None:
     found.check_place(backend.place(), "set AWS_PROFILE, or the credentials, to those of its own")
 
 
-def _doubt(found: Record, backend: Backend) -> str:
+def _doubt(found: Record, backend: Backend, terminal: Terminal) -> str:
     """Say why ending the machines could lose something; nothing if it could not."""
     if found.phase == "ended":
         return ""
     try:
-        running = _running(found, backend)
+        running = _running(found, backend, terminal)
     except DropposError as error:
         if found.is_on_disk() and found.job is None:
             return ""  # it has never come to a submission
@@ -362,11 +362,15 @@ def _whether(found: Record) -> str:
     return f"whether {named} still runs cannot be asked"
 
 
-def _running(found: Record, backend: Backend) -> str:
+def _running(found: Record, backend: Backend, terminal: Terminal) -> str:
     """Name the jobs of a launch that may still do something."""
     with backend.address() as address:
-        there = jobs.ready(address, jobs.LOOK_S)
-        return ", ".join(job.id for job in there.of(found.name) if job.running)
+        there = jobs.ready(address, jobs.LOOK_S, terminal.say).of(found.name)
+    if (
+        not backend.mortal and found.mark is not None
+    ):  # others' of our name are not ours to wait for
+        there = [job for job in there if job.metadata.get(MARK) == found.mark]
+    return ", ".join(job.id for job in there if job.running)
 
 
 def _left(found: Record, backend: Backend) -> str:

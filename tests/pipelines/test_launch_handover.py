@@ -204,6 +204,7 @@ def test_down_lets_a_launch_go_only_when_nothing_of_it_runs_on_a_cluster_that_st
     assert "job vit still runs" in person.said[-1] and "droppos stop vit" in person.said[-1]
     assert kept().phase == "submitted" and api.jobs["vit"]["status"] == "RUNNING"
     api.jobs["vit"]["status"] = "SUCCEEDED"
+    api.add("vit-2", "RUNNING", {LAUNCH: "vit", MARK: "theirs"})
     assert flow.down(kept(), Standing(api.url), person.terminal) == 0
     assert kept().phase == "ended" and len(person.asked) == 1
 
