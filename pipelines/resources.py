@@ -22,6 +22,17 @@ from pipelines.machines import Cluster, Machine
 from pipelines.recipe import Recipe
 
 
+class FitError(ConfigError):
+    """A demand that a cluster cannot meet."""
+
+    def __init__(self, found: str, way_out: str) -> None:
+        super().__init__(found, way_out)  # as they are, or Ray could not send it
+        self.found, self.way_out = found, way_out
+
+    def __str__(self) -> str:
+        return f"{self.found}; {self.way_out}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demand:
     """What one run, or one trial of a search, holds while it trains."""
@@ -153,10 +164,10 @@ def solve(cluster: Cluster, demand: Demand, at_once: int = 1) -> Fit:
         at_once: Trials at the same time.
 
     Raises:
-        ConfigError: If it does not fit; names the one number to change, and to what.
+        FitError: If it does not fit; names the one number to change, and to what.
     """
     if not _fits(cluster, demand, at_once):
-        raise ConfigError(_refusal(cluster, demand, at_once))
+        raise _refusal(cluster, demand, at_once)
     largest = _largest(cluster, demand, at_once)
     parts = 1 if demand.shared_decoding else at_once
     spare = (largest.cpus - at_once * (demand.training + demand.aside_cpus)) // parts
@@ -259,18 +270,18 @@ def _added(cluster: Cluster, demand: Demand, at_once: int) -> dict[str, int]:
     return {kind.name: count for kind, count in zip(kinds, counts, strict=True) if count}
 
 
-def _refusal(cluster: Cluster, demand: Demand, at_once: int) -> str:
+def _refusal(cluster: Cluster, demand: Demand, at_once: int) -> FitError:
     """Say what is needed, what there is, and the one number to change."""
     fewer = _most_below(at_once, lambda trials: _fits(cluster, demand, trials))
     if fewer:
-        return (
+        return FitError(
             f"search.max_concurrent {at_once}: so many trials need "
-            f"{_needs(demand, at_once)}, {_has(cluster, demand, at_once)}; "
-            f"lower search.max_concurrent to {fewer}"
+            f"{_needs(demand, at_once)}, {_has(cluster, demand, at_once)}",
+            f"lower search.max_concurrent to {fewer}",
         )
     who = "the run" if at_once == 1 else "already one trial"
-    return (
-        f"{who} needs {_needs(demand, 1)}, {_has(cluster, demand, 1)}; {_way_out(cluster, demand)}"
+    return FitError(
+        f"{who} needs {_needs(demand, 1)}, {_has(cluster, demand, 1)}", _way_out(cluster, demand)
     )
 
 

@@ -12,6 +12,7 @@
     tunnel.py        a way to it that mends itself
     folder.py        the working directory that is sent along
     record.py        what this machine knows of its launches
+    fit.py           does the recipe fit machines that are still to come
     check.py         what is looked at before money is spent
     cost.py          what it will cost an hour
 

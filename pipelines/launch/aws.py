@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.launch import clusterfile, fleet, stack
+from pipelines.launch import clusterfile, fit, jobs, stack
 from pipelines.launch.account import Account, asked, needs_program
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
@@ -24,7 +24,7 @@ from pipelines.launch.errors import LaunchError
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, is_kept, write_private
-from pipelines.launch.request import check_data, on_gpus
+from pipelines.launch.request import check_data
 from pipelines.launch.token import ensure_token_file, headers, read_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
@@ -35,6 +35,7 @@ ALIVE = ("pending", "running", "stopping", "stopped")
 """States of a machine that is paid for, or whose disk is."""
 GOING = "shutting-down"
 """State of one that has been ended; a head may still ask for machines in it."""
+RUNNING = ("pending", "running")
 HEAD = {"ray-node-type": "head"}
 PORT = 8265
 TERMINATE_S = 600.0
@@ -77,7 +78,8 @@ class Aws:
             Look("cluster file", self._check_file, after=(*here, "image")),
             Look("ssh", self._check_key),
             Look("token", ensure_token_file),
-            Look("recipe's fit", lambda: fleet.describe(self._fleet.fit(recipe))),
+            Look("jobs", self._is_idle, after=("name", "cluster file", "ssh", "token")),
+            Look("recipe's fit", lambda: fit.described(self._fleet.fit(recipe))),
             Look("machine types", lambda: account.offered(self._fleet.types), after=here),
             Look("quota", partial(self._check_quotas, recipe), after=(*here, "recipe's fit")),
         ]
@@ -126,12 +128,18 @@ class Aws:
         there = self._left()
         if there and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
-                f"{len(there)} machines of {self._name}, which this machine has not kept",
+                f"{', '.join(_named(there))} of {self._name}, which this machine has not kept",
                 "none of that name",
                 f"`droppos attach {self._record.name} --on aws` follows its job, `droppos down` "
                 "ends them; or take another --name",
             )
         return f"{self._name}, " + ("whose machines were kept" if there else "new")
+
+    def _is_idle(self) -> str:
+        """See that nothing runs on a cluster that was kept."""
+        if not self._machines(RUNNING, **HEAD):
+            return jobs.NO_CLUSTER
+        return jobs.check_idle(self.address(), self._record.name)
 
     def _check_file(self) -> str:
         if left := clusterfile.unfilled(self.filled):
@@ -165,11 +173,7 @@ class Aws:
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
         """Say cuda where the recipe says auto and GPUs come from zero."""
-        if recipe.compute.device == "auto" and self._fleet.has_gpus:
-            return on_gpus(recipe), [
-                "compute.device auto was made cuda: GPUs come only when they are asked for"
-            ]
-        return recipe, []
+        return fit.adapted(recipe, self._fleet.cluster)
 
     def job_env(self) -> Mapping[str, str]:
         """Tell jobs where the team's MLflow is; its password is on the head: mlflow_login.py."""
@@ -186,12 +190,14 @@ class Aws:
     # --- up and down ------------------------------------------------------------------------
 
     def up(self, say: Say) -> None:
-        """Run `ray up` on the filled file."""
+        """Run `ray up` on the filled file; on a cluster that was kept, Ray and its jobs go on."""
         file = self._record.file("cluster.yaml")
         write_private(file, clusterfile.to_yaml(self.filled))
         self._wrote_file = True
         say(f"bringing the head of {self._name} up, in minutes; what is done: {self._log('up')}")
-        code = self._ray("up", str(file), "--yes", "--no-config-cache")
+        # Without it Ray is stopped on a head that stands, with all that runs there.
+        kept = ["--no-restart"] if self._machines(RUNNING, **HEAD) else []
+        code = self._ray("up", str(file), "--yes", "--no-config-cache", *kept)
         if code:
             raise LaunchError(f"`ray up` ended with {code}: {_last_lines(self._log('up'))}")
 
@@ -211,7 +217,7 @@ class Aws:
         if not left:
             time.sleep(LOOK_AGAIN_S)  # what a head asked for last is seen some time after
             left = self._end_tagged(until)
-        return [f"{each['InstanceId']} ({_state(each)})" for each in left]
+        return _named(left)
 
     def _end_tagged(self, until: float) -> list[Any]:
         """End what has the cluster's tag; gives what is left at a time of the monotonic clock."""
@@ -328,6 +334,10 @@ class Aws:
             *(word for name, value in options.items() for word in ("-o", f"{name}={value}")),
             *("-p", str(auth.get("ssh_port", 22)), f"{auth['ssh_user']}@{host}"),
         ]
+
+
+def _named(machines: Sequence[Any]) -> list[str]:
+    return [f"{each['InstanceId']} ({_state(each)})" for each in machines]
 
 
 def _state(machine: Mapping[str, Any]) -> str:

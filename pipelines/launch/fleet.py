@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from droppos.errors import ConfigError
 from pipelines.launch.account import Account
-from pipelines.launch.check import Wrong
 from pipelines.launch.clusterfile import falls_back
 from pipelines.launch.cost import Cost, Kind
+from pipelines.launch.fit import fitted
 from pipelines.launch.prices import PRICE_LIST, on_demand_price, spot_price
 from pipelines.launch.quotas import Market, Use
 from pipelines.machines import Cluster, Machine, cluster_of, limits_of
 from pipelines.recipe import Recipe
-from pipelines.resources import Demand, Fit, solve
+from pipelines.resources import Fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +64,13 @@ class Fleet:
         """EC2's types, each once."""
         return sorted({group.machine for group in self.groups})
 
-    @property
-    def has_gpus(self) -> bool:
-        """Whether machines with GPUs may be added."""
-        return any(machine.gpus for machine in self.cluster.machines)
-
     def fit(self, recipe: Recipe) -> Fit:
         """Fit a recipe into it.
 
         Raises:
             Wrong: If it does not; with the one number to change.
         """
-        gpu = recipe.compute.device == "cuda"
-        try:
-            return solve(self.cluster, Demand.of(recipe, gpu=gpu))
-        except ConfigError as error:
-            what, _, way_out = str(error).rpartition("; ")
-            raise Wrong(what, "a recipe that fits the cluster's file", way_out) from error
+        return fitted(recipe, self.cluster, "the cluster's file")
 
     def uses(self, recipe: Recipe) -> list[Use]:
         """Tell of each kind how many there may be, and how many the recipe needs.
@@ -127,12 +116,6 @@ class Fleet:
             source=price.source if dearest is None else f"{price.source}; {on_demand.source}",
             dearest=dearest,
         )
-
-
-def describe(fit: Fit) -> str:
-    """Say how a recipe fits."""
-    grown = ", ".join(f"{count} x {name}" for name, count in fit.added.items())
-    return f"needs {grown} beside the head" if grown else "fits on what stands"
 
 
 def _is_spot(machine: Mapping[str, Any]) -> bool:

@@ -17,7 +17,13 @@ from droppos.errors import ConfigError
 
 LIMIT = 100 * 2**20
 """Bytes of the packed folder that Ray takes."""
-NEVER = (".git", ".venv", "venv", "droppos-runs", "__pycache__", ".env", ".env.*", "*.pem")
+NEVER = (
+    *(".git", ".venv", "venv", "droppos-runs", "__pycache__"),
+    *(".env", ".env.*", ".envrc", "*.pem", "*.key", "id_rsa", "id_ecdsa", "id_ed25519"),
+    *(".aws", ".azure", ".boto", ".docker", ".droppos", ".gnupg", ".kube", "kubeconfig", ".mlflow"),
+    *(".ray", ".s3cfg", ".ssh"),
+    *(".git-credentials", ".netrc", ".npmrc", ".pgpass", ".pypirc"),
+)
 """Names of files and folders that stay here, whatever git says: history, environments, secrets."""
 LARGEST = 3
 """Files that are named when there is too much."""
@@ -46,7 +52,11 @@ def top_of(folder: Path) -> Path:
 
 
 def files_of(top: Path) -> list[Path]:
-    """List what is sent, relative to the top: what git has or would take, else all there is."""
+    """List what is sent, relative to the top.
+
+    What git has or would take; where there is no git, all but names with a dot before them, which
+    is how tools call what they keep for themselves.
+    """
     listed = _git(top, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     names = _walk(top) if listed is None else map(Path, filter(None, listed.split("\0")))
     return sorted({name for name in names if (top / name).is_file() and not _stays(name)})
@@ -61,8 +71,13 @@ def pack(top: Path, to: Path, also: Mapping[str, str]) -> Package:
         also: Files that are put beside its own: name and text.
 
     Raises:
-        ConfigError: If it is too large; names the largest files.
+        ConfigError: If it is too large, with its largest files; or the home folder, or around it.
     """
+    if Path.home().resolve().is_relative_to(top.resolve()):
+        raise ConfigError(
+            f"the working directory {top} has all your files, and it would be sent; "
+            "go into the clone, or into a folder with nothing but what the job needs"
+        )
     names = files_of(top)
     sizes = {name: (top / name).stat().st_size for name in names}
     # A folder of data is not worth packing to find out: nothing compresses to a tenth of that.
@@ -108,7 +123,7 @@ def _walk(top: Path, below: Path = Path()) -> Iterator[Path]:
     """List a folder that is in no clone, without going into what stays anyway."""
     for entry in (top / below).iterdir():
         name = below / entry.name
-        if _stays(name):
+        if entry.name.startswith(".") or _stays(name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(top, name)

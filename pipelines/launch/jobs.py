@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from itertools import count
@@ -29,6 +29,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from droppos.errors import ConfigError
 from pipelines.launch.backend import Address
+from pipelines.launch.check import Wrong
 from pipelines.launch.errors import LaunchError, LineLostError, TakenError
 
 CONNECT_S, ANSWER_S, SEND_S = 10.0, 20.0, 300.0
@@ -43,6 +44,9 @@ PATIENCE_S = 900.0
 """Seconds that a broken line is tried again. A laptop's sleep does not count: its clock stands."""
 LOOK_S = 20.0
 """Seconds that the API of a cluster has which has stood before, or is to be ended anyway."""
+KEPT_S = 20.0
+"""Seconds that a cluster that was kept has to tell of its jobs."""
+NO_CLUSTER = "none, as there is no cluster yet"
 RETRY_S = 2.0
 TRIES = 5
 """Of a submission."""
@@ -192,6 +196,16 @@ class Jobs:
     def of(self, name: str) -> list[Job]:
         """List the jobs of a launch."""
         return [job for job in self.all() if job.metadata.get(LAUNCH) == name]
+
+    def running(self) -> list[str]:
+        """Name all jobs that may still do something, whoever submitted them."""
+        with _answers(self._address):
+            there = self._client.list_jobs()
+        return [
+            each.submission_id or each.job_id or "one without a name"
+            for each in there
+            if not each.status.is_terminal()
+        ]
 
     def newest(self, name: str) -> Job | None:
         """Find the last job of a launch."""
@@ -366,6 +380,30 @@ def ready(
             time.sleep(RETRY_S)
 
 
+def check_idle(way: AbstractContextManager[Address], name: str) -> str:
+    """See that nothing runs on a cluster that was kept, for it may end with the next launch.
+
+    Raises:
+        Wrong: If something does, or cannot be asked for.
+    """
+    try:
+        with way as address:
+            running = ready(address, KEPT_S).running()
+    except LaunchError as error:
+        raise Wrong(
+            f"the kept cluster does not tell of its jobs: {error}",
+            "one that can be used again",
+            f"`droppos down {name}` ends it, and a new one is launched",
+        ) from error
+    if running:
+        raise Wrong(
+            f"{', '.join(running)}, still running on the cluster that was kept",
+            "none",
+            f"`droppos attach {name}` follows {name}'s; wait for it, or take another --name",
+        )
+    return "none runs on the cluster that was kept"
+
+
 def name_of(name: str, turn: int) -> str:
     """Name a launch's job: its first is called as the launch."""
     return name if turn == 1 else f"{name}-{turn}"
@@ -388,7 +426,7 @@ def _answers(address: Address) -> Iterator[None]:
         why = "refuses the token of this machine" if address.headers else "wants a token"
         raise ConfigError(
             f"the cluster at {address.url} {why}; put the cluster's own into ~/.ray/auth_token, "
-            "or its file's name into RAY_AUTH_TOKEN_PATH"
+            "or its file's name into RAY_AUTH_TOKEN_PATH, and unset RAY_AUTH_TOKEN"
         ) from error
     except _RefusedError as error:
         # 404 and the like are answers; 5xx is a head, or its agent, that is not ready.

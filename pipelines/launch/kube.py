@@ -17,20 +17,19 @@ from typing import Any
 import yaml
 
 from droppos.errors import ConfigError
-from pipelines.launch import manifest
+from pipelines.launch import fit, jobs, manifest
 from pipelines.launch.account import needs_program
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Wrong
 from pipelines.launch.cost import Cost, Kind
 from pipelines.launch.errors import LaunchError
-from pipelines.launch.fleet import describe
 from pipelines.launch.manifest import Manifest
 from pipelines.launch.record import Record, is_kept, write_private
-from pipelines.launch.request import check_data, on_gpus
+from pipelines.launch.request import check_data
 from pipelines.launch.token import headers
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
-from pipelines.resources import Demand, Fit, solve
+from pipelines.resources import Fit
 
 CLUSTERS = "rayclusters.ray.io"
 PORT = 8265
@@ -73,8 +72,9 @@ class Kube:
             Look("manifest", lambda: manifest.check_filled(self._manifest), after=there[:1]),
             Look("rights", self._may_create, after=(*there, "KubeRay", "manifest")),
             Look("name", self._is_free, after=(*there, "KubeRay", "manifest")),
+            Look("jobs", self._is_idle, after=("name",)),
             Look("data", partial(check_data, recipe), after=("places",)),
-            Look("recipe's fit", lambda: describe(self._fit(recipe)), after=("manifest",)),
+            Look("recipe's fit", lambda: fit.described(self._fit(recipe)), after=("manifest",)),
         ]
 
     @cached_property
@@ -125,37 +125,37 @@ class Kube:
 
     def _is_free(self) -> str:
         """See that there is no cluster of the launch's name, but one that we kept."""
-        name = self._record.name
-        there = self._kubectl("get", CLUSTERS, name, "--ignore-not-found", "--output=name")
-        if there.strip() and not is_kept(replace(self._record, **self.place())):
+        name, there = self._record.name, self._is_there()
+        if there and not is_kept(replace(self._record, **self.place())):
             raise Wrong(
                 f"a RayCluster {name} in {self._namespace}, that this machine has not kept",
                 "none of that name",
                 f"`droppos attach {name} --on kube` follows its job, `droppos down` ends it; or "
                 "take another --name",
             )
-        return f"{name}, " + ("which was kept" if there.strip() else "new")
+        return f"{name}, " + ("which was kept" if there else "new")
+
+    def _is_there(self) -> bool:
+        name = self._record.name
+        found = self._kubectl("get", CLUSTERS, name, "--ignore-not-found", "--output=name")
+        return bool(found.strip())
+
+    def _is_idle(self) -> str:
+        """See that nothing runs on a cluster that was kept."""
+        if not self._is_there():
+            return jobs.NO_CLUSTER
+        return jobs.check_idle(self.address(), self._record.name)
 
     def _may(self, verb: str) -> bool:
         done = self._run("auth", "can-i", verb, CLUSTERS)
         return done.stdout.strip() == "yes"
 
     def _fit(self, recipe: Recipe) -> Fit:
-        demand = Demand.of(recipe, gpu=recipe.compute.device == "cuda")
-        try:
-            return solve(self._manifest.cluster, demand)
-        except ConfigError as error:
-            what, _, way_out = str(error).rpartition("; ")
-            raise Wrong(what, "a recipe that fits the manifest", way_out) from error
+        return fit.fitted(recipe, self._manifest.cluster, "the manifest")
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
         """Say cuda where the recipe says auto and GPUs come from zero."""
-        gpus = any(machine.gpus for machine in self._manifest.cluster.machines)
-        if recipe.compute.device == "auto" and gpus:
-            return on_gpus(recipe), [
-                "compute.device auto was made cuda: GPUs come only when they are asked for"
-            ]
-        return recipe, []
+        return fit.adapted(recipe, self._manifest.cluster)
 
     def job_env(self) -> Mapping[str, str]:
         """Nothing: the manifest's pods have what they need from a secret of the namespace."""

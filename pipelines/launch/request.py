@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -219,11 +219,3 @@ def is_local(uri: str) -> bool:
     if parts.scheme in ("http", "https"):
         return parts.hostname in ("localhost", "127.0.0.1", "::1")
     return "sqlite" in parts.scheme or parts.scheme in ("", "file")
-
-
-def on_gpus(recipe: Recipe) -> Recipe:
-    """Say cuda where a recipe says auto.
-
-    Auto looks at what stands when the job starts, and GPUs that come from zero do not stand.
-    """
-    return replace(recipe, compute=replace(recipe.compute, device="cuda"))

@@ -52,17 +52,23 @@ def ensure_token_file() -> str:
         What was found or done, for a person.
 
     Raises:
-        ConfigError: If others may read it.
+        ConfigError: If others may read it, or requests would be sent with another token.
     """
-    path = token_file()
+    path, own = token_file(), os.environ.get("RAY_AUTH_TOKEN", "").strip()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Made with its mode, not changed to it afterwards: nobody can have opened it meanwhile.
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(BYTES))
+            file.write(own or secrets.token_hex(BYTES))
         return f"{path}, made just now"
-    if not _one_word(_text(path), str(path)):
+    token = _one_word(_text(path), str(path))
+    if not token:
         raise ConfigError(f"{path} is empty; remove it, and it will be made anew")
+    if own and own != token:
+        raise ConfigError(
+            f"RAY_AUTH_TOKEN, which counts for requests, is another token than {path}, which the "
+            "cluster gets; unset it, or write it there"
+        )
     _check_private(path)
     return str(path)
 

@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from droppos.errors import ConfigError
 from pipelines.launch import clusterfile, flow, mlflow_login, places, record
 from pipelines.launch.account import Account
 from pipelines.launch.aws import Aws
+from pipelines.launch.backend import Address
 from pipelines.launch.check import Check, Look, Note, Wrong, look
 from pipelines.launch.fleet import Fleet
 from pipelines.launch.on import On
@@ -27,7 +29,7 @@ from pipelines.launch.prices import on_demand_price, spot_price
 from pipelines.launch.quotas import Use, check_quotas, family_of
 from pipelines.launch.record import Record
 from pipelines.launch.terminal import Terminal
-from pipelines.launch.token import ensure_token_file, token_file
+from pipelines.launch.token import ensure_token_file, read_token, token_file
 from pipelines.recipe import Data, Recipe, Run
 from tests.cloud_account import (
     AMI_PARAMETER,
@@ -40,6 +42,7 @@ from tests.cloud_account import (
     deploy,
     push,
 )
+from tests.jobs_api import jobs_api
 
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -49,7 +52,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """This machine's own files: records, token, key."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DROPPOS_HOME", str(tmp_path / "droppos"))
-    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pipelines.launch.aws.LOOK_AGAIN_S", 0.1)
     key = tmp_path / ".ssh" / "droppos.pem"
     key.parent.mkdir()
@@ -122,7 +126,9 @@ def test_an_empty_account_is_told_all_it_lacks_at_once(
     assert checks["ssh"].state == "wrong" and "ssh-keygen" in checks["ssh"].way_out
     assert "run.workers to" in checks["recipe's fit"].way_out
     left_out = {what for what, check in checks.items() if check.state == "left out"}
-    assert left_out == {"name", "bucket", "image", "cluster file", "machine types", "quota"}
+    assert left_out == {
+        *("name", "bucket", "image", "cluster file", "jobs", "machine types", "quota")
+    }
 
 
 def test_a_type_that_no_zone_offers_is_named(
@@ -370,7 +376,6 @@ def test_device_auto_becomes_cuda_where_gpus_come_from_zero(source: Path, recipe
     adapted, said = backend.adapted(auto)
     assert adapted.compute.device == "cuda" and "made cuda" in said[0]
     assert backend.adapted(recipe) == (recipe, [])
-    assert Fleet.of(clusterfile.read(source)).has_gpus
 
 
 def _run(cluster: str, kind: str) -> str:
@@ -476,6 +481,31 @@ def test_the_file_of_an_ended_launch_is_not_used_for_one_elsewhere(
     assert record.find("vit") == ended
 
 
+def test_a_kept_cluster_is_used_again_when_it_is_idle_and_its_ray_goes_on(
+    ready_account: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = {"vit": "SUCCEEDED", "theirs": "RUNNING"}
+    monkeypatch.setattr(Aws, "address", lambda self: jobs_api(jobs))  # in place of ssh
+    monkeypatch.setattr("pipelines.launch.jobs.KEPT_S", 0.0)
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Aws, "_ray", lambda self, *command: ran.append(command))
+    assert "no cluster" in Aws(planned(source))._is_idle()
+    record.begin(planned(source, keep=True)).at("up")
+    Aws(planned(source)).up(print)
+    assert "--no-restart" not in ran[-1]
+    _run("studio-vit", "head")
+    with pytest.raises(Wrong, match="theirs, still running"):
+        Aws(planned(source))._is_idle()
+    jobs["theirs"] = "STOPPED"
+    assert "none runs" in Aws(planned(source))._is_idle()
+    Aws(planned(source)).up(print)
+    assert "--no-restart" in ran[-1]
+    gone = Address("http://127.0.0.1:9")
+    monkeypatch.setattr(Aws, "address", lambda self: nullcontext(gone))
+    with pytest.raises(Wrong, match="droppos down vit"):
+        Aws(planned(source))._is_idle()
+
+
 def test_what_cannot_be_ended_is_named(
     ready_account: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,6 +561,19 @@ def test_the_token_is_made_once_for_its_owner_alone(home: Path) -> None:
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         ensure_token_file()
+
+
+def test_requests_and_the_cluster_have_the_same_token_or_nothing_starts(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    ensure_token_file()
+    assert (home / ".ray" / "auth_token").read_text() == "a" * 64 == read_token()
+    ensure_token_file()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 64)
+    with pytest.raises(ConfigError, match="unset it") as error:
+        ensure_token_file()
+    assert "b" * 64 not in str(error.value)
 
 
 def test_another_clouds_file_is_refused(source: Path) -> None:

@@ -20,7 +20,7 @@ from pipelines.launch.request import Request
 from pipelines.launch.standing import Standing
 from pipelines.launch.terminal import Terminal
 from pipelines.recipe import Data, Recipe, Run
-from tests.jobs_api import JobsApi
+from tests.jobs_server import JobsApi
 
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
 

@@ -18,6 +18,7 @@ from pipelines.launch.errors import LaunchError
 from pipelines.launch.kube import Kube
 from pipelines.launch.record import Record, begin
 from pipelines.recipe import Data, Recipe, Run
+from tests.jobs_api import jobs_api
 from tests.kube_api import KubeApi, kube_api
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
@@ -191,16 +192,25 @@ def test_without_a_namespace_in_the_manifest_the_contexts_is_taken(
 def test_only_a_cluster_that_was_kept_here_is_taken_for_ours(api: KubeApi, source: Path) -> None:
     backend(source).up(print)
     kept = begin(Record(name="vit", on="kube", keep=True, context="team", namespace="droppos"))
-
-    def state() -> str:
-        return looked(backend(source))["name"].state
-
-    kept.at("ended")
-    assert state() == "wrong"
-    kept.at("up", namespace="another")
-    assert state() == "wrong"
+    for others in (kept.at("ended"), kept.at("up", namespace="another")):
+        others.save()
+        with pytest.raises(Wrong, match="has not kept"):
+            backend(source)._is_free()
     kept.at("up")
-    assert state() == "ok"
+    assert "which was kept" in backend(source)._is_free()
+
+
+def test_a_kept_cluster_is_used_again_only_when_it_is_idle(
+    api: KubeApi, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = {"theirs": "RUNNING"}
+    monkeypatch.setattr(Kube, "address", lambda self: jobs_api(jobs))  # in place of kubectl's way
+    assert "no cluster" in backend(source)._is_idle()
+    backend(source).up(print)
+    with pytest.raises(Wrong, match="theirs, still running"):
+        backend(source)._is_idle()
+    jobs["theirs"] = "FAILED"
+    assert "none runs" in backend(source)._is_idle()
 
 
 def test_another_namespace_takes_the_cluster_alone(api: KubeApi, source: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from pipelines import cluster, machines, recipe_file
 from pipelines.machines import Cluster, Limits, Machine, cluster_of, limits_of
 from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run
-from pipelines.resources import Demand, Fit, most_cpus, solve, table
+from pipelines.resources import Demand, Fit, FitError, most_cpus, solve, table
 
 HEAD = Machine("head", {"CPU": 0})
 
@@ -228,8 +229,13 @@ def test_the_number_it_names_fits_and_one_more_does_not(
 def test_a_refusal_says_what_is_needed_what_there_is_and_the_one_number(
     cluster: Cluster, demand: Demand, at_once: int, complaint: str
 ) -> None:
-    with pytest.raises(ConfigError, match=complaint):
+    with pytest.raises(FitError, match=complaint) as refused:
         solve(cluster, demand, at_once)
+    error = refused.value
+    assert str(error) == f"{error.found}; {error.way_out}"
+    assert error.way_out.startswith(("lower ", "add "))
+    sent = pickle.loads(pickle.dumps(error))  # as Ray does, out of a trial
+    assert (type(sent), str(sent)) == (FitError, str(error))
 
 
 def test_decoding_gets_all_that_training_leaves() -> None:
