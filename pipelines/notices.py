@@ -10,6 +10,8 @@ import fcntl
 import json
 import logging
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,6 +123,35 @@ def _time(said: str, name: str) -> float:
         return datetime.fromisoformat(json.loads(said)[name]).timestamp()
     except (TypeError, KeyError) as error:
         raise ValueError(f"no {name} in {said!r}") from error
+
+
+def check_head(address: str) -> None:
+    """See that a head's address can be one, and tell early if nothing answers there.
+
+    A head that is not reached just now may be one that is starting, so the watch goes on.
+
+    Args:
+        address: host:port.
+
+    Raises:
+        ConfigError: If it is of another form.
+    """
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", host) or not (
+        re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 2**16
+    ):
+        raise ConfigError(
+            f"the head's address must be host:port, got {address!r}; on a machine of Ray's cluster "
+            "launcher it is $RAY_HEAD_IP:6379"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE_S).close()
+    except OSError as error:
+        _log.warning(
+            "no head answers at %s (%s); a notice is passed on only if one does",
+            address,
+            error,
+        )
 
 
 def drain_node(address: str, node: str, why: str, at: float | None) -> bool:

@@ -42,6 +42,7 @@ def ray_head(cpus: int, env: Mapping[str, str]) -> Iterator[RayHead]:
     # Not pytest's own folder: a socket's path must have less than 108 characters.
     folder = Path(tempfile.mkdtemp(prefix="head-"))
     token_file = folder / "token"
+    token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
     gcs, dashboard, agent, grpc, client, metrics, export = _free_ports(7)
     bin = Path(sys.executable).parent

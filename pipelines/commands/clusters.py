@@ -96,17 +96,22 @@ def attach(name: tyro.conf.Positional[str], on: OnFlags = On()) -> None:  # noqa
         sys.exit(flow.attach(*places.found(name, on), terminal.terminal(console, yes=False)))
 
 
-def stop(name: tyro.conf.Positional[str], on: OnFlags = On()) -> None:  # noqa: B008 - frozen
+def stop(
+    name: tyro.conf.Positional[str],
+    yes: bool = False,
+    on: OnFlags = On(),  # noqa: B008 - frozen
+) -> None:
     """Ask a launch's job for a last checkpoint, wait for it, and end the machines.
 
     Args:
         name: Name of the launch.
+        yes: Don't ask, even if another machine submitted the job.
         on: Where it is, if another machine began it.
     """
     from pipelines.launch import flow, places, terminal
 
     with terminal.signals_interrupt():
-        sys.exit(flow.stop(*places.found(name, on), terminal.terminal(console, yes=False)))
+        sys.exit(flow.stop(*places.found(name, on), terminal.terminal(console, yes=yes)))
 
 
 def down(
@@ -135,7 +140,8 @@ def watch_spot(head: tyro.conf.Positional[str]) -> None:
     Args:
         head: Address of the cluster's head: host:port.
     """
-    from pipelines.notices import only_watcher, watch
+    from pipelines.notices import check_head, only_watcher, watch
 
+    check_head(head)
     with only_watcher():
         watch(head)

@@ -7,6 +7,7 @@
                      clusterfile.py, fleet.py, quotas.py, prices.py, mlflow_login.py
       kube.py        KubeRay, through kubectl
       standing.py    a cluster that somebody else keeps
+    recall.py        a job whose submission was broken off
     jobs.py          submit, follow, stop, over Ray's jobs API
     tunnel.py        a way to it that mends itself
     folder.py        the working directory that is sent along

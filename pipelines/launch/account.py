@@ -16,6 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConfigParseError,
     NoCredentialsError,
     NoRegionError,
     PartialCredentialsError,
@@ -25,11 +26,10 @@ from botocore.exceptions import (
 from droppos.errors import ConfigError
 from pipelines.launch import stack
 from pipelines.launch.check import Note, Wrong
-from pipelines.launch.stack import Stack, reason
+from pipelines.launch.stack import EXPIRED, LOG_IN, Stack, reason
 
 Answer = TypeVar("Answer")
 
-EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
 PATIENCE = Config(connect_timeout=10, read_timeout=30, retries={"max_attempts": 4})
 
 
@@ -40,13 +40,13 @@ class Account:
         """Take what identifies it; nothing is asked yet.
 
         Raises:
-            ConfigError: If the profile of AWS_PROFILE is not there.
+            ConfigError: If the profile of AWS_PROFILE is not there, or AWS's file is broken.
         """
         try:
             # boto3 reads AWS_DEFAULT_REGION only; AWS's other tools read AWS_REGION first.
             said = region or os.environ.get("AWS_REGION") or None
             self._session = boto3.Session(region_name=said)
-        except ProfileNotFound as error:
+        except (ProfileNotFound, ConfigParseError) as error:
             raise ConfigError(f"{error}; correct AWS_PROFILE, or ~/.aws/config") from error
         self._stack_name, self._mlflow_stack = stack_name, mlflow_stack
 
@@ -85,17 +85,14 @@ class Account:
 
     @cached_property
     def _caller(self) -> Mapping[str, str]:
-        way_out = (
-            "`aws sso login`, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
         try:
             return self.client("sts").get_caller_identity()
         except (NoCredentialsError, PartialCredentialsError) as error:
-            raise Wrong(str(error), "credentials of the account", way_out) from error
+            raise Wrong(str(error), "credentials of the account", LOG_IN) from error
         except ClientError as error:
             over = error.response["Error"]["Code"] in EXPIRED
             found = "credentials that have expired" if over else reason(error)
-            raise Wrong(found, "credentials that are valid", way_out) from error
+            raise Wrong(found, "credentials that are valid", LOG_IN) from error
         except BotoCoreError as error:
             raise Wrong(str(error), "an answer of AWS", "look at the network") from error
 
@@ -230,7 +227,7 @@ def asked(work: Callable[[], Answer], expected: str, way_out: str) -> Answer:
     try:
         return work()
     except (ClientError, BotoCoreError) as error:
-        raise Wrong(reason(error), expected, way_out) from error
+        raise Wrong(reason(error), expected, stack.way_out(error, way_out)) from error
 
 
 def needs_program(name: str, way_out: str) -> str:

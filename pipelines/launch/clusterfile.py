@@ -59,14 +59,39 @@ def read(file: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} is no file for Ray's cluster launcher, which has {', '.join(sorted(needed))}"
         )
+    _check_types(loaded, file)
     head = loaded["available_node_types"][loaded["head_node_type"]]
-    if "InstanceType" not in head.get("node_config", {}):
+    if "InstanceType" not in head["node_config"]:
         raise ConfigError(
             f"{file}: the head's node_config has no InstanceType, so its machines are not EC2's; "
             "bring another cloud's cluster up by `ray up`, and use it by --on ADDRESS"
         )
     # Anchors share one object among types; what is filled in must not reach through it.
     return json.loads(json.dumps(loaded))
+
+
+def _check_types(loaded: Mapping[str, Any], file: Path) -> None:
+    """See that what a launch reads of a file is of the form that Ray's launcher takes."""
+
+    def mapping(value: Any, place: str) -> Mapping[str, Any]:
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{file}: {place} must be a mapping, got {value!r}; see Ray's cluster YAML "
+                "reference, or the cluster.yaml of the clone"
+            )
+        return value
+
+    for part in ("provider", "auth"):
+        mapping(loaded[part], part)
+    types = mapping(loaded["available_node_types"], "available_node_types")
+    for name, kind in types.items():
+        place = f"available_node_types.{name}"
+        mapping(mapping(kind, place).get("node_config"), f"{place}.node_config")
+    if loaded["head_node_type"] not in types:
+        raise ConfigError(
+            f"{file}: head_node_type must be one of available_node_types "
+            f"({', '.join(map(str, types))}), got {loaded['head_node_type']!r}; correct its name"
+        )
 
 
 def key_of(config: Mapping[str, Any]) -> Path:

@@ -1,7 +1,8 @@
 """Jobs of a cluster, over Ray's jobs API: submit, find again, follow, stop.
 
 A launch's first job is called as the launch, the next ones NAME-2, NAME-3: Ray refuses a name that
-was there before, so no job is ever submitted twice, whoever tries, and another laptop finds it.
+was there before, so no job is ever submitted twice, whoever tries. Whose a job is, its metadata
+say, by which another laptop finds it: a name like NAME-2 anybody may give.
 
 The API serves a job's output from its first character each time it is asked for. So what was shown
 is a count of characters; after the line broke, that many are passed over, and nothing is shown
@@ -12,12 +13,12 @@ import asyncio
 import logging
 import os
 import re
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -41,13 +42,17 @@ ENDED_S = 10.0
 """The same once the job has ended: the API ends its output two seconds later."""
 PATIENCE_S = 900.0
 """Seconds that a broken line is tried again. A laptop's sleep does not count: its clock stands."""
+LOOK_S = 20.0
+"""Seconds that the API of a cluster has which has stood before, or is to be ended anyway."""
 KEPT_S = 20.0
 """Seconds that a cluster that was kept has to tell of its jobs."""
 NO_CLUSTER = "none, as there is no cluster yet"
 RETRY_S = 2.0
 TRIES = 5
 """Of a submission."""
-MARK = "droppos_launch"
+LAUNCH = "droppos_launch"
+"""Metadata of a job: name of the launch that it is of."""
+MARK = "droppos_mark"
 """Metadata by which who submitted a job knows it again."""
 INTERRUPTED = 130
 """Exit code of a job that was asked to stop and did so, as of any program after Ctrl-C."""
@@ -83,6 +88,7 @@ class Submission:
     env: Mapping[str, str]
     """Variables of the job and of all its tasks; no secrets, for Ray shows them."""
     metadata: Mapping[str, str]
+    """LAUNCH and MARK, and what else people see beside the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +188,15 @@ class Jobs:
                 ) from refused
             raise
 
+    def all(self) -> list[Job]:
+        """List the jobs that were submitted, whoever did so."""
+        with _answers(self._address):
+            return [Job.of(each) for each in self._client.list_jobs() if each.submission_id]
+
+    def of(self, name: str) -> list[Job]:
+        """List the jobs of a launch."""
+        return [job for job in self.all() if job.metadata.get(LAUNCH) == name]
+
     def running(self) -> list[str]:
         """Name all jobs that may still do something, whoever submitted them."""
         with _answers(self._address):
@@ -194,27 +209,30 @@ class Jobs:
 
     def newest(self, name: str) -> Job | None:
         """Find the last job of a launch."""
-        with _answers(self._address):
-            there = self._client.list_jobs()
-        ids = {each.submission_id: each for each in there if each.submission_id}
-        last = max((_turn(name, job_id) for job_id in ids), default=0)
-        return Job.of(ids[name_of(name, last)]) if last else None
+        return max(self.of(name), key=lambda job: _turn(name, job.id), default=None)
+
+    def marked(self, mark: str | None) -> Job | None:
+        """Find a job by its mark."""
+        if mark is None:
+            return None
+        return next((job for job in self.all() if job.metadata.get(MARK) == mark), None)
 
     def next_id(self, name: str) -> str:
         """Name the launch's next job.
 
         Raises:
-            TakenError: If the last one is still running.
+            TakenError: If one of its jobs is still running.
         """
-        last = self.newest(name)
-        if last is None:
-            return name
-        if last.running:
+        there = self.all()
+        ours = [job for job in there if job.metadata.get(LAUNCH) == name]
+        if running := [job.id for job in ours if job.running]:
             raise TakenError(
-                f"the job {last.id} is still running there, so no second one is submitted; "
-                f"`droppos attach {name}` follows it, `droppos stop {name}` ends it"
+                f"the job {', '.join(running)} is still running there, so no second one is "
+                f"submitted; `droppos attach {name}` follows it, `droppos stop {name}` ends it"
             )
-        return name_of(name, _turn(name, last.id) + 1)
+        taken = {job.id for job in there}
+        last = max((_turn(name, job.id) for job in ours), default=0)
+        return next(free for turn in count(last + 1) if (free := name_of(name, turn)) not in taken)
 
     def get(self, job_id: str) -> Job:
         """Look at a job."""
@@ -310,41 +328,55 @@ def follow(
 def hand_over(address: Address, job_id: str, submission: Submission) -> None:
     """Submit a job exactly once, whatever becomes of the line meanwhile.
 
+    Args:
+        address: Of the jobs API.
+        job_id: Name of the job.
+        submission: The job, with a MARK that no other has.
+
     Raises:
         TakenError: If somebody else has submitted one of this name.
         LineLostError: If the line stayed broken.
     """
-    mine = secrets.token_hex(8)
-    marked = replace(submission, metadata={**submission.metadata, MARK: mine})
     for tries_left in reversed(range(TRIES)):
         jobs = ready(address, PATIENCE_S)
         try:
-            return jobs.submit(job_id, marked)
+            return jobs.submit(job_id, submission)
         except LineLostError:
             if not tries_left:
                 raise
         except TakenError:
             # The request before may have arrived, and only its answer was lost.
-            if jobs.get(job_id).metadata.get(MARK) != mine:
+            if jobs.get(job_id).metadata.get(MARK) != submission.metadata[MARK]:
                 raise
             return None
         time.sleep(RETRY_S)
     return None
 
 
-def ready(address: Address, patience_s: float) -> Jobs:
+def ready(
+    address: Address, patience_s: float, say: Callable[[str], None] = lambda text: None
+) -> Jobs:
     """Wait until the jobs API answers.
 
+    Args:
+        address: Of the jobs API.
+        patience_s: Seconds that it has.
+        say: Told when it does not answer at once.
+
     Raises:
-        LineLostError: If it has not after so many seconds.
+        LineLostError: If it has not after that.
     """
     until = time.monotonic() + patience_s
+    told = False
     while True:
         try:
             return Jobs(address)
-        except LineLostError:
+        except LineLostError as error:
             if time.monotonic() > until:
                 raise
+            if not told:
+                say(f"the jobs API does not answer ({error}); tried again for {patience_s:.0f} s")
+                told = True
             time.sleep(RETRY_S)
 
 
@@ -378,7 +410,7 @@ def name_of(name: str, turn: int) -> str:
 
 
 def _turn(name: str, job_id: str) -> int:
-    """Number a launch's job; 0 if it is another's."""
+    """Number a launch's job by its name; 0 if it has none that a launch gives."""
     if job_id == name:
         return 1
     match = re.fullmatch(rf"{re.escape(name)}-([2-9]|[1-9]\d+)", job_id)
@@ -404,6 +436,11 @@ def _answers(address: Address) -> Iterator[None]:
     except aiohttp.WSServerHandshakeError as error:
         kind = LaunchError if error.status == 404 else LineLostError
         raise kind(f"the cluster's jobs API answered {error.status}: {error.message}") from error
+    except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL) as error:
+        # No line is broken: nothing was sent. What was in the header is not shown.
+        raise LaunchError(
+            f"no request can be made to {address.url} ({type(error).__name__})"
+        ) from error
     except (requests.RequestException, aiohttp.ClientError, OSError) as error:
         raise LineLostError(f"{type(error).__name__} at {address.url}") from error
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,12 @@ def read(text: str, source: str, name: str, namespace: str | None) -> Manifest:
         objects = json.loads(json.dumps([each for each in yaml.safe_load_all(text) if each]))
     except (yaml.YAMLError, TypeError) as error:
         raise ConfigError(f"{source} is not a Kubernetes manifest: {error}") from error
+    for number, each in enumerate(objects, 1):
+        if not isinstance(each, dict) or not isinstance(each.get("metadata"), dict):
+            raise ConfigError(
+                f"{source}: object {number} must be a mapping with kind and metadata, as kubectl "
+                f"takes it, got {_shortly(each)}; put --- between objects, not a list around them"
+            )
     clusters = [each for each in objects if each.get("kind") == "RayCluster"]
     if len(clusters) != 1:
         raise ConfigError(
@@ -90,11 +97,45 @@ def read(text: str, source: str, name: str, namespace: str | None) -> Manifest:
             "a manifest, or a folder for kustomize such as infra/kuberay/base"
         )
     (cluster,) = clusters
+    _check_groups(cluster, source)
     cluster["metadata"]["name"] = name
     if namespace is not None:
         cluster["metadata"]["namespace"] = namespace
         return Manifest(source, cluster, [])
     return Manifest(source, cluster, [each for each in objects if each is not cluster])
+
+
+def _check_groups(cluster: Mapping[str, Any], source: str) -> None:
+    """See that each group of a RayCluster has a pod with a container.
+
+    Raises:
+        ConfigError: Naming the group.
+    """
+    spec = cluster.get("spec")
+    spec = spec if isinstance(spec, dict) else {}
+    groups: dict[str, Any] = {"headGroupSpec": spec.get("headGroupSpec")}
+    workers = spec.get("workerGroupSpecs") or []
+    workers = workers if isinstance(workers, list) else [workers]
+    groups |= {f"workerGroupSpecs[{index}]": group for index, group in enumerate(workers)}
+    for place, group in groups.items():
+        try:
+            complete = isinstance(group["template"]["spec"]["containers"][0], dict)
+        except (KeyError, IndexError, TypeError):
+            complete = False
+        if not complete:
+            raise ConfigError(
+                f"{source}: spec.{place} of the RayCluster must have "
+                f"template.spec.containers with one at least, got {_shortly(group)}; "
+                "infra/kuberay/base has an example"
+            )
+        if place != "headGroupSpec" and "groupName" not in group:
+            raise ConfigError(
+                f"{source}: spec.{place} of the RayCluster has no groupName; give it one"
+            )
+
+
+def _shortly(value: Any) -> str:
+    return "nothing" if value is None else textwrap.shorten(repr(value), 80)
 
 
 def check_filled(manifest: Manifest) -> str:

@@ -21,7 +21,7 @@ def planned(name: str, on: On, *, keep: bool) -> tuple[Record, Backend]:
         ConfigError: If name or place are impossible.
     """
     record.check_name(name)
-    where = _spelt(on.on or "aws")
+    where = _spelt("aws" if on.on is None else on.on)
     source = Path(on.cluster or _usual(where)).expanduser().absolute()
     made = Record(name=name, on=where, keep=keep, source=str(source))
     if where == "aws":
@@ -70,7 +70,7 @@ def _said(on: On) -> Mapping[str, str]:
 
 
 def _spelt(on: str) -> str:
-    return on if on in ("aws", "kube") else url_of(on)
+    return on.lower() if on.lower() in ("aws", "kube") else url_of(on)
 
 
 def backend_of(made: Record, *, verbose: bool = False) -> Backend:

@@ -11,6 +11,7 @@ its owner's alone: the filled file says how to reach the machines.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast, get_args, get_origin
 
 from droppos.errors import ConfigError
 
@@ -27,6 +28,8 @@ PLACE = ("on", "account", "region", "stack", "context", "namespace")
 """Fields that say where a launch is; another place may have a cluster of the same name."""
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")
 """Of a launch: it becomes a cluster's name, a Kubernetes object's and a tag."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +44,8 @@ class Record:
     phase: Phase = "starting"
     job: str | None = None
     """The last job that was, or was about to be, submitted."""
+    mark: str | None = None
+    """By which that job is known to be ours: its name may be another's."""
     region: str | None = None
     stack: str | None = None
     mlflow_stack: str | None = None
@@ -158,22 +163,57 @@ def find(name: str) -> Record | None:
     """Find a launch of this machine."""
     file = home() / name / "record.json"
     try:
-        loaded = json.loads(file.read_text())
-        known = {field.name for field in fields(Record)}
-        return Record(**{key: value for key, value in loaded.items() if key in known})
+        return _of(json.loads(file.read_text()))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror}); remove what is in its place, and find the "
+            "launch again by --on"
+        ) from error
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"{file} is damaged ({error}); remove its folder, and find the launch again by --on"
         ) from error
 
 
+def _of(loaded: Any) -> Record:
+    """Make a record of what was written, by this version or by another one.
+
+    Raises:
+        TypeError: If it is none, or a field is of a wrong type.
+    """
+    if not isinstance(loaded, dict):
+        raise TypeError(f"a mapping is expected, got {loaded!r}")
+    known = {field.name: field.type for field in fields(Record) if field.name in loaded}
+    for name, kind in known.items():
+        value = loaded[name]
+        if get_origin(kind) is Literal:
+            fits = value in get_args(kind)
+        else:
+            fits = isinstance(value, (int, float) if kind is float else cast(type, kind))
+        if not fits:
+            raise TypeError(f"{name} is {value!r}")
+    return Record(**{name: loaded[name] for name in known})
+
+
 def all_records() -> Iterator[Record]:
-    """List the launches of this machine."""
-    for folder in sorted(home().glob("*/record.json")):
-        if (record := find(folder.parent.name)) is not None:
+    """List the launches of this machine; a record that is damaged is told of, and left out."""
+    for file in sorted(home().glob("*/record.json")):
+        try:
+            record = find(file.parent.name)
+        except ConfigError as error:
+            _log.warning("%s", error)
+            continue
+        if record is not None:
             yield record
+
+
+def note(found: Record, phase: Phase) -> None:
+    """Write how far a launch has come; nothing for one that another machine began."""
+    kept = find(found.name)
+    if kept is not None and found.is_on_disk():
+        kept.at(phase)  # with what has been written meanwhile, such as the job
 
 
 def check_name(name: str) -> None:

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+from botocore.exceptions import ConnectionError as NoConnectionError
 
 from pipelines.launch.check import Wrong
 
@@ -24,6 +31,9 @@ ROLES = ("Head", "Worker")
 MLFLOW = ("MlflowUri", "MlflowSecretArn")
 """Outputs of the team's MLflow; of the account's stack, or of one of their own."""
 READY = ("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
+"""Codes of AWS for credentials that were good."""
+LOG_IN = "`aws sso login`, or set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 TEMPLATE = "infra/aws/account.yaml"
 
 
@@ -65,7 +75,9 @@ def read_stack(client: Any, name: str) -> Stack:
     except (ClientError, BotoCoreError) as error:
         if "does not exist" not in str(error):
             raise Wrong(
-                reason(error), "to read the stack", "ask for cloudformation:Describe*"
+                reason(error),
+                "to read the stack",
+                way_out(error, "ask for cloudformation:Describe*"),
             ) from error
         raise Wrong(
             f"no stack {name} in {region}",
@@ -114,3 +126,14 @@ def reason(error: Exception) -> str:
         return f"{told.get('Code', 'error')}: {told.get('Message', error)}"
     assert isinstance(error, BotoCoreError)
     return str(error)
+
+
+def way_out(error: Exception, right: str) -> str:
+    """Say what helps against an error of AWS: a right does only where AWS has answered."""
+    if isinstance(error, (HTTPClientError, NoConnectionError)):
+        return "AWS was not reached: look at the network, and do the same again"
+    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+        return LOG_IN
+    if isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") in EXPIRED:
+        return LOG_IN
+    return right

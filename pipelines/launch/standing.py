@@ -1,6 +1,7 @@
 """A cluster that stands, and that somebody else keeps: only its jobs are ours."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from pipelines.launch.check import Look
 from pipelines.launch.cost import Cost
 from pipelines.launch.jobs import Jobs
 from pipelines.launch.request import check_data
-from pipelines.launch.token import headers, read_token
+from pipelines.launch.token import headers, private_token
 from pipelines.recipe import Recipe
 from pipelines.secrets import redact_uris
 
@@ -74,7 +75,7 @@ class Standing:
     @contextmanager
     def address(self) -> Iterator[Address]:
         """Go there directly."""
-        yield Address(self.url, headers(read_token() if self._wants_token() else None))
+        yield Address(self.url, headers(private_token() if self._wants_token() else None))
 
     def _wants_token(self) -> bool:
         """Tell whether the token may go there: not unasked to just any host, in clear."""
@@ -94,17 +95,25 @@ def url_of(address: str) -> str:
         ConfigError: If it is another kind of address.
     """
     url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:  # which may name what stands before the host
+        raise ConfigError(
+            f"--on has an impossible host or port, got {redact_uris(url)}; write it as "
+            f"http://10.0.0.5:{PORT} or http://[::1]:{PORT}"
+        ) from error
     if redact_uris(url) != url:
         raise ConfigError(
             f"--on must hold no secret, got {redact_uris(url)}; the token goes into "
             "~/.ray/auth_token, or the file that RAY_AUTH_TOKEN_PATH names"
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+    plain = parts.scheme in ("http", "https") and not parts.path.strip("/")
+    if not plain or not parts.hostname or re.search(r"\s", url):
         raise ConfigError(
             f"--on takes aws, kube, or a cluster's jobs API such as http://10.0.0.5:{PORT}, "
             f"got {address!r}"
         )
-    if parts.port is None and parts.scheme == "http":
+    if port is None and parts.scheme == "http":
         url = f"http://{parts.netloc}:{PORT}"
     return url.rstrip("/")

@@ -61,11 +61,16 @@ def terminal(console: Console, *, yes: bool) -> Terminal:
             return True
         if sys.stdin is None or not sys.stdin.isatty():
             raise ConfigError(f"{question} Nobody can be asked here; say --yes to go on")
-        return Confirm.ask(escape(question), console=console, default=False)
+        try:
+            return Confirm.ask(escape(question), console=console, default=False)
+        except EOFError:  # Ctrl-D
+            return False
 
     def tell_checks(checks: list[Check]) -> None:
         with _gone_or_not():
             console.print(check.table(checks), soft_wrap=False)
+            for line in check.ways_out(checks):
+                console.print(f"[bold]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
     def tell_cost(told: Cost) -> None:
         if told.kinds:

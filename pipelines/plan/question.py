@@ -1,7 +1,7 @@
 """What a plan is asked: machines, prices and rates, and figures that a person has measured."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 from droppos.errors import ConfigError
 
@@ -20,6 +20,20 @@ for the workers to start (docs/faults.md) and their checkpoint."""
 MFU = 0.3
 """Share of a GPU's peak that a training step reaches, an assumption, as `droppos doctor` has it; no
 GPU has been measured yet. A run tells its own as compute/mfu."""
+RANGES: Mapping[str, tuple[float, float]] = {
+    "pictures": (1, 1e12),
+    "picture_kb": (1e-2, 2e4),
+    "decode_per_core": (1, 1e6),
+    "images_per_worker_s": (1e-2, 1e6),
+    "mfu": (1e-4, 1),
+    "rate": (0, 60),
+    "missed": (0, 1),
+    "hardware_rate": (0, 60),
+    "restart_s": (0, 86_400),
+    "seed": (0, 2**63),
+}
+"""Least and most of each figure, far beyond what machines have: a slip in a unit, such as bytes for
+kB, would otherwise make the simulation run for hours, or numbers overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,17 +73,11 @@ class Question:
     """Of the simulations."""
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "picture_kb", "decode_per_core", "images_per_worker_s"):
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
-            _require(value is None or (value > 0 and isfinite(value)), name, value, "positive")
-        _require(0 < self.mfu <= 1, "mfu", self.mfu, "above 0 and at most 1")
-        _require(0 <= self.missed <= 1, "missed", self.missed, "from 0 to 1")
-        for name in ("rate", "hardware_rate", "restart_s"):
-            value = getattr(self, name)
-            _require(value >= 0 and isfinite(value), name, value, "0 or more")
-
-
-def _require(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        flag = "--" + name.replace("_", "-")
-        raise ConfigError(f"{flag} must be {expected}, got {value}; leave it out for the usual")
+            if value is not None and not least <= value <= most:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag} must be from {least:g} to {most:g}, got {value}; leave it out for the "
+                    "usual"
+                )

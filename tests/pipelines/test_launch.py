@@ -574,6 +574,7 @@ def test_the_token_goes_to_a_far_host_only_when_that_was_asked_for(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").touch(mode=0o600)
     (tmp_path / ".ray" / "auth_token").write_text("t" * 64)
 
     def sent(address: str) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -67,11 +68,12 @@ def address(head: RayHead) -> Address:
     return Address(head.url, headers(head.token))
 
 
-def script(folder: Path, text: str) -> Submission:
+def script(folder: Path, text: str, launch: str) -> Submission:
     file = folder / "package.zip"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("job.py", text)
-    return Submission("exec python job.py", file, {}, {})
+    mark = {jobs.LAUNCH: launch, jobs.MARK: secrets.token_hex(8)}
+    return Submission("exec python job.py", file, {}, mark)
 
 
 def test_nobody_gets_in_without_the_token(head: RayHead) -> None:
@@ -113,7 +115,7 @@ def test_a_broken_line_shows_nothing_twice_and_loses_nothing(
 
     with tunnel(forward, tmp_path / "tunnel.log") as url:
         through = Address(url, address.headers)
-        jobs.hand_over(through, "broken-line", script(tmp_path, text))
+        jobs.hand_over(through, "broken-line", script(tmp_path, text, "broken-line"))
         job = jobs.follow(through, "broken-line", show, said.append)
     assert job.end is End.FINISHED and not faults
     assert re.findall(r"line (\d+)\n", shown) == [str(i) for i in range(lines)]
@@ -123,11 +125,11 @@ def test_a_broken_line_shows_nothing_twice_and_loses_nothing(
 def test_a_job_is_handed_over_once_and_the_next_one_only_when_it_has_ended(
     address: Address, tmp_path: Path
 ) -> None:
-    waits = script(tmp_path, "import time; time.sleep(60)")
-    jobs.hand_over(address, "once", waits)
+    text = "import time; time.sleep(60)"
+    jobs.hand_over(address, "once", script(tmp_path, text, "once"))
     there = Jobs(address)
     with pytest.raises(ConfigError, match="has a job once already"):
-        jobs.hand_over(address, "once", waits)
+        jobs.hand_over(address, "once", script(tmp_path, text, "once"))
     with pytest.raises(ConfigError, match="once is still running"):
         there.next_id("once")
     there.stop("once")

@@ -192,16 +192,12 @@ def test_without_a_namespace_in_the_manifest_the_contexts_is_taken(
 def test_only_a_cluster_that_was_kept_here_is_taken_for_ours(api: KubeApi, source: Path) -> None:
     backend(source).up(print)
     kept = begin(Record(name="vit", on="kube", keep=True, context="team", namespace="droppos"))
-
-    def state() -> str:
-        return looked(backend(source))["name"].state
-
-    kept.at("ended")
-    assert state() == "wrong"
-    kept.at("up", namespace="another")
-    assert state() == "wrong"
+    for others in (kept.at("ended"), kept.at("up", namespace="another")):
+        others.save()
+        with pytest.raises(Wrong, match="has not kept"):
+            backend(source)._is_free()
     kept.at("up")
-    assert state() == "ok"
+    assert "which was kept" in backend(source)._is_free()
 
 
 def test_a_kept_cluster_is_used_again_only_when_it_is_idle(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -16,8 +17,9 @@ from ray.cluster_utils import Cluster
 
 from droppos.errors import ConfigError, DropposError
 from pipelines import notices
+from pipelines.cli import main
 from pipelines.crew import Room
-from pipelines.notices import Kind, Metadata, Notice, only_watcher, read_notice, watch
+from pipelines.notices import Kind, Metadata, Notice, check_head, only_watcher, read_notice, watch
 from tests.hosts.metadata import Service
 
 END = {"action": "terminate", "time": "2026-11-26T08:22:00Z"}
@@ -141,6 +143,32 @@ def test_a_notice_that_ray_did_not_take_is_passed_on_again(machine: Service) -> 
 
     watch(HEAD, Metadata(machine.address), drain=drain, wait=lambda seconds: None)
     assert len(given) == 4
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "10.0.0.1", "10.0.0.1:", ":6379", "h:0", "h:65536", "h:6379/x", "a b:1"]
+)
+def test_an_address_that_is_none_of_a_head_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"host:port, got .*RAY_HEAD_IP:6379"):
+        check_head(address)
+
+
+def test_the_watch_does_not_begin_with_an_impossible_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(notices, "watch", lambda head: pytest.fail(f"{head} is watched"))
+    with pytest.raises(SystemExit):
+        main(["watch-spot", "nonsense"])
+    assert "host:port, got 'nonsense'" in capsys.readouterr().err
+
+
+def test_a_head_that_is_not_reached_is_told_of_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        reached = f"127.0.0.1:{head.getsockname()[1]}"
+        check_head(reached)
+        assert caplog.text == ""
+    check_head(reached)
+    assert f"no head answers at {reached}" in caplog.text
 
 
 def test_a_machine_has_one_watcher(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import replace
 from io import StringIO
-from math import inf
+from math import inf, isfinite, nan
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from pipelines.plan.figures import as_json, money_figures, pace_figures, saving_
 from pipelines.plan.fleet import choice, fleet
 from pipelines.plan.job import Plan, plan
 from pipelines.plan.option import Option, option
-from pipelines.plan.question import Question
+from pipelines.plan.question import RANGES, Question
 from pipelines.plan.report import notes, show_plan
 from pipelines.plan.scaling import SIZES, scale
 from pipelines.plan.workload import workload
@@ -283,17 +283,33 @@ def test_what_cannot_be_planned_is_told(
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("rate", -0.1, "--rate must be 0 or more, got -0.1"),
+        ("rate", -0.1, "--rate must be from 0 to 60, got -0.1"),
         ("missed", 1.5, "--missed must be from 0 to 1, got 1.5"),
-        ("mfu", 0, "--mfu must be above 0 and at most 1, got 0"),
-        ("restart_s", inf, "--restart-s must be 0 or more, got inf"),
-        ("decode_per_core", 0, "--decode-per-core must be positive, got 0"),
-        ("pictures", -3, "--pictures must be positive, got -3"),
+        ("mfu", 0, "--mfu must be from 0.0001 to 1, got 0"),
+        ("restart_s", inf, "--restart-s must be from 0 to 86400, got inf"),
+        ("hardware_rate", nan, "--hardware-rate must be from 0 to 60, got nan"),
+        ("decode_per_core", 1e-300, r"--decode-per-core must be from 1 to 1e\+06, got 1e-300"),
+        ("pictures", -3, r"--pictures must be from 1 to 1e\+12, got -3"),
+        ("picture_kb", 1e12, "--picture-kb must be from 0.01 to 20000, got"),
+        ("seed", -1, "--seed must be from 0 to .*, got -1"),
     ],
 )
 def test_a_figure_out_of_its_range_is_refused(field: str, value: float, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         Question(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [("seed", int), ("decode_per_core", float), ("picture_kb", float), ("rate", float)],
+)
+def test_a_plan_ends_at_both_ends_of_a_figures_range(
+    recipe: Recipe, field: str, kind: type, end: int
+) -> None:
+    extreme = {field: kind(RANGES[field][end])}
+    question = replace(IMAGENET, machines=("g6e.12xlarge", "c7i.4xlarge"), **extreme)
+    assert isfinite(plan(recipe, question).best.on_demand.hours)
 
 
 def test_memory_too_small_names_the_micro_batches_that_fit(recipe: Recipe) -> None:
