@@ -25,7 +25,7 @@ from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, is_kept, write_private
 from pipelines.launch.request import check_data
-from pipelines.launch.token import ensure_token_file, headers, read_token
+from pipelines.launch.token import ensure_token_file, headers, private_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
 
@@ -299,7 +299,7 @@ class Aws:
     def address(self) -> Iterator[Address]:
         """Open a tunnel by ssh to the head; nothing of the cluster listens outside it."""
         with tunnel(self._tunnel_command, self._log("tunnel")) as url:
-            yield Address(url, headers(read_token()))
+            yield Address(url, headers(private_token()))
 
     def _tunnel_command(self, port: int) -> list[str]:
         """Make the tunnel's command, for the head as it is now."""
