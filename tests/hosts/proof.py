@@ -272,6 +272,8 @@ class Proof:
     def check_requests(self) -> None:
         """Hold what EC2 was asked for against what cluster.yaml promises."""
         head, *workers = self.aws.requests()
+        types = yaml.safe_load(_cluster_file())["available_node_types"]
+        kinds = {name: kind["node_config"] for name, kind in types.items()}
         groups = {
             "head": [self.outputs["HeadSecurityGroupId"]],
             "worker": [self.outputs["WorkerSecurityGroupId"]],
@@ -281,6 +283,7 @@ class Proof:
             assert tags["ray-cluster-name"] == CLUSTER
             kind = tags["ray-node-type"]
             assert request["SecurityGroupIds"] == groups[kind]
+            assert request["InstanceType"] == kinds[tags["ray-user-node-type"]]["InstanceType"]
             profile = self.outputs[f"{kind.title()}Profile"]
             assert request["IamInstanceProfile"] == {"Name": profile}
             assert request["SubnetId"] in self.outputs["SubnetIds"].split(",")
