@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from aiohttp import web
 
+from pipelines.launch.backend import Address
+
 STOPPED = "STOPPED"
 
 
@@ -19,15 +21,21 @@ class JobsApi:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.url = ""
 
-    def add(self, name: str, status: str, metadata: Mapping[str, str]) -> None:
+    def add(self, name: str, status: str, metadata: Mapping[str, str] = {}) -> None:
         """Put a job there."""
         self.jobs[name] = {
             "type": "SUBMISSION",
             "submission_id": name,
             "status": status,
             "entrypoint": "x",
-            "metadata": dict(metadata),
+            "metadata": dict(metadata or {}),
         }
+
+    @contextmanager
+    def address(self) -> Iterator[Address]:
+        """Serve it, as a backend's way there does."""
+        with self.served():
+            yield Address(self.url)
 
     async def version(self, request: web.Request) -> web.Response:
         return web.json_response({"ray_version": ray.__version__, "version": "4"})

@@ -25,14 +25,11 @@ from pipelines.launch.fleet import Fleet
 from pipelines.launch.quotas import check_quotas
 from pipelines.launch.record import Record, is_kept, write_private
 from pipelines.launch.request import check_data
+from pipelines.launch.tagged import ALIVE, tagged
 from pipelines.launch.token import ensure_token_file, headers, private_token
 from pipelines.launch.tunnel import tunnel
 from pipelines.recipe import Recipe
 
-CLUSTER_TAG = "tag:ray-cluster-name"
-"""By which Ray finds its machines again."""
-ALIVE = ("pending", "running", "stopping", "stopped")
-"""States of a machine that is paid for, or whose disk is."""
 GOING = "shutting-down"
 """State of one that has been ended; a head may still ask for machines in it."""
 RUNNING = ("pending", "running")
@@ -265,22 +262,11 @@ class Aws:
         return self._record.file(f"{what}.log")
 
     def _machines(self, states: Sequence[str], **tags: str) -> list[Any]:
-        filters = [
-            {"Name": CLUSTER_TAG, "Values": [self._name]},
-            {"Name": "instance-state-name", "Values": list(states)},
-            *({"Name": f"tag:{name}", "Values": [value]} for name, value in tags.items()),
-        ]
-
-        def ask() -> list[Any]:
-            pages = self._account.client("ec2").get_paginator("describe_instances")
-            return [
-                machine
-                for page in pages.paginate(Filters=filters)
-                for reservation in page["Reservations"]
-                for machine in reservation["Instances"]
-            ]
-
-        return asked(ask, "to see the cluster's machines", "ask for ec2:DescribeInstances")
+        return asked(
+            lambda: tagged(self._account.client("ec2"), self._name, states, **tags),
+            "to see the cluster's machines",
+            "ask for ec2:DescribeInstances",
+        )
 
     def _terminate(self, machines: Sequence[Any]) -> None:
         ids = [each["InstanceId"] for each in machines]

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 
 import boto3
 
+from pipelines.launch.tagged import ALIVE, tagged
 from pipelines.launch.token import headers, read_token
 from pipelines.notices import Metadata
 from pipelines.storage import open_place
@@ -28,7 +29,6 @@ START_S = 3600.0
 LOOK_S = 30.0
 ANSWER_S = 20.0
 RUNNING = frozenset({"PENDING", "RUNNING"})
-CLUSTER_TAG, KIND_TAG = "ray-cluster-name", "ray-node-type"
 
 Job = Mapping[str, Any]
 """As the jobs API tells it; times are milliseconds since 1970."""
@@ -111,16 +111,7 @@ def _keep_output(job: Job, ask: Callable[[str], Any]) -> None:
 def _end(cluster: str, region: str, own: str | None) -> None:
     """End the workers, and then the head, which this is."""
     ec2 = boto3.client("ec2", region_name=region)
-    filters = [
-        {"Name": f"tag:{CLUSTER_TAG}", "Values": [cluster]},
-        {"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "stopped"]},
-    ]
-    found = [
-        machine["InstanceId"]
-        for page in ec2.get_paginator("describe_instances").paginate(Filters=filters)
-        for reservation in page["Reservations"]
-        for machine in reservation["Instances"]
-    ]
+    found = [machine["InstanceId"] for machine in tagged(ec2, cluster, ALIVE)]
     if workers := [machine for machine in found if machine != own]:
         _log.warning("nobody follows the jobs of %s, which have ended: ending it", cluster)
         ec2.terminate_instances(InstanceIds=workers)

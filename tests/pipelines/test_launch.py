@@ -25,7 +25,7 @@ from pipelines import recipe_file
 from pipelines.cli import main, with_recipe
 from pipelines.launch import flow, folder, jobs, record, request
 from pipelines.launch.backend import Address, Say
-from pipelines.launch.check import Check, Look, Note, Wrong, look, passed
+from pipelines.launch.check import Look, Note, Wrong, look, passed
 from pipelines.launch.cost import Cost, Kind
 from pipelines.launch.errors import LaunchError, TakenError
 from pipelines.launch.on import On
@@ -33,11 +33,12 @@ from pipelines.launch.places import found, launch_name, planned
 from pipelines.launch.record import Record
 from pipelines.launch.request import Request
 from pipelines.launch.standing import Standing, url_of
-from pipelines.launch.terminal import Terminal, signals_interrupt, terminal
+from pipelines.launch.terminal import signals_interrupt, terminal
 from pipelines.launch.tunnel import tunnel
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.recipe import Data, Recipe, Run, Tracking
+from tests.launch_person import Person
 
 
 @pytest.fixture(autouse=True)
@@ -314,26 +315,6 @@ class Machines:
     def down(self, say: Say) -> list[str]:
         self.did.append("down")
         return self.left
-
-
-class Person:
-    """Who answers, and keeps what was said."""
-
-    def __init__(self, answer: bool = True) -> None:
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.checks: list[Check] = []
-        self.answer = answer
-
-    @property
-    def terminal(self) -> Terminal:
-        def ask(question: str) -> bool:
-            self.asked.append(question)
-            return self.answer
-
-        return Terminal(
-            self.said.append, print, ask, self.checks.extend, lambda c: self.said.append(c.line)
-        )
 
 
 def launch(machines: Machines, person: Person, start: Path, **changes: object) -> int:

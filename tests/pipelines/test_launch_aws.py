@@ -42,7 +42,7 @@ from tests.cloud_account import (
     deploy,
     push,
 )
-from tests.jobs_api import jobs_api
+from tests.jobs_server import JobsApi
 
 CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -484,8 +484,10 @@ def test_the_file_of_an_ended_launch_is_not_used_for_one_elsewhere(
 def test_a_kept_cluster_is_used_again_when_it_is_idle_and_its_ray_goes_on(
     ready_account: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = {"vit": "SUCCEEDED", "theirs": "RUNNING"}
-    monkeypatch.setattr(Aws, "address", lambda self: jobs_api(jobs))  # in place of ssh
+    jobs = JobsApi()
+    for name, state in {"vit": "SUCCEEDED", "theirs": "RUNNING"}.items():
+        jobs.add(name, state)
+    monkeypatch.setattr(Aws, "address", lambda self: jobs.address())  # in place of ssh
     monkeypatch.setattr("pipelines.launch.jobs.KEPT_S", 0.0)
     ran: list[tuple[str, ...]] = []
     monkeypatch.setattr(Aws, "_ray", lambda self, *command: ran.append(command))
@@ -496,7 +498,7 @@ def test_a_kept_cluster_is_used_again_when_it_is_idle_and_its_ray_goes_on(
     _run("studio-vit", "head")
     with pytest.raises(Wrong, match="theirs, still running"):
         Aws(planned(source))._is_idle()
-    jobs["theirs"] = "STOPPED"
+    jobs.jobs["theirs"]["status"] = "STOPPED"
     assert "none runs" in Aws(planned(source))._is_idle()
     Aws(planned(source)).up(print)
     assert "--no-restart" in ran[-1]

@@ -18,9 +18,9 @@ from pipelines.launch.jobs import LAUNCH, MARK, Jobs, Submission
 from pipelines.launch.record import Record
 from pipelines.launch.request import Request
 from pipelines.launch.standing import Standing
-from pipelines.launch.terminal import Terminal
 from pipelines.recipe import Data, Recipe, Run
 from tests.jobs_server import JobsApi
+from tests.launch_person import Person
 
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
 
@@ -44,29 +44,6 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def api() -> Iterator[JobsApi]:
     with JobsApi().served() as api:
         yield api
-
-
-class Person:
-    """Who answers, and keeps what was said and asked."""
-
-    def __init__(self, answer: bool = True) -> None:
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.answer = answer
-
-    @property
-    def terminal(self) -> Terminal:
-        def ask(question: str) -> bool:
-            self.asked.append(question)
-            return self.answer
-
-        return Terminal(
-            self.said.append, self.said.append, ask, lambda checks: None, lambda cost: None
-        )
-
-    @property
-    def heard(self) -> str:
-        return " / ".join(self.said)
 
 
 class Kept(Standing):

@@ -18,7 +18,7 @@ from pipelines.launch.errors import LaunchError
 from pipelines.launch.kube import Kube
 from pipelines.launch.record import Record, begin
 from pipelines.recipe import Data, Recipe, Run
-from tests.jobs_api import jobs_api
+from tests.jobs_server import JobsApi
 from tests.kube_api import KubeApi, kube_api
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
@@ -203,13 +203,15 @@ def test_only_a_cluster_that_was_kept_here_is_taken_for_ours(api: KubeApi, sourc
 def test_a_kept_cluster_is_used_again_only_when_it_is_idle(
     api: KubeApi, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = {"theirs": "RUNNING"}
-    monkeypatch.setattr(Kube, "address", lambda self: jobs_api(jobs))  # in place of kubectl's way
+    jobs = JobsApi()
+    for name, state in {"theirs": "RUNNING"}.items():
+        jobs.add(name, state)
+    monkeypatch.setattr(Kube, "address", lambda self: jobs.address())  # in place of kubectl's way
     assert "no cluster" in backend(source)._is_idle()
     backend(source).up(print)
     with pytest.raises(Wrong, match="theirs, still running"):
         backend(source)._is_idle()
-    jobs["theirs"] = "FAILED"
+    jobs.jobs["theirs"]["status"] = "FAILED"
     assert "none runs" in backend(source)._is_idle()
 
 
