@@ -2,23 +2,19 @@
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
-import ray._private.state
-from ray.cluster_utils import Cluster
 
 from droppos.errors import ConfigError, DropposError
 from pipelines import notices
 from pipelines.cli import main
-from pipelines.crew import Room
 from pipelines.notices import Kind, Metadata, Notice, check_head, only_watcher, read_notice, watch
 from tests.hosts.metadata import Service
 
@@ -184,28 +180,20 @@ def test_the_watcher_holds_none_of_rays_memory() -> None:
     assert told.stdout.strip() == "False"
 
 
-@ray.remote(num_cpus=1)
-class Worker:
-    """Holds a node."""
-
-
 @pytest.mark.slow
 def test_a_node_that_works_is_drained_and_can_be_given_a_time_later() -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    try:
-        node = cluster.add_node(num_cpus=1).node_id
-        ray.init(cluster.address, log_to_driver=False)
-        assert cluster.address is not None
-        with pytest.raises(DropposError, match="2 live Ray nodes"):  # all are on this machine
-            notices.own_node(cluster.address)
-        worker = Worker.remote()  # an idle node would go at once
-        ray.get(worker.__ray_ready__.remote())
-
-        assert notices.drain_node(cluster.address, node, "EC2 rebalance notice", None)
-        assert Room.look().going == {node: float("inf")}
-        at = time.time() + 100
-        assert notices.drain_node(cluster.address, node, "EC2 interruption notice", at)
-        assert Room.look().going == {node: pytest.approx(at, abs=0.01)}
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    script = str(Path(__file__).with_name("drained.py"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert "2 live Ray nodes" in told["refused"]
+    assert told["rebalance"]
+    assert told["no_time"]
+    assert told["interruption"]
+    assert told["nodes_going"]
+    assert told["late_by_s"] == pytest.approx(0, abs=0.01)
