@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": proofs.demo,
     "demo-search": proofs.demo_search,
     "drill": proofs.drill,
+    "evidence": proofs.evidence,
     "prepare": data.prepare,
     "pretrain": training.pretrain,
     "resume": training.resume,

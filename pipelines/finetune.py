@@ -246,8 +246,8 @@ def _labels(recipe: Recipe, manifest: Manifest) -> tuple[Int64[Tensor, " rows"],
             f"{held_out.classes}; both must have the same two or more, in the same order: prepare "
             "them from folders with the same sub-folders"
         )
-    labels = _read_labels(open_place(recipe.data.path), manifest)
-    tested = _read_labels(open_place(recipe.data.holdout), held_out)
+    labels = read_labels(open_place(recipe.data.path), manifest)
+    tested = read_labels(open_place(recipe.data.holdout), held_out)
     for uri, found in ((recipe.data.path, labels), (recipe.data.holdout, tested)):
         if missing := int((found < 0).sum()):
             raise DataError(
@@ -257,7 +257,9 @@ def _labels(recipe: Recipe, manifest: Manifest) -> tuple[Int64[Tensor, " rows"],
     return labels, manifest.classes
 
 
-def _read_labels(place: Place, manifest: Manifest) -> Int64[Tensor, " rows"]:
+def read_labels(place: Place, manifest: Manifest) -> Int64[Tensor, " rows"]:
+    """Read the label of every picture, by its number; -1 for one without."""
+
     def read(number: int) -> list[int]:
         group = manifest.groups[number]
         table = read_row_group(place, manifest.shards[group.shard], group.group, ["label"])

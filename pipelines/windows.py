@@ -84,19 +84,20 @@ class Windows(Datasource):
         """
         execution = data_context._execution_idx if data_context else 0
         schedule = self._schedule
-        seen = self._start_step * schedule.global_batch
         first = (
             self._start_step // schedule.steps_per_epoch + execution * self._epochs_per_execution
         )
         last = min(first + self._epochs_per_execution, schedule.epochs)
-        return self._tasks(
-            [
-                (window, max(0, seen - window.first))
-                for epoch in range(first, last)
-                for window in schedule.windows(epoch)
-                if window.first + window.size > seen
-            ]
-        )
+        return self._tasks(list(pieces_left(schedule, self._start_step, range(first, last))))
+
+
+def pieces_left(schedule: Schedule, start_step: int, epochs: Iterable[int]) -> Iterator[Piece]:
+    """Give the windows of some epochs that are not wholly seen before a step, in order."""
+    seen = start_step * schedule.global_batch
+    for epoch in epochs:
+        for window in schedule.windows(epoch):
+            if window.first + window.size > seen:
+                yield window, max(0, seen - window.first)
 
 
 def window_tasks(

@@ -5,6 +5,7 @@ from typing import Annotated
 import tyro
 
 from droppos.measure.finetune_recipe import Finetune
+from pipelines.evidence.study import Study
 from pipelines.finetune_run import FinetuneRun
 from pipelines.launch.on import On
 from pipelines.plan.question import Question
@@ -20,6 +21,7 @@ FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
 FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
 QuestionFlags = Annotated[Question, tyro.conf.arg(name="")]
 SpreadFlags = Annotated[Spread, tyro.conf.arg(name="")]
+StudyFlags = Annotated[Study, tyro.conf.arg(name="")]
 WhereFlags = Annotated[Where, tyro.conf.arg(name="")]
 OnFlags = Annotated[On, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]

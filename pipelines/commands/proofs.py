@@ -1,8 +1,9 @@
 """Without an account or pictures of yours: demos, and a drill."""
 
 import sys
+from pathlib import Path
 
-from pipelines.commands.flags import RecipeFlags, RecipeName
+from pipelines.commands.flags import RecipeFlags, RecipeName, StudyFlags
 from pipelines.commands.speech import (
     announce,
     conclude_search,
@@ -12,6 +13,7 @@ from pipelines.commands.speech import (
     say_news,
     searching,
 )
+from pipelines.evidence.study import Study
 from pipelines.recipe import Recipe
 
 
@@ -81,3 +83,29 @@ def drill(
     print(report.line)
     if not report.passed:
         sys.exit(1)
+
+
+def evidence(
+    folder: Path = Path("droppos-runs/evidence"),
+    out: Path = Path("docs/evidence"),
+    study: StudyFlags = Study(),  # noqa: B008 - frozen
+) -> None:
+    """Train DropPos and its controls on CIFAR-10, and show what each has learnt.
+
+    It takes hours, can be interrupted at any time, and goes on where it was. The last line is for
+    scripts.
+
+    Args:
+        folder: Where pictures, checkpoints and logs are kept.
+        out: Where the raw results are; figures that are there are not taken again.
+        study: How much is compared.
+    """
+    announce()
+    from pipelines.evidence.flow import evidence as job
+
+    done = job(study, folder, out, say)
+    for picture in done.pictures:
+        say(f"picture: {picture}")
+    if done.missing:
+        say(f"{done.missing} cells are not known yet: the same command goes on")
+    print(done.line)

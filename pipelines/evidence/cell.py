@@ -1,0 +1,280 @@
+"""One cell of the comparison: an arm with a seed is trained, then every figure of it is taken.
+
+A process of its own, of one thread. It can be killed at any moment and started again: training
+goes on from its checkpoint, a figure that is known is not taken again.
+
+    python -m pipelines.evidence.cell ARM/BUDGET/SEED FOLDER DATA_JSON
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import tyro
+from jaxtyping import Int64, UInt8
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from droppos.config import Compute, Optim
+from droppos.flops import step_flops
+from droppos.measure.features import Features, extract_features
+from droppos.measure.finetune_recipe import Finetune
+from droppos.measure.intervals import Proportion
+from droppos.measure.knn import knn_accuracy
+from droppos.measure.location import location_probe
+from droppos.measure.probe import linear_probe
+from droppos.measure.rank import effective_rank
+from droppos.model import DropPos
+from pipelines import recipe_file
+from pipelines.backbone import from_checkpoint
+from pipelines.evidence.arms import Name
+from pipelines.evidence.budget import (
+    TRAIN,
+    at_budget,
+    lasting,
+    supervised_at_budget,
+    supervised_flops,
+)
+from pipelines.evidence.cifar import Cifar
+from pipelines.evidence.here import Classifier, finetune_here, pretrain_here
+from pipelines.evidence.results import Row, known_rows, replace_file
+from pipelines.holdout import Holdout, load_pictures
+from pipelines.recipe import Recipe
+
+FINETUNE = Finetune(
+    optim=Optim(
+        epochs=1,
+        global_batch=64,
+        lr_per_256=4e-3,
+        warmup_epochs=0,
+        weight_decay=0.05,
+        betas=(0.9, 0.999),
+        clip_norm=1.0,
+    ),
+    layer_decay=1.0,
+    drop_path=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    label_smoothing=0.1,
+    random_erasing=0.0,
+    augment="",
+    crop_scale=(0.4, 1.0),
+)
+"""Fine-tuning, and supervised training: the same for all, and mild, for a few epochs. No layer
+learns more slowly than another, which would hold back whoever starts from scratch."""
+TENTH_EPOCHS = 15
+"""Passes over a tenth of the pictures, with labels."""
+ALL_EPOCHS = 2
+"""Passes over all pictures, with labels."""
+LOCATED = 500
+"""Pictures whose patches the location probe learns from, and as many others that it is asked of."""
+
+
+def load_recipe() -> Recipe:
+    """Read the shipped recipe as the command line does."""
+    flags = list(recipe_file.flags(recipe_file.read("cifar")))
+    return tyro.cli(Recipe, args=flags, config=(tyro.conf.FlagConversionOff,))
+
+
+class Cell:
+    """The work of one cell."""
+
+    def __init__(self, name: Name, folder: Path, data: Cifar) -> None:
+        """Look at what is known.
+
+        Args:
+            name: Which.
+            folder: Where its checkpoints and figures are kept.
+            data: Prepared data sets.
+        """
+        self.name, self._data, self._folder = name, data, folder
+        self._known = folder / "figures.json"
+        self.rows = known_rows(folder)
+        self._recipe = load_recipe()
+        self.epochs, self.gflops = 0, 0.0
+
+    def take(self, figures: list[str]) -> None:
+        """Train, then take the figures that are not known."""
+        takers: dict[str, Callable[[], Proportion | float]] = {
+            "knn": self._knn,
+            "knn_1_l2": self._nearest_by_distance,
+            "linear": self._linear,
+            "rank": lambda: effective_rank(self._features[1]),
+            "location": self._location,
+            "position": self._position,
+            "tenth": lambda: self._finetuned(self._data.tenth, TENTH_EPOCHS),
+            "all": lambda: self._finetuned(self._data.train, ALL_EPOCHS),
+        }
+        missing = [figure for figure in figures if figure not in self.rows]
+        if not missing:
+            return
+        if self.name.about.kind != "pixels":
+            _ = self.encoder  # so that no figure's time holds the training's
+        for figure in missing:
+            start = perf_counter()
+            value = takers[figure]()
+            seconds = perf_counter() - start
+            if isinstance(value, Proportion):
+                low, high = value.interval
+                value = value.value
+            else:
+                low = high = value
+            self._keep(figure, value, low, high, seconds)
+
+    def _keep(self, figure: str, value: float, low: float, high: float, seconds: float) -> None:
+        name = self.name
+        row = Row(
+            name.arm, name.budget, name.seed, figure, value, low, high, self.epochs, self.gflops,
+            seconds,
+        )  # fmt: skip
+        self.rows[figure] = row
+        rows = {figure: asdict(row) for figure, row in self.rows.items()}
+        replace_file(self._known, json.dumps(rows, indent=1) + "\n")
+        say(f"{figure} {value:.4g}")
+
+    @cached_property
+    def _pictures(
+        self,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[UInt8[Tensor, "Q 32 32 3"], Int64[Tensor, " Q"]]]:
+        """Whole pictures to learn from and to be asked, with their classes."""
+
+        def load(uri: str) -> tuple[Tensor, Tensor]:
+            found = load_pictures(uri, self._recipe.model.image_size, ratio=1)
+            assert found.labels is not None
+            return found.pixels, torch.tensor(found.labels)
+
+        return load(self._data.train), load(self._data.test)
+
+    @cached_property
+    def _trained(self) -> tuple[VisionTransformer, DropPos | None]:
+        """Encoder to measure, and the pre-training's whole model where it is one."""
+        name, recipe = self.name, self._recipe
+        kind = name.about.kind
+        if kind == "untrained":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(name.seed)
+                return DropPos(recipe.model, recipe.method).encoder.eval(), None
+        if kind == "supervised":
+            return self._supervised(), None
+        own = at_budget(recipe, name.about, name.budget)
+        run = replace(own.run, name="run", storage=str(self._folder), seed=name.seed)
+        own = replace(own, run=run, data=replace(own.data, path=self._data.train))
+        flops = step_flops(own.model, own.method)
+        self.epochs, self.gflops = own.optim.epochs, own.optim.epochs * TRAIN * flops / 1e9
+        saved = pretrain_here(own, lambda step, loss: self._loss(own, step, loss))
+        task = from_checkpoint(saved).whole
+        return task.encoder.eval(), task
+
+    def _loss(self, recipe: Recipe, step: int, loss: float) -> None:
+        epoch = step / (TRAIN // recipe.optim.global_batch)
+        say(f"epoch {epoch:.2f} of {recipe.optim.epochs}: loss {loss:.4f}")
+
+    def _supervised(self) -> VisionTransformer:
+        """Train from scratch; what came of it is kept, for it has no checkpoint on the way."""
+        name, recipe = self.name, self._recipe
+        finetune = supervised_at_budget(recipe, FINETUNE, name.budget)
+        flops = supervised_flops(recipe.model)
+        self.epochs, self.gflops = (
+            finetune.optim.epochs,
+            finetune.optim.epochs * TRAIN * flops / 1e9,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(name.seed)
+            scratch = DropPos(recipe.model, recipe.method).encoder.eval()
+        start = perf_counter()
+        done = self._classifier(scratch, self._data.train, finetune)
+        low, high = done.accuracy.interval
+        self._keep("all", done.accuracy.value, low, high, perf_counter() - start)
+        return done.model
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        """What is measured, in eval mode."""
+        return self._trained[0]
+
+    @cached_property
+    def _features(self) -> tuple[Tensor, Tensor]:
+        """Of all pictures to learn from, and to be asked."""
+        (known, _), (asked, _) = self._pictures
+        if self.name.about.kind == "pixels":
+            return known.flatten(1).float() / 255, asked.flatten(1).float() / 255
+        return self._patch_means(known), self._patch_means(asked)
+
+    def _patch_means(self, pictures: Tensor) -> Tensor:
+        features: Features = extract_features(self.encoder, pictures, batch=250)
+        return features.patch_mean
+
+    def _labels(self) -> tuple[Tensor, Tensor]:
+        (_, known), (_, asked) = self._pictures
+        return known, asked
+
+    def _knn(self) -> Proportion:
+        (known, asked), (labels, truth) = self._features, self._labels()
+        return knn_accuracy(known, labels, asked, truth)
+
+    def _nearest_by_distance(self) -> Proportion:
+        (known, asked), (labels, truth) = self._features, self._labels()
+        nearest = torch.cat([torch.cdist(part, known).argmin(1) for part in asked.split(200)])
+        return Proportion(int((labels[nearest] == truth).sum()), len(truth))
+
+    def _linear(self) -> Proportion:
+        (known, asked), (labels, truth) = self._features, self._labels()
+        return linear_probe(known, labels, asked, truth).accuracy
+
+    def _location(self) -> Proportion:
+        (known, _), (asked, _) = self._pictures
+        task = self._trained[1]
+        found = location_probe(
+            self.encoder,
+            known[:: max(1, len(known) // LOCATED)][:LOCATED],
+            asked[:: max(1, len(asked) // LOCATED)][:LOCATED],
+            stand_in=None if task is None else task.dropped_token.detach(),
+        )
+        return found.accuracy
+
+    def _position(self) -> float:
+        task = self._trained[1]
+        assert task is not None
+        measure, compute = self._recipe.measure, Compute(strategy="single", precision="float32")
+        limit = measure.pictures
+        pictures = load_pictures(self._data.test, self._recipe.model.image_size, limit, ratio=1)
+        report = Holdout(measure, compute, pictures, torch.device("cpu")).positions(task)
+        assert report is not None
+        return report.skill
+
+    def _finetuned(self, data: str, epochs: int) -> Proportion:
+        return self._classifier(self.encoder, data, lasting(FINETUNE, epochs)).accuracy
+
+    def _classifier(self, encoder: VisionTransformer, data: str, finetune: Finetune) -> Classifier:
+        return finetune_here(
+            encoder,
+            self._recipe.model,
+            data,
+            self._pictures[1],
+            finetune,
+            seed=self.name.seed,
+            on_loss=lambda step, loss: say(f"fine-tuning, step {step}: loss {loss:.4f}"),
+        )
+
+
+def say(text: str) -> None:
+    """Tell the log of the cell, which the study keeps beside its figures."""
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Take the figures that are asked for."""
+    logging.basicConfig(level=logging.WARNING)
+    torch.set_num_threads(1)
+    name, folder, data, *figures = sys.argv[1:]
+    Cell(Name.parse(name), Path(folder), Cifar(**json.loads(data))).take(figures)
+
+
+if __name__ == "__main__":
+    main()

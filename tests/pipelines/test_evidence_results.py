@@ -1,0 +1,197 @@
+"""Raw results as a table, what is made of them, and that every arm may compute as much."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from droppos.errors import ConfigError, DataError
+from droppos.flops import step_flops
+from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, figures_of
+from pipelines.evidence.budget import (
+    TRAIN,
+    at_budget,
+    changed,
+    supervised_at_budget,
+    supervised_flops,
+)
+from pipelines.evidence.cell import FINETUNE, load_recipe
+from pipelines.evidence.page import compared, curve, fill, gains, line
+from pipelines.evidence.pictures import draw
+from pipelines.evidence.results import Key, Row, estimate, read_rows, write_rows
+from pipelines.evidence.study import RESULTS, Study
+
+OUT = Path(__file__).parents[2] / "docs" / "evidence"
+TRAINED = [arm for arm in ARMS if arm.kind == "pre-trained"]
+
+
+def row(arm: str, budget: int, seed: int, figure: str, value: float) -> Row:
+    epochs, gflops = (5, 4e4) if budget else (0, 0.0)
+    return Row(arm, budget, seed, figure, value, value - 0.01, value + 0.01, epochs, gflops, 1.5)
+
+
+def keyed(*rows: Row) -> dict[Key, Row]:
+    return {each.key: each for each in rows}
+
+
+@pytest.mark.parametrize("arm", TRAINED, ids=lambda arm: arm.name)
+def test_an_arm_computes_what_the_budget_allows(arm) -> None:
+    recipe = load_recipe()
+    for budget in (5, 10, 40):
+        own = at_budget(recipe, arm, budget)
+        ratio = (own.optim.epochs * step_flops(own.model, own.method)) / (
+            budget * step_flops(recipe.model, recipe.method)
+        )
+        assert abs(ratio - 1) <= 0.5 / own.optim.epochs * 1.5
+        assert own.optim.warmup_epochs <= own.optim.epochs / 4
+
+
+def test_supervised_training_computes_as_much() -> None:
+    recipe = load_recipe()
+    finetune = supervised_at_budget(recipe, FINETUNE, 40)
+    asked = 40 * step_flops(recipe.model, recipe.method)
+    assert finetune.optim.epochs * supervised_flops(recipe.model) == pytest.approx(asked, rel=0.05)
+
+
+def test_each_arm_is_another_method() -> None:
+    recipe = load_recipe()
+    methods = [changed(recipe, arm).method for arm in TRAINED]
+    assert len(set(methods)) == len(TRAINED)
+    assert methods[0] == recipe.method
+    assert recipe.counts == (64, 16, 4)
+
+
+def test_only_what_an_arm_has_is_asked_of_it() -> None:
+    asked = {arm.name: set(figures_of(arm)) for arm in ARMS}
+    assert asked["paper"] == set(FIGURES)
+    assert "position" not in asked["pixels"]  # no position head
+    assert "tenth" not in asked["supervised"]
+    assert {"tenth", "all"} <= asked["random"]  # fine-tuned, that is training from scratch
+
+
+def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    rows = [
+        row("paper", 5, 1, "knn", 0.5),
+        row("paper", 5, 0, "knn", 0.25),
+        row("raw", 0, 0, "knn", 0),
+    ]
+    write_rows(tmp_path / RESULTS, rows)
+    assert read_rows(tmp_path / RESULTS) == keyed(*rows)
+    lines = (tmp_path / RESULTS).read_text().splitlines()
+    assert lines[1].endswith("droppos evidence --only paper/5/0")  # sorted, with its command
+
+
+def test_no_table_is_an_empty_one(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / RESULTS) == {}
+
+
+@pytest.mark.parametrize(
+    "damage", ["arm,budget\npaper,5\n", "{}\n1\n", "arm,value,command\na,b,c\n"]
+)
+def test_a_damaged_table_is_named(tmp_path: Path, damage: str) -> None:
+    (tmp_path / RESULTS).write_text(damage)
+    with pytest.raises(DataError, match=r"results\.csv is not a table of evidence"):
+        read_rows(tmp_path / RESULTS)
+
+
+def test_the_interval_is_students() -> None:
+    three = estimate([0.1, 0.2, 0.3])
+    assert three is not None
+    assert three.mean == pytest.approx(0.2)
+    assert three.half == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert str(three) == "20.0 ± 24.8"
+    one = estimate([0.123])
+    assert one is not None
+    assert (one.half, str(one)) == (None, "12.3")
+    assert estimate([]) is None
+
+
+def test_the_gain_is_taken_seed_by_seed() -> None:
+    rows = keyed(
+        *(row("paper", 5, seed, "tenth", 0.5 + seed / 10) for seed in range(3)),
+        *(row("random", 0, seed, "tenth", 0.4 + seed / 10) for seed in range(2)),
+    )
+    study = Study(budget=5, curve=())
+    assert "| +10.0 ± 0.0 points |" in gains(study, rows)
+    assert "scratch_gain_10pct=0.100" in line(study, rows)
+
+
+def test_scripts_are_told_of_the_largest_budget_that_is_known() -> None:
+    study = Study(budget=5, curve=(10, 20))
+    few = keyed(row("paper", 5, 0, "knn", 0.5), row("paper", 5, 0, "linear", 0.5))
+    assert line(study, few) == (
+        "evidence knn=0.500 linear=0.500 scratch_gain_10pct=? seeds=1 budget=5"
+    )
+    more = few | keyed(row("paper", 10, 0, "knn", 0.6), row("paper", 10, 0, "linear", 0.7))
+    assert line(study, more).startswith("evidence knn=0.600 linear=0.700 ")
+
+
+def test_a_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
+    page = tmp_path / "evidence.md"
+    blocks = "".join(
+        f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("compared", "curve", "gains")
+    )
+    page.write_text(f"before\n{blocks}after\n")
+    study, rows = Study(curve=(10,)), keyed(row("paper", 5, 0, "knn", 0.512))
+    fill(page, study, rows)
+    once = page.read_text()
+    fill(page, study, rows)
+    assert page.read_text() == once
+    assert once.startswith("before\n")
+    assert once.endswith("after\n")
+    assert "old" not in once
+    assert "| DropPos (paper) | 51.2 |" in once
+    page.write_text("no marker")
+    with pytest.raises(DataError, match="0 places for the table compared"):
+        fill(page, study, rows)
+
+
+def test_pictures_are_drawn_of_what_is_known(tmp_path: Path) -> None:
+    study = Study(curve=(10,))
+    rows = keyed(*(row("paper", budget, 0, "knn", budget / 20) for budget in (5, 10)))
+    rows |= keyed(row("raw", 0, 0, "knn", 0.459))
+    assert draw(study, {}, tmp_path) == []
+    assert [picture.name for picture in draw(study, rows, tmp_path)] == [
+        "compared.png",
+        "curve.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [
+        ({"budget": 0}, "--budget must be 1 or more, got 0"),
+        ({"at_once": 0}, "--at-once must be 1 or more, got 0"),
+        ({"curve_arms": ("papr",)}, "--curve-arms has no arm 'papr'; there are paper"),
+        ({"only": ("paper/5",)}, "--only names no cell 'paper/5' of this study"),
+        ({"only": ("paper/6/0",)}, "ARM/BUDGET/SEED"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(told, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Study(**told)
+
+
+def test_every_arm_is_in_the_study_with_every_seed() -> None:
+    study = Study(budget=5, seeds=2, curve=(10,), curve_arms=("paper",))
+    names = [str(cell.name) for cell in study.cells()]
+    assert len(names) == len(set(names)) == 2 * len(ARMS) - 1 + 1  # raw pixels have no seed
+    assert names[-1] == "paper/10/0"
+    assert {"random/0/1", "raw/0/0", "supervised/5/1"} <= set(names)
+    only = replace(study, only=("random/0/1",))
+    assert [str(cell.name) for cell in only.cells()] == ["random/0/1"]
+    assert set(BY_NAME) == {arm.name for arm in ARMS}
+    assert TRAIN == 50_000
+
+
+def test_the_page_of_the_repository_says_what_its_results_say(tmp_path: Path) -> None:
+    """No number on it is typed, and none is older than the table."""
+    page = OUT.with_suffix(".md")
+    rows = read_rows(OUT / RESULTS)
+    assert rows
+    copy = tmp_path / "evidence.md"
+    copy.write_text(page.read_text())
+    fill(copy, Study(), rows)
+    assert copy.read_text() == page.read_text()
+    assert compared(Study(), rows) in page.read_text()
+    assert curve(Study(), rows) in page.read_text()
