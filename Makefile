@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo demo-search test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger bench-plan format lint types check clean
+.PHONY: help demo demo-search evidence test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger bench-plan format lint types check clean
 
 help:
 	@echo "make demo    pre-train on embedded photographs, in about three minutes"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-sharing   what trials of a search read when they share one stream"
 	@echo "make bench-ledger    take MLflow away from a run and kill its driver: what does the history lack?"
 	@echo "make bench-plan      what a plan's simulation says beside what happens, in a quarter of an hour"
+	@echo "make evidence        train DropPos and its controls on CIFAR-10; hours, and it goes on where it was"
 	@echo "make check   format, lint and types, as CI does before the tests"
 
 demo: $(READY)
@@ -26,6 +27,9 @@ demo: $(READY)
 
 demo-search: $(READY)
 	@$(BIN)/droppos demo-search
+
+evidence: $(READY)
+	@$(BIN)/droppos evidence
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -84,6 +84,7 @@ def figures_of(arm: Arm, curve: bool = False) -> list[str]:
         return ["knn", "knn_1_l2", "linear"]
     own = kind == "pre-trained" and arm.name != "pixels"
     figures = ["knn", "linear", "rank", "location", *(["position"] if own else [])]
-    if kind != "supervised":
-        figures += ["tenth"] if curve else ["tenth", "all"]
+    if kind == "supervised":
+        return [*figures, "all"]  # taken when training ends
+    figures += ["tenth"] if curve else ["tenth", "all"]
     return figures

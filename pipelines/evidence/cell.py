@@ -16,7 +16,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-import tyro
 from jaxtyping import Int64, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -31,7 +30,6 @@ from droppos.measure.location import location_probe
 from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from droppos.model import DropPos
-from pipelines import recipe_file
 from pipelines.backbone import from_checkpoint
 from pipelines.evidence.arms import Name
 from pipelines.evidence.budget import (
@@ -43,6 +41,7 @@ from pipelines.evidence.budget import (
 )
 from pipelines.evidence.cifar import Cifar
 from pipelines.evidence.here import Classifier, finetune_here, pretrain_here
+from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.results import Row, known_rows, replace_file
 from pipelines.holdout import Holdout, load_pictures
 from pipelines.recipe import Recipe
@@ -74,12 +73,6 @@ ALL_EPOCHS = 2
 """Passes over all pictures, with labels."""
 LOCATED = 500
 """Pictures whose patches the location probe learns from, and as many others that it is asked of."""
-
-
-def load_recipe() -> Recipe:
-    """Read the shipped recipe as the command line does."""
-    flags = list(recipe_file.flags(recipe_file.read("cifar")))
-    return tyro.cli(Recipe, args=flags, config=(tyro.conf.FlagConversionOff,))
 
 
 class Cell:
@@ -117,6 +110,8 @@ class Cell:
         if self.name.about.kind != "pixels":
             _ = self.encoder  # so that no figure's time holds the training's
         for figure in missing:
+            if figure in self.rows:  # supervised training tells what it came to when it ends
+                continue
             start = perf_counter()
             value = takers[figure]()
             seconds = perf_counter() - start

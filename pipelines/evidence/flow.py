@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipelines.evidence import ablations
 from pipelines.evidence.cifar import cifar
 from pipelines.evidence.page import fill, line
 from pipelines.evidence.pictures import draw
@@ -40,8 +41,11 @@ def evidence(study: Study, folder: Path, out: Path, say: Callable[[str], None]) 
     data = cifar(folder / "cifar")
     out.mkdir(parents=True, exist_ok=True)
     rows = run(study, data, folder, out, say)
+    missing = sum(bool(cell.missing(rows)) for cell in study.cells())
+    if not missing and not study.only and study.ablations:
+        say("searching: the settings that the paper chose, beside others")
+        ablations.ablate(data, folder, out, say)
     page = out.with_suffix(".md")
     if page.exists():
-        fill(page, study, rows)
-    missing = sum(bool(cell.missing(rows)) for cell in study.cells())
+        fill(page, study, rows, ablations.read(out / ablations.RESULTS))
     return Evidence(line(study, rows), missing, draw(study, rows, out))

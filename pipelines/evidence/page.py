@@ -5,13 +5,16 @@ no number on it is typed.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from droppos.errors import DataError
-from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, Arm
+from pipelines.evidence.ablations import RECIPE, Trial, compare
+from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, Arm, figures_of
+from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.results import Estimate, Key, Row, estimate
 from pipelines.evidence.study import Study
+from pipelines.recipe import Recipe
 
 SHARES = ("knn", "linear", "tenth", "all", "position", "location")
 """Figures that are shares, shown in percent."""
@@ -75,7 +78,11 @@ def compared(study: Study, rows: Mapping[Key, Row]) -> str:
     lines.append(_row(["---"] + ["---:"] * (len(shown) + 3) + ["---"]))
     for arm in ARMS:
         budget = study.budget_of(arm)
-        cells = [_shown(known.over_seeds(arm.name, budget, figure), figure) for figure in shown]
+        asked = figures_of(arm)
+        cells = [
+            _shown(known.over_seeds(arm.name, budget, figure), figure) if figure in asked else ""
+            for figure in shown
+        ]
         seeds = known.seeds(arm.name, budget)
         lines.append(
             _row([arm.title, *cells, *_cost(known, arm, budget), *_again(arm, budget, seeds)])
@@ -111,22 +118,32 @@ def gains(study: Study, rows: Mapping[Key, Row]) -> str:
     return "\n".join(lines)
 
 
-def fill(page: Path, study: Study, rows: Mapping[Key, Row]) -> None:
+def ablated(trials: Sequence[Trial], recipe: Recipe) -> str:
+    """Write the published setting beside each other one."""
+    lines = [_row(["published", "beside", "20 nearest neighbours", "the paper's direction"])]
+    lines.append(_row(["---", "---", "---:", "---"]))
+    for found in compare(trials, recipe):
+        points = Estimate(found.difference, found.half, 1)
+        lines.append(_row([found.question, found.other, _points(points), found.verdict]))
+    return "\n".join(lines)
+
+
+def fill(page: Path, study: Study, rows: Mapping[Key, Row], trials: Sequence[Trial] = ()) -> None:
     """Put the tables between the page's markers.
 
     Raises:
         DataError: If the page lacks a marker.
     """
     text = page.read_text()
-    tables: dict[str, Callable[[Study, Mapping[Key, Row]], str]] = {
-        "compared": compared,
-        "curve": curve,
-        "gains": gains,
+    tables = {
+        "compared": compared(study, rows),
+        "curve": curve(study, rows),
+        "gains": gains(study, rows),
+        "ablated": ablated(trials, load_recipe(RECIPE)),
     }
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        written = table(study, rows)
-        text, found = pattern.subn(lambda m, t=written: f"{m[1]}{t}\n{m[2]}", text)
+        text, found = pattern.subn(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text)
         if found != 1:
             raise DataError(
                 f"{page} has {found} places for the table {name}; expected one, between "

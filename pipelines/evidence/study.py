@@ -38,6 +38,8 @@ class Study:
     """Larger budgets, at which a few arms are trained once: what more computing gives."""
     curve_arms: tuple[str, ...] = ("paper", "no_attentive", "pixels")
     """Those arms."""
+    ablations: bool = True
+    """Try the paper's settings beside others by `droppos search`, once all else is known."""
     at_once: int | None = None
     """Cells worked on at the same time, each by one thread; one for each CPU when not given."""
     minutes: float | None = None

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from droppos.errors import ConfigError, DataError
 from droppos.flops import step_flops
+from pipelines.evidence import ablations
+from pipelines.evidence.ablations import RECIPE, Trial, compare
 from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, figures_of
 from pipelines.evidence.budget import (
     TRAIN,
@@ -15,11 +18,14 @@ from pipelines.evidence.budget import (
     supervised_at_budget,
     supervised_flops,
 )
-from pipelines.evidence.cell import FINETUNE, load_recipe
+from pipelines.evidence.cell import FINETUNE
 from pipelines.evidence.page import compared, curve, fill, gains, line
 from pipelines.evidence.pictures import draw
+from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.results import Key, Row, estimate, read_rows, write_rows
 from pipelines.evidence.study import RESULTS, Study
+from pipelines.storage import open_place
+from pipelines.trials import Record, TrialTable
 
 OUT = Path(__file__).parents[2] / "docs" / "evidence"
 TRAINED = [arm for arm in ARMS if arm.kind == "pre-trained"]
@@ -66,6 +72,7 @@ def test_only_what_an_arm_has_is_asked_of_it() -> None:
     assert asked["paper"] == set(FIGURES)
     assert "position" not in asked["pixels"]  # no position head
     assert "tenth" not in asked["supervised"]
+    assert "all" in asked["supervised"]
     assert {"tenth", "all"} <= asked["random"]  # fine-tuned, that is training from scratch
 
 
@@ -129,7 +136,8 @@ def test_scripts_are_told_of_the_largest_budget_that_is_known() -> None:
 def test_a_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
     page = tmp_path / "evidence.md"
     blocks = "".join(
-        f"<!-- {name} -->\nold\n<!-- end -->\n" for name in ("compared", "curve", "gains")
+        f"<!-- {name} -->\nold\n<!-- end -->\n"
+        for name in ("compared", "curve", "gains", "ablated")
     )
     page.write_text(f"before\n{blocks}after\n")
     study, rows = Study(curve=(10,)), keyed(row("paper", 5, 0, "knn", 0.512))
@@ -191,7 +199,59 @@ def test_the_page_of_the_repository_says_what_its_results_say(tmp_path: Path) ->
     assert rows
     copy = tmp_path / "evidence.md"
     copy.write_text(page.read_text())
-    fill(copy, Study(), rows)
+    fill(copy, Study(), rows, ablations.read(OUT / ablations.RESULTS))
     assert copy.read_text() == page.read_text()
     assert compared(Study(), rows) in page.read_text()
     assert curve(Study(), rows) in page.read_text()
+
+
+def trial(knn: float, **told: Any) -> Trial:
+    setting = {"mask_ratio": 0.75, "position_mask_ratio": 0.75, "sigma": 1.0, "sigma_decay": "step"}
+    rest = {"position_skill": 0.1, "effective_rank": 9.0, "seconds": 60.0}
+    return Trial(**(setting | told), knn=knn, low=knn - 0.01, high=knn + 0.01, **rest)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_published_setting_is_held_against_each_other_one() -> None:
+    trials = [
+        trial(0.50),
+        trial(0.40, mask_ratio=0.0),
+        trial(0.60, position_mask_ratio=1.0),
+        trial(0.51, sigma=2.0, sigma_decay="constant"),
+        trial(0.30, sigma=0.0),
+        trial(0.30, sigma=0.0, sigma_decay="constant"),  # the same again: nothing decays
+    ]
+    found = compare(trials, load_recipe(RECIPE))
+    assert [(each.question, each.other, each.verdict) for each in found] == [
+        ("mask ratio 0.75", "0", "holds"),
+        ("drop ratio 0.75", "1", "reversed"),
+        ("sigma 1, decaying", "2, constant", "not told apart"),
+        ("sigma 1, decaying", "0", "holds"),
+    ]
+
+
+def test_nothing_is_compared_before_the_published_setting_is_known() -> None:
+    assert list(compare([trial(0.4, mask_ratio=0.0)], load_recipe(RECIPE))) == []
+
+
+def test_trials_come_back_as_they_were_written(tmp_path: Path) -> None:
+    trials = [trial(0.5), trial(0.25, sigma=0.0)]
+    ablations.write(tmp_path / "trials.csv", trials)
+    assert ablations.read(tmp_path / "trials.csv") == sorted(trials)
+    assert ablations.read(tmp_path / "none.csv") == []
+
+
+def test_finished_trials_are_read_from_the_searchs_own_table(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE)
+    recipe = replace(recipe, run=replace(recipe.run, storage=str(tmp_path)))
+    assert ablations.found(recipe) == []
+    table = TrialTable(open_place(recipe.home))
+    figures = {"knn": 0.4321, "position_skill": 0.2, "effective_rank": 12.0}
+    for number, state in enumerate(["finished", "running"]):
+        point = {"method.mask_ratio": 0.25}
+        record = Record(number, f"trial-{number}", point, state=state, figures=figures)  # type: ignore[arg-type]
+        table.records[record.name] = record
+    table.write("knn")
+    (only,) = ablations.found(recipe)
+    assert only.setting == (0.25, 0.75, 1.0, "step")
+    assert (only.knn, only.position_skill) == (0.4321, 0.2)
+    assert only.low < only.knn < only.high
