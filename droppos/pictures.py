@@ -136,6 +136,9 @@ def center_crop(
 ) -> NDArray[np.uint8]:
     """Decode a picture and cut its middle, the same each time: for measuring.
 
+    A picture that is hardly larger than the result is not cut smaller than that, and one that is
+    smaller is taken whole: what were cut off would only be enlarged away.
+
     Args:
         image_bytes: The file.
         size: Height and width of the result, in pixels.
@@ -150,7 +153,8 @@ def center_crop(
     """
     image = _decode(image_bytes)
     height, width = size
-    fit = min(image.width / width, image.height / height) * ratio
+    fit = min(image.width / width, image.height / height)
+    fit = max(fit * ratio, min(fit, 1.0))
     return _resized(image, _centred(image.width, image.height, width * fit, height * fit), size)
 
 

@@ -53,7 +53,7 @@ AHEAD = 2
 """Pieces a worker has at once: one is read and decoded while the encoder is busy with the other."""
 RESTARTS = 3
 """Times a lost worker is started again."""
-FORMAT = "droppos features 2"
+FORMAT = "droppos features 3"
 
 Piece = list[Chosen]
 Columns = dict[str, np.ndarray]

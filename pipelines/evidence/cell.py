@@ -140,7 +140,7 @@ class Cell:
         """Whole pictures to learn from and to be asked, with their classes."""
 
         def load(uri: str) -> tuple[Tensor, Tensor]:
-            found = load_pictures(uri, self._recipe.model.image_size, ratio=1)
+            found = load_pictures(uri, self._recipe.model.image_size)
             assert found.labels is not None
             return found.pixels, torch.tensor(found.labels)
 
@@ -238,7 +238,7 @@ class Cell:
         assert task is not None
         measure, compute = self._recipe.measure, Compute(strategy="single", precision="float32")
         limit = measure.pictures
-        pictures = load_pictures(self._data.test, self._recipe.model.image_size, limit, ratio=1)
+        pictures = load_pictures(self._data.test, self._recipe.model.image_size, limit)
         report = Holdout(measure, compute, pictures, torch.device("cpu")).positions(task)
         assert report is not None
         return report.skill

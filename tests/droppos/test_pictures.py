@@ -233,6 +233,21 @@ def test_a_centre_crop_is_the_middle() -> None:
     assert abs(float(wide[:, :, 0].mean()) - 127.5) < 1
 
 
+@pytest.mark.parametrize("side", [32, 34, 36])
+def test_a_small_picture_is_not_cut_only_to_be_enlarged(side: int) -> None:
+    """7/8 of 36 is less than 32, and a picture of 32 pixels has no border to spare."""
+    crop = center_crop(_encode(_ramp(side, side)), (32, 32))
+    border = (side - 32) // 2
+    whole = np.asarray(_ramp(side, side))
+    np.testing.assert_array_equal(crop, whole[border : border + 32, border : border + 32])
+
+
+def test_a_picture_smaller_than_the_result_is_taken_whole() -> None:
+    crop = center_crop(_encode(_ramp(16, 16)), (32, 32))
+    whole = center_crop(_encode(_ramp(16, 16)), (32, 32), ratio=1.0)
+    np.testing.assert_array_equal(crop, whole)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_picture_is_held_upright(orientation: int) -> None:
     upright = _ramp(24, 12)

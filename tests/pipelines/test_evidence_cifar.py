@@ -35,7 +35,7 @@ def test_what_is_prepared_is_what_was_there(folder: Path) -> None:
     data = cifar(folder)
     shown, test = read(folder / FILE)
     for uri, part in ((data.train, shown), (data.test, test)):
-        found = load_pictures(uri, (32, 32), ratio=1)
+        found = load_pictures(uri, (32, 32))
         assert found.labels is not None
         # Classes without a picture have no folder, so numbers are by name among those there are.
         names = [found.classes[label] for label in found.labels]  # type: ignore[index]
