@@ -67,4 +67,5 @@ def _summaries(
     encoder: VisionTransformer, pictures: UInt8[Tensor, "B rows columns 3"]
 ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
     tokens = encoder.forward_features(normalise(pictures)).float()
-    return tokens[:, 0].cpu(), patch_mean(tokens, encoder.num_prefix_tokens).cpu()
+    # A copy: on a CPU the slice alone would keep all tokens of all batches alive.
+    return tokens[:, 0].to("cpu", copy=True), patch_mean(tokens, encoder.num_prefix_tokens).cpu()

@@ -62,3 +62,24 @@ def unplaced_tokens(
     tokens = torch.cat(parts)
     cells = torch.arange(tokens.shape[1]).repeat(len(tokens))
     return tokens.flatten(0, 1), cells
+
+
+def pixel_location_probe(
+    train: UInt8[Tensor, "P rows columns 3"], test: UInt8[Tensor, "Q rows columns 3"], patch: int
+) -> ProbeReport:
+    """Do the same with a patch's own pixels for a token: what no model has to add.
+
+    Args:
+        train: Pictures to fit on.
+        test: Pictures to score on.
+        patch: Side of a patch, in pixels.
+    """
+    return linear_probe(*_pixel_tokens(train, patch), *_pixel_tokens(test, patch))
+
+
+def _pixel_tokens(
+    pictures: UInt8[Tensor, "P rows columns 3"], patch: int
+) -> tuple[Float[Tensor, "PN D"], Int[Tensor, " PN"]]:
+    cells = normalise(pictures).unfold(2, patch, patch).unfold(3, patch, patch)
+    tokens = cells.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    return tokens.flatten(0, 1), torch.arange(tokens.shape[1]).repeat(len(tokens))

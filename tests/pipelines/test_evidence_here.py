@@ -10,7 +10,7 @@ import torch
 
 from droppos.config import Compute, Method, Model, Optim
 from droppos.encoder import build_encoder
-from droppos.errors import TrainingError
+from droppos.errors import ConfigError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from pipelines import checkpoints
 from pipelines.backbone import from_checkpoint
@@ -105,6 +105,12 @@ def test_a_run_that_has_ended_takes_no_step(recipe: Recipe) -> None:
     again: list[int] = []
     assert pretrain_here(recipe, lambda step, loss: again.append(step)) == first
     assert again == []
+
+
+def test_a_checkpoint_of_another_recipe_is_no_start(recipe: Recipe) -> None:
+    pretrain_here(recipe)
+    with pytest.raises(ConfigError, match=r"made with other settings.*method\.sigma: 1\.0 in the"):
+        pretrain_here(replace(recipe, method=replace(recipe.method, sigma=0.5)))
 
 
 def test_what_diverges_ends(recipe: Recipe) -> None:

@@ -2,17 +2,28 @@
 
 import base64
 import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from droppos.errors import TrainingError
+from droppos.errors import ConfigError, TrainingError
 from pipelines.evidence import cifar as module
 from pipelines.evidence.cifar import FILE, Cifar, cifar
 from pipelines.evidence.flow import evidence
-from pipelines.evidence.results import read_rows
-from pipelines.evidence.study import RESULTS, Study, run
+from pipelines.evidence.protocol import digest
+from pipelines.evidence.results import Row, read_rows, write_rows
+from pipelines.evidence.study import Study
+from pipelines.evidence.work import RESULTS, known, only_study, work
 from tests.pipelines.cifar_like import write_package
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +51,12 @@ def test_a_study_ends_goes_on_and_knows_all(folder: Path, tmp_path: Path) -> Non
 
     done = evidence(study, folder, tmp_path / "out", said.append)
     assert done.missing == 0
-    rows = read_rows(tmp_path / "out" / RESULTS)
+    rows = read_rows(tmp_path / "out" / RESULTS, digest())
     assert {key[3] for key in rows if key[0] == "paper"} == {
         "knn", "linear", "rank", "location", "position", "tenth", "all",
     }  # fmt: skip
     assert {key[3] for key in rows if key[0] == "supervised"} == {
-        "knn", "linear", "rank", "location", "all",
+        "knn", "linear", "rank", "location", "tenth", "all",
     }  # fmt: skip
     for row in rows.values():
         assert row.epochs >= 1
@@ -69,4 +80,61 @@ def test_a_cell_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
     nowhere = Cifar(*(str(tmp_path / "none") for _ in range(3)))
     study = Study(budget=1, seeds=1, curve=(), only=("random/0/0",))
     with pytest.raises(TrainingError, match=r"cell random/0/0 failed .*none.* its log is .*log"):
-        run(study, nowhere, tmp_path, tmp_path / "out", lambda text: None)
+        work(study, study.cells(), nowhere, tmp_path, tmp_path / "out", lambda text: None)
+
+
+def test_a_folder_has_one_study(tmp_path: Path) -> None:
+    with only_study(tmp_path), pytest.raises(ConfigError, match=rf"process {os.getpid()} works in"):
+        only_study(tmp_path).__enter__()
+    with only_study(tmp_path):
+        pass
+
+
+def test_again_forgets_what_is_named_and_nothing_else(tmp_path: Path) -> None:
+    rows = [
+        Row(arm, 5, 0, "knn", 0.5, 0.4, 0.6, 5, 1.0, 1.0, digest()) for arm in ("paper", "pixels")
+    ]
+    write_rows(tmp_path / "out" / RESULTS, rows)
+    for name in ("paper-5-0", "pixels-5-0"):
+        (tmp_path / "cells" / name).mkdir(parents=True)
+    study = Study(only=("paper/5/0",), again=True)
+    left = known(study, tmp_path, tmp_path / "out", lambda text: None)
+    assert [key[0] for key in left] == ["pixels"]
+    assert [each.name for each in (tmp_path / "cells").iterdir()] == ["pixels-5-0"]
+
+
+@pytest.mark.slow
+def test_cells_end_with_their_study_and_go_on_with_the_next(folder: Path, tmp_path: Path) -> None:
+    """A container that stops sends SIGTERM; whoever starts it again meets no second worker."""
+    own = tmp_path / "evidence"
+    shutil.copytree(folder / "cifar", own / "cifar")
+    command = [
+        sys.executable, "-m", "pipelines.cli", "evidence", "--folder", str(own), "--out",
+        str(tmp_path / "out"), "--only", "paper/2000/0", "--at-once", "1",
+    ]  # fmt: skip
+    log = own / "cells" / "paper-2000-0" / "log"
+    saved = own / "cells" / "paper-2000-0" / "run" / "checkpoints"
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as study:
+        deadline = time.monotonic() + 120
+        while not list(saved.glob("step-*/complete.json")):
+            assert time.monotonic() < deadline
+            assert study.poll() is None
+            time.sleep(0.5)
+        study.send_signal(signal.SIGTERM)
+        assert study.wait(60) == 130
+    seen = log.read_text()
+    time.sleep(3)
+    assert log.read_text() == seen  # nobody works on
+    (done,) = [int(place.name[5:]) for place in saved.glob("step-*")]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as study:
+        while "epoch" not in (log.read_text() if log.exists() else ""):
+            assert study.poll() is None
+            time.sleep(0.5)
+        study.kill()  # without a word to the cell
+    first = re.search(r"epoch ([\d.]+)", log.read_text())
+    assert first is not None
+    assert float(first[1]) * 390 >= done  # it went on from there
+    deadline = time.monotonic() + 60
+    while (now := log.read_text()).count("is gone") == 0:
+        assert time.monotonic() < deadline, now
+        time.sleep(0.5)
