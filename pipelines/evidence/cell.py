@@ -128,7 +128,7 @@ class Cell:
         self.rows[figure] = row
         rows = {figure: asdict(row) for figure, row in self.rows.items()}
         replace_file(self._known, json.dumps(rows, indent=1) + "\n")
-        say(f"{figure} {value:.4g}")
+        say(f"{figure} {value.value:.4g}")
 
     @cached_property
     def _pictures(

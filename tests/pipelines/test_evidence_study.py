@@ -3,12 +3,12 @@
 import base64
 import hashlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,28 +113,28 @@ def test_cells_end_with_their_study_and_go_on_with_the_next(folder: Path, tmp_pa
         str(tmp_path / "out"), "--only", "paper/2000/0", "--at-once", "1",
     ]  # fmt: skip
     log = own / "cells" / "paper-2000-0" / "log"
-    saved = own / "cells" / "paper-2000-0" / "run" / "checkpoints"
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as study:
-        deadline = time.monotonic() + 120
-        while not list(saved.glob("step-*/complete.json")):
-            assert time.monotonic() < deadline
-            assert study.poll() is None
-            time.sleep(0.5)
-        study.send_signal(signal.SIGTERM)
-        assert study.wait(60) == 130
+
+    def started() -> subprocess.Popen[bytes]:
+        log.unlink(missing_ok=True)
+        study = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        wait_for(lambda: log.exists() and "epoch" in log.read_text())
+        return study
+
+    study = started()
+    study.send_signal(signal.SIGTERM)
+    assert study.wait(60) == 130
     seen = log.read_text()
-    time.sleep(3)
+    time.sleep(5)
     assert log.read_text() == seen  # nobody works on
-    (done,) = [int(place.name[5:]) for place in saved.glob("step-*")]
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as study:
-        while "epoch" not in (log.read_text() if log.exists() else ""):
-            assert study.poll() is None
-            time.sleep(0.5)
-        study.kill()  # without a word to the cell
-    first = re.search(r"epoch ([\d.]+)", log.read_text())
-    assert first is not None
-    assert float(first[1]) * 390 >= done  # it went on from there
-    deadline = time.monotonic() + 60
-    while (now := log.read_text()).count("is gone") == 0:
-        assert time.monotonic() < deadline, now
+
+    study = started()
+    study.kill()  # without a word to the cell
+    study.wait()
+    wait_for(lambda: "is gone" in log.read_text())
+
+
+def wait_for(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not there():
+        assert time.monotonic() < deadline
         time.sleep(0.5)
