@@ -15,7 +15,7 @@ FINETUNE = Finetune(
     optim=Optim(
         epochs=1,
         global_batch=64,
-        lr_per_256=4e-3,
+        lr_per_256=1e-3,
         warmup_epochs=0,
         weight_decay=0.05,
         betas=(0.9, 0.999),
@@ -31,7 +31,8 @@ FINETUNE = Finetune(
     crop_scale=(0.4, 1.0),
 )
 """Fine-tuning, and supervised training: the same for all, and mild, for a few epochs. No layer
-learns more slowly than another, which would hold back whoever starts from scratch."""
+learns more slowly than another, which would hold back whoever starts from scratch. A peak four
+times as high spoils what was learnt before, and helps nobody (docs/evidence.md)."""
 TENTH_EPOCHS = 15
 """Passes over a tenth of the pictures, with labels."""
 ALL_EPOCHS = 2

@@ -25,6 +25,7 @@ from pipelines.storage import open_place
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_everything_happens_to_loses_nothing(tmp_path: Path) -> None:
     """A notice, a killed node, one that comes; a worker leaves, is lost, moves.
 
