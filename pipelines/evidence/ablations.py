@@ -5,20 +5,17 @@ Each is trained once, for the same epochs: a difference larger than the pictures
 where it leans, and not how another seed would fall.
 """
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import hypot
 from pathlib import Path
 from typing import Any
 
-from droppos.errors import DataError
 from droppos.measure.intervals import Proportion
 from pipelines.evidence.cifar import Cifar
 from pipelines.evidence.recipes import load_recipe
-from pipelines.evidence.results import replace_file
+from pipelines.evidence.tables import read_table, write_table
 from pipelines.recipe import Recipe
 from pipelines.search import search
 from pipelines.space import apply, grid_points, parse_space
@@ -150,30 +147,16 @@ def _trial(recipe: Recipe, record: Mapping[str, Any]) -> Trial:
 
 def write(file: Path, trials: Sequence[Trial]) -> None:
     """Write the trials, sorted."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Trial)], lineterminator="\n")
-    writer.writeheader()
-    for trial in sorted(trials):
-        values = asdict(trial).items()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values})
-    replace_file(file, text.getvalue())
+    write_table(file, Trial, trials)
 
 
 def read(file: Path) -> list[Trial]:
-    """Read what :func:`write` wrote; none if there is no file."""
-    if not file.exists():
-        return []
-    try:
-        with file.open(newline="") as lines:
-            return [
-                Trial(**{f.name: f.type(line[f.name]) for f in fields(Trial)})  # pyright: ignore[reportCallIssue, reportArgumentType]
-                for line in csv.DictReader(lines)
-            ]
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{file} is no table of trials ({error!r}); delete it, or get it back from the "
-            "repository"
-        ) from error
+    """Read what :func:`write` wrote; none if there is no file.
+
+    Raises:
+        DataError: If it is something else.
+    """
+    return read_table(file, Trial, "is no table of trials")
 
 
 def compare(trials: Sequence[Trial]) -> Iterator[Comparison]:

@@ -46,7 +46,8 @@ from pipelines.evidence.cifar import TENTH as TENTH_OF_A_CLASS
 from pipelines.evidence.here import Classifier, finetune_here, pretrain_here
 from pipelines.evidence.protocol import ALL_EPOCHS, FINETUNE, LOCATED, TENTH_EPOCHS, digest
 from pipelines.evidence.recipes import load_recipe
-from pipelines.evidence.results import Row, known_rows, replace_file
+from pipelines.evidence.results import Row, known_rows
+from pipelines.evidence.tables import replace_file
 from pipelines.holdout import Holdout, load_pictures
 from pipelines.recipe import Recipe
 

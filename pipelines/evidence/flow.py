@@ -1,7 +1,7 @@
 """Evidence: the whole experiment, from fetching the pictures to the page."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.evidence import ablations
@@ -56,7 +56,7 @@ def evidence(study: Study, folder: Path, out: Path, say: Callable[[str], None]) 
                     say("searching: the settings that the paper chose, beside others")
                     ablations.ablate(data, folder, out, say)
         finally:  # an experiment of hours ends early more often than not
-            rows = known(Study(), folder, out, say)
+            rows = known(replace(study, again=False), folder, out, say)
             pictures = _show(study, rows, out)
     left = sum(bool(cell.missing(rows)) for cell in cells)
     if study.ablations and not study.only:

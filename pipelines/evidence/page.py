@@ -11,8 +11,9 @@ from pathlib import Path
 from droppos.errors import DataError
 from pipelines.evidence.ablations import Trial, compare
 from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, Arm, figures_of
-from pipelines.evidence.results import Estimate, Key, Row, estimate, replace_file
+from pipelines.evidence.results import Estimate, Key, Row, estimate
 from pipelines.evidence.study import Study
+from pipelines.evidence.tables import replace_file
 
 SHARES = ("knn", "linear", "tenth", "all", "position", "location")
 """Figures that are shares, shown in percent."""

@@ -1,19 +1,16 @@
 """Raw results: one row for each figure of each training, in a CSV that people and page read."""
 
-import csv
-import io
 import json
 import logging
-import os
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from droppos.errors import DataError
 from droppos.measure.intervals import Z_95
+from pipelines.evidence.tables import read_table, write_table
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +54,6 @@ class Row:
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantile of Student's t, for 1 degree of freedom and more; beyond, the normal's."""
 
-HEADER = [*(field.name for field in fields(Row)), "command"]
-
 
 def read_rows(file: Path, protocol: str) -> dict[Key, Row]:
     """Read the rows of a CSV that were taken under a protocol, by what they are of.
@@ -68,33 +63,13 @@ def read_rows(file: Path, protocol: str) -> dict[Key, Row]:
     Raises:
         DataError: If it is not what :func:`write_rows` wrote.
     """
-    if not file.exists():
-        return {}
-    rows: list[Row] = []
-    try:
-        with file.open(newline="") as lines:
-            for line in csv.DictReader(lines):
-                line.pop("command")
-                kinds = {field.name: field.type for field in fields(Row)}
-                rows.append(Row(**{name: kinds[name](line[name]) for name in kinds}))  # pyright: ignore[reportCallIssue, reportArgumentType, reportGeneralTypeIssues]
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{file} is not a table of evidence ({error!r}); expected the columns "
-            f"{', '.join(HEADER)}; delete it, or get it back from the repository"
-        ) from error
+    rows = read_table(file, Row, "is not a table of evidence")
     return {row.key: row for row in rows if row.protocol == protocol}
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Write rows, sorted, so that a change shows as a few lines."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    for row in sorted(rows):
-        values = [f"{v:.6g}" if isinstance(v, float) else v for v in astuple(row)]
-        writer.writerow([*values, row.command])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, text.getvalue())
+    """Write rows, each with its command."""
+    write_table(file, Row, rows, command=lambda row: row.command)
 
 
 def known_rows(folder: Path, protocol: str) -> dict[str, Row]:
@@ -112,16 +87,6 @@ def known_rows(folder: Path, protocol: str) -> dict[str, Row]:
         _log.warning("%s is damaged (%r); its figures are taken again", file, error)
         return {}
     return {figure: row for figure, row in rows.items() if row.protocol == protocol}
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    with draft.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    draft.replace(file)
 
 
 @dataclass(frozen=True, slots=True)
