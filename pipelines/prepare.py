@@ -95,6 +95,8 @@ class _Asked:
     max_pixels: int = MAX_PIXELS
     short_side: int | None = None
     quality: int | None = None
+    mixed: bool = True
+    """Whether pictures lie mixed; an older droppos packed them in the order of their names."""
 
     @property
     def bound(self) -> Bound | None:
@@ -228,7 +230,14 @@ def _begin(dest: Place, asked: _Asked, finished: bool) -> None:
             )
         _write_json(written, asdict(asked))
         return
-    before = json.loads(written.read_bytes())
+    before = {"mixed": False} | json.loads(written.read_bytes())
+    if finished and not before["mixed"]:
+        log.warning(
+            "%s lies in the order of its pictures' names, as an older droppos packed it; where "
+            "that is by class, batches are of few classes: prepare it anew at another destination",
+            dest,
+        )
+        before["mixed"] = True
     different = {k: v for k, v in asdict(asked).items() if before.get(k) != v}
     if not different:
         return

@@ -1,6 +1,8 @@
 """Where pictures come from: a folder, an archive of one, or Hugging-Face-style parquet.
 
-All three become the same: a sorted list of :class:`Item`, each read when it is its turn.
+All three become the same: a list of :class:`Item`, each read when it is its turn. Those of a folder
+or an archive are mixed, for names usually lie sorted by class, and a window of training holds few
+row groups: packed as they lie, a batch would be of a few classes. Parquet is taken as it lies.
 
 A folder's pictures have labels when each is in a sub-folder of the source and there are at
 least two such sub-folders; deeper folders only make the key longer.
@@ -48,7 +50,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Source:
-    """The pictures of one source, in the order of their keys."""
+    """The pictures of one source, in the order in which they are packed."""
 
     uri: str
     """As it was opened."""
@@ -57,7 +59,7 @@ class Source:
     total: int
     """Number of items: what may be pictures."""
     items_from: Callable[[int], Iterator[Item]]
-    """Iterate items, sorted by key, from one on."""
+    """Iterate items from one on, always in the same order."""
     classes: tuple[str, ...] | None
     """Name of each label; none without labels."""
     refused: dict[str, tuple[str, str]]
@@ -96,13 +98,20 @@ def open_source(place: Place) -> Iterator[Source]:
 
 def _folder(uri: str, fingerprint: str, fetch: dict[str, Callable[[], bytes]]) -> Source:
     refused = {name: reason for name in sorted(fetch) if (reason := _refusal(name))}
-    names = [name for name in sorted(fetch) if name not in refused]
+    names = sorted((name for name in fetch if name not in refused), key=_mixed)
     tops = sorted({name.split("/", 1)[0] for name in names if "/" in name})
     labelled = len(tops) > 1 and all("/" in name for name in names)
     numbers = {top: i for i, top in enumerate(tops)} if labelled else {}
     items = [Item(n, numbers.get(n.split("/", 1)[0]), fetch[n]) for n in names]
     classes = tuple(tops) if labelled else None
     return Source(uri, fingerprint, len(items), lambda n: iter(items[n:]), classes, refused)
+
+
+def _mixed(name: str) -> bytes:
+    """Place a name among others as if at random, whatever the others are."""
+    return hashlib.blake2b(
+        name.encode(errors="surrogateescape"), digest_size=16, person=b"order"
+    ).digest()
 
 
 def _refusal(name: str) -> tuple[str, str] | None:
@@ -128,7 +137,7 @@ def _fingerprint(files: list[Entry]) -> str:
 
 @contextmanager
 def _open_archive(place: Place) -> Iterator[Source]:
-    """Read an archive's members in sorted order, which needs random access.
+    """Read an archive's members in another order than theirs, which needs random access.
 
     So one that is on S3, or compressed as a whole, is first unpacked into one temporary file;
     TMPDIR says where.

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import shutil
@@ -67,15 +68,38 @@ def soiled(photographs: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_becomes_a_data_set(photographs: Path, prepared: Path) -> None:
-    files = sorted(photographs.rglob("*.jpg"))
     manifest = load_manifest(open_place(str(prepared)))
     assert manifest.classes == tuple(sorted(p.name for p in photographs.iterdir()))
     assert len(manifest.shards) > 3
     rows = _rows(prepared)
-    assert [row.key for row in rows] == [str(file.relative_to(photographs)) for file in files]
+    files = [photographs / row.key for row in rows]
+    assert sorted(files) == sorted(photographs.rglob("*.jpg"))
     assert [row.image for row in rows] == [file.read_bytes() for file in files]
     assert [manifest.classes[row.label or 0] for row in rows] == [f.parent.name for f in files]
     assert {(row.width, row.height) for row in rows} == {(160, 160)}
+
+
+def test_pictures_of_a_class_do_not_lie_together(prepared: Path) -> None:
+    """A window holds few row groups: packed by class, its batches would be of few classes."""
+    labels = [row.label for row in _rows(prepared)]
+    assert len(set(labels)) == 6
+    alike = sum(a == b for a, b in itertools.pairwise(labels))
+    assert alike < len(labels) / 3  # by class all but 5; by chance a sixth
+
+
+def test_a_data_set_of_an_older_order_is_kept_with_a_warning(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _prepare(photographs, tmp_path / "out")
+    asked = tmp_path / "out/prepare.json"
+    told = json.loads(asked.read_text())
+    del told["mixed"]
+    asked.write_text(json.dumps(told))
+    assert _prepare(photographs, tmp_path / "out").nothing_to_do
+    assert "in the order of its pictures' names" in caplog.text
+    (tmp_path / "out/manifest.json").unlink()  # it had not ended
+    with pytest.raises(DataError, match="its mixed is False, now True is asked"):
+        _prepare(photographs, tmp_path / "out")
 
 
 def test_the_report_counts_what_was_done(photographs: Path, tmp_path: Path) -> None:
@@ -117,6 +141,7 @@ def test_a_member_that_comes_twice_counts_as_last_written(
             archive.add(photographs / name, f"y/{name[-6:]}")
     _prepare(tmp_path / "a.tar", tmp_path / "out")
     rows = _rows(tmp_path / "out")
+    rows.sort(key=lambda row: row.key)
     assert [row.key for row in rows] == ["x/1.jpg", "y/00.jpg", "y/01.jpg"]
     assert rows[0].image == (photographs / "cat/01.jpg").read_bytes()
 
