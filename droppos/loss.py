@@ -38,6 +38,10 @@ class Metrics(NamedTuple):
     pixel_loss: Tensor
     """Mean squared error per pixel; 1 is a guess of each patch's mean when pixels are normalised.
     """
+    carrying: Tensor
+    """Scored patches of an image that carry the loss: Kish's effective number, (sum w)^2 / sum w^2
+    over the batch, shared among its images. All of them when they weigh the same, 1 when each
+    image hangs on a single patch."""
     ignored: Tensor
     """Share of scored patches left out as confident (method.ignore_confident)."""
 
@@ -99,6 +103,7 @@ def _position_metrics(
         position_loss=(weights * nats).sum(),
         position_excess=(weights * excess).sum().detach(),
         position_accuracy=share,
+        carrying=_carrying(weights),
         ignored=1 - counted.to(nats.dtype).mean(),
     )
 
@@ -142,6 +147,12 @@ def _weights(
     everything = torch.ones_like(visible, dtype=torch.bool)
     weights = attentive_weights(alike, everything, method.tau).gather(1, draw.scored) * counted
     return weights / weights.sum().clamp(min=torch.finfo(dtype).tiny)
+
+
+def _carrying(weights: Float[Tensor, "B S"]) -> Tensor:
+    """Count the patches of an image that carry the loss; 0 where nothing is weighed."""
+    smallest = torch.finfo(weights.dtype).tiny
+    return weights.sum() ** 2 / (weights**2).sum().clamp(min=smallest) / len(weights)
 
 
 def _pixel_loss(

@@ -40,6 +40,7 @@ COURSE = {
     "train/loss": "Training loss",
     "train/position_excess_nats": "Nats above the least loss",
     "train/position_accuracy": "Training accuracy, share",
+    "train/carrying_patches": "Patches of a picture that carry the loss",
     "holdout/position/skill": "Position skill, held out",
     "holdout/features/knn_skill": "k-NN skill, held out",
     "holdout/features/effective_rank": "Effective rank, held out",

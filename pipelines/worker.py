@@ -109,6 +109,8 @@ def _train(job: Job, pulse: Pulse) -> None:
         saves = max(saves, heard[0])
         if report and (due or state.step % recipe.run.log_every == 0):
             log(job, proof, state, report, pace, bad)
+        elif due:  # a step that was passed over has nothing to log; those before it count
+            bad.read()
         if bad.too_many:
             break
         keeper.finish_if(-heard[2])
@@ -212,6 +214,7 @@ def log(
                 "train/position_loss_nats": metrics["position_loss"],
                 "train/position_excess_nats": metrics["position_excess"],
                 "train/position_accuracy": metrics["position_accuracy"],
+                "train/carrying_patches": metrics["carrying"],
                 "train/sigma_patches": report.sigma,
             }
         if state.method.predicts_pixels:

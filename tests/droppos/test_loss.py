@@ -93,6 +93,21 @@ def test_the_excess_of_a_perfect_answer_is_0_at_any_sigma(
             assert metrics.position_accuracy.item() == 1
 
 
+@pytest.mark.parametrize("conformance", ["paper", "reference"])
+def test_patches_that_carry_the_loss_are_counted(conformance: Conformance) -> None:
+    """All when each weighs the same, one of each image when one is far likelier than the rest."""
+    method = Method(mask_ratio=0, conformance=conformance)
+    masks = drawn(method)
+    scored = masks.scored.shape[1]
+    logits = torch.zeros(*masks.scored.shape, GRID.cells)
+    alike = torch.ones(masks.visible.shape)
+    assert score(method, logits, masks, alike).carrying.item() == pytest.approx(scored)
+    one = alike.neg().scatter(1, masks.scored[:, :1], 1.0)
+    assert score(method, logits, masks, one).carrying.item() == pytest.approx(1, abs=1e-3)
+    two = one.scatter(1, masks.scored[:, 1:2], 1.0)
+    assert score(method, logits, masks, two).carrying.item() == pytest.approx(2, abs=1e-3)
+
+
 @pytest.mark.parametrize("sigma", [0.0, 0.5, 1.0, 2.0])
 def test_the_excess_of_a_uniform_guess_is_ln_n_less_the_entropy_of_the_target(sigma: float) -> None:
     method = Method(sigma=sigma, mask_ratio=0, attentive=False)
