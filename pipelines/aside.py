@@ -6,12 +6,13 @@ training, checkpoints are passed over, not heaped up. So figures arrive in the o
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from droppos.errors import DropposError
+from droppos.errors import DataError, DropposError
 from pipelines.checkpoints import Saved
 from pipelines.cluster import result_of
 from pipelines.order import Schedule
@@ -105,11 +106,12 @@ class Aside:
         except (DropposError, RayError) as error:
             cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
             reason = (str(cause).strip().splitlines() or [repr(cause)])[-1]
-            if not saved.place.exists():
-                reason = (
-                    "it was deleted before it could be read; raise run.keep_checkpoints "
-                    f"({self._recipe.run.keep_checkpoints}) or measure.every_epochs"
-                )
+            with suppress(DataError):  # storage may be why it failed
+                if not saved.place.exists():
+                    reason = (
+                        "it was deleted before it could be read; raise run.keep_checkpoints "
+                        f"({self._recipe.run.keep_checkpoints}) or measure.every_epochs"
+                    )
             return {"kind": "not_measured", "step": saved.step, "error": reason}
 
 

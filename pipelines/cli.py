@@ -71,7 +71,7 @@ def _recipe_named(argv: list[str]) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        if error.code == 2 and len(argv) > 1:
+        if error.code == 2 and len(argv) > 1 and not argv[1].startswith("-"):
             console.print(f"the recipe {escape(argv[1])} is read as flags, too: look there as well")
         raise
 

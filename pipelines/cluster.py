@@ -2,14 +2,15 @@
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from psutil import virtual_memory
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from droppos.errors import DropposError
+from droppos.errors import ConfigError, DropposError
 from pipelines.machines import read_cluster
 from pipelines.memory import SHARE, Footprint, decode_tasks
 from pipelines.recipe import Recipe
@@ -19,6 +20,9 @@ OBJECT_STORE_BYTES = 512 * 1024**2
 """Of a private cluster, at least; large windows and batches get more."""
 MEMORY_SHARE = 0.3
 """Part of this machine's memory that a private cluster's object store may take, as Ray's own."""
+
+CONNECT_S = 10.0
+"""Seconds in which a cluster that stands has to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +55,40 @@ def connect(recipe: Recipe, at_once: int = 1, *, shared_decoding: bool = False) 
         shared_decoding: Whether the CPUs that decode do so for all of them together.
 
     Raises:
-        ConfigError: If the run does not fit the cluster, at the largest it can grow to.
+        ConfigError: If the cluster cannot be reached, or the run does not fit it, at the largest it
+            can grow to.
     """
     if not ray.is_initialized():
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+        if standing_address():
+            join_standing()
         else:
             _start_private(recipe, at_once, shared_decoding)
     demand = Demand.of(recipe, gpu=gpu_workers(recipe), shared_decoding=shared_decoding)
     return solve(read_cluster(), demand, at_once)
+
+
+def standing_address() -> str | None:
+    """Give the address of the cluster that is to be joined, if there is one."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def join_standing() -> None:
+    """Join the cluster of RAY_ADDRESS.
+
+    Raises:
+        ConfigError: If it cannot be reached.
+    """
+    address = standing_address() or ""
+    try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit() and "/" not in host:  # or Ray tries for minutes
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RayError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"no Ray cluster can be reached at RAY_ADDRESS={address} ({error}); start it, correct "
+            "the address, or unset RAY_ADDRESS to work on this machine alone"
+        ) from error
 
 
 def _start_private(recipe: Recipe, at_once: int, shared_decoding: bool) -> None:

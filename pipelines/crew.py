@@ -14,7 +14,6 @@ from time import time
 import ray
 import ray._private.state
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.recipe import Recipe
@@ -93,7 +92,16 @@ def room_wanted(recipe: Recipe, gpu: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(RayError):
+        no_room_wanted()
+
+
+def no_room_wanted() -> None:
+    """Take back what `room_wanted` asked for, which would outlive this driver and cost money.
+
+    To be called before the driver leaves the cluster; afterwards it does nothing.
+    """
+    if ray.is_initialized():
+        with suppress(Exception):  # a cluster that fails needs no room; its error is the news
             request_resources(bundles=[])
 
 

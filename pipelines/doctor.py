@@ -4,9 +4,7 @@ First one process reads and decodes alone, then as many as decode at once read, 
 runs end to end. What the numbers mean is the business of :mod:`pipelines.diagnosis`.
 """
 
-import logging
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +14,10 @@ from statistics import fmean
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from droppos.draw.ingest import draw_ingest
 from droppos.errors import ConfigError, DataError
-from pipelines.cluster import result_of, start_private
+from pipelines.cluster import join_standing, result_of, standing_address, start_private
 from pipelines.diagnosis import Diagnosis, bars, diagnose
 from pipelines.gauges import look_and_decode, read_and_crop
 from pipelines.memory import AHEAD, Footprint
@@ -38,10 +35,8 @@ SHORTEST = 5.0
 ALONE, TOGETHER, WARM_UP, STREAM = 0.12, 0.12, 0.08, 0.25
 """Shares of that time; the rest is Ray's start and what begins with each part."""
 GPU_IMAGES_PER_S = 1500.0
-"""What one GPU may ask for, by assumption: ViT-B/16 with attentive weights costs 63.4 GFLOP a
-picture, so this is 95 TFLOP/s, 30 % of an A100's peak in bfloat16."""
-CONNECT_SECONDS = 10.0
-"""Until a cluster that does not answer counts as unreachable."""
+"""What one GPU may ask for, by assumption: ViT-B/16 with attentive weights costs 61.1 GFLOP a
+picture, so this is 92 TFLOP/s, 30 % of an A100's peak in bfloat16."""
 PICTURE = Path("droppos-runs/doctor.png")
 
 
@@ -187,28 +182,14 @@ def _cluster(question: Question) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        _join(address)
+    if standing := standing_address():
+        join_standing()
     else:
         _start_private(question)
     try:
-        yield not address
+        yield not standing
     finally:
         ray.shutdown()
-
-
-def _join(address: str) -> None:
-    try:
-        host, _, port = address.rpartition(":")
-        if port.isdigit() and "/" not in host:  # or Ray tries for minutes
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RayError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"no Ray cluster can be reached at RAY_ADDRESS={address} ({error}); start it, correct "
-            "the address, or unset RAY_ADDRESS to measure this machine alone"
-        ) from error
 
 
 def _start_private(question: Question) -> None:

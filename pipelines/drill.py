@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from droppos.errors import ConfigError, DropposError, TrainingError
+from droppos.errors import ConfigError, DropposError
 from pipelines import checkpoints
 from pipelines.audit import schedule_of
 from pipelines.demo_pictures import write_demo_pictures
@@ -28,7 +28,7 @@ from pipelines.recipe import Recipe
 from pipelines.retries import LONGEST_PAUSE
 from pipelines.storage import Place, open_place
 from pipelines.tally import Plan
-from pipelines.tracking import local_folder
+from pipelines.tracking import client_of, local_folder, tracking_uri
 
 TILES = 32
 """Tiles of each embedded photograph, when no data set is named."""
@@ -319,12 +319,17 @@ def _report(
     for step, lost, again in differences(home, saved) if saved else ():
         missing += lost
         repeated += again
+        if not referee.bouts:  # it ended before anything was struck
+            continue
         # Steps up to the first fault are its own, too: they have to be somebody's.
         bout = referee.bouts[max(0, int(np.searchsorted(starts, step, side="right")) - 1)]
         bout.missing += lost
         bout.repeated += again
     if not error and referee.bouts and referee.bouts[-1].recovered_s is None:
         error = f"{referee.bouts[-1].fault} was not recovered from within {RECOVERY_S} s"
+    logged = _logged(recipe, outcome) if outcome else None
+    if logged is not None and len(set(logged)) != len(logged):
+        error = error or f"MLflow has some of the {len(logged)} losses twice"
     return DrillReport(
         recipe=recipe,
         bouts=referee.bouts,
@@ -333,7 +338,7 @@ def _report(
         steps=steps,
         missing=missing,
         repeated=repeated,
-        logged=_logged(recipe, outcome) if outcome else None,
+        logged=None if logged is None else len(set(logged)),
         loss=referee.losses.get(steps),
         twin_loss=twin.losses.get(steps),
     )
@@ -359,12 +364,8 @@ def differences(home: Place, saved: checkpoints.Saved) -> Iterator[tuple[int, in
         yield step, int(len(planned) - there), int(len(found) - there)
 
 
-def _logged(recipe: Recipe, outcome: Outcome) -> int:
-    """Count the steps whose loss MLflow has, each once."""
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=recipe.tracking.uri)
+def _logged(recipe: Recipe, outcome: Outcome) -> list[int]:
+    """List the steps whose loss MLflow has."""
+    client = client_of(tracking_uri(recipe))
     history = client.get_metric_history(outcome.tracking_run, "train/loss")
-    if len({point.step for point in history}) != len(history):
-        raise TrainingError(f"MLflow has some of the {len(history)} losses twice")
-    return len(history)
+    return [point.step for point in history]

@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from droppos.errors import ConfigError
+from pipelines.cluster import join_standing, standing_address
 from pipelines.crew import send_signal
 from pipelines.local_mlflow import LocalMlflow
 from pipelines.local_s3 import LocalS3
@@ -97,7 +98,7 @@ class Stage:
 
     def __enter__(self) -> Self:
         """Join the cluster that stands."""
-        ray.init(log_to_driver=False)
+        join_standing()
         self._exits.callback(ray.shutdown)
         return self
 
@@ -236,7 +237,7 @@ def stage_for(recipe: Recipe, folder: Path) -> Stage:
     Raises:
         ConfigError: If a standing cluster is to be used without storage that its nodes share.
     """
-    if "RAY_ADDRESS" not in os.environ:
+    if not standing_address():
         return LocalStage(recipe, folder)
     if not recipe.run.storage.startswith(("s3://", "/", "file://")):
         raise ConfigError(

@@ -14,7 +14,7 @@ from threading import Lock
 from typing import Any, NamedTuple, Self
 
 import ray
-from ray.exceptions import PendingCallsLimitExceeded, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, PendingCallsLimitExceeded, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Event = Mapping[str, Any]
@@ -70,7 +70,9 @@ class Events:
         self._mailbox = mailbox
         self._under_way: deque[ray.ObjectRef] = deque()
         self._lock = Lock()  # a worker's pulse sends from a thread of its own
-        self._dropped = 0
+        self._lost = 0
+        self._asked: Any = None
+        """In the driver: a drain whose answer has not come yet."""
         self.wished: Wish = Wish()
         """In the driver: what workers are told from the next `drain` on. In a worker: the newest
         that it was told when it asked."""
@@ -108,23 +110,14 @@ class Events:
             with self._lock:
                 self._under_way.append(call)
         except (PendingCallsLimitExceeded, RayError):
-            self._dropped += 1
+            self._lost += 1
         self._settle(0)
 
-    def flush(self, timeout_s: float) -> int:
-        """Wait until all that was sent has arrived, a worker's last act.
-
-        Returns:
-            Events this sender lost so far.
-        """
+    def flush(self, timeout_s: float) -> None:
+        """Wait until all that was sent has arrived, a worker's last act, and tell what has not."""
         self._settle(timeout_s)
-        return self._dropped + len(self._under_way)
-
-    @property
-    def dropped(self) -> int:
-        """Events this sender knows to be lost."""
-        self._settle(0)
-        return self._dropped
+        if lost := self._lost + len(self._under_way):
+            _log.warning("%d events for the driver were lost: it could not be reached", lost)
 
     def ask(self, timeout_s: float = 5) -> Wish:
         """Ask what the driver wishes; what it last did, if there is no answer in time."""
@@ -134,12 +127,20 @@ class Events:
         return self.wished
 
     def drain(self, timeout_s: float = 10) -> list[Event]:
-        """Take all events that arrived since the last call; none, with a warning, on trouble."""
+        """Take all events that arrived since the last call; none, with a warning, on trouble.
+
+        What comes too late for one call is the next one's: the queue has given it away.
+        """
+        if self._asked is None:
+            self._asked = self._mailbox.drain.remote(self.wished)
         try:
-            events, overflowed = ray.get(self._mailbox.drain.remote(self.wished), timeout=timeout_s)
+            events, overflowed = ray.get(self._asked, timeout=timeout_s)
         except RayError as error:
+            if not isinstance(error, GetTimeoutError):
+                self._asked = None
             _log.warning("metrics of the workers cannot be fetched now: %s", error)
             return []
+        self._asked = None
         if overflowed:
             _log.warning("%d events of the workers were lost: they came too fast", overflowed)
         return [pickle.loads(event) for event in events]
@@ -157,4 +158,4 @@ class Events:
                 try:
                     ray.get(ref)
                 except RayActorError:
-                    self._dropped += 1
+                    self._lost += 1

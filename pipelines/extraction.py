@@ -39,7 +39,7 @@ from torch import Tensor
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.measure.features import extract_features
 from droppos.pictures import center_crop
-from pipelines.cluster import result_of, start_private
+from pipelines.cluster import join_standing, result_of, standing_address, start_private
 from pipelines.holdout import Chosen, choose, read_chosen
 from pipelines.machines import read_cluster
 from pipelines.resources import Demand
@@ -283,7 +283,7 @@ def _extractors(
     pieces: int,
 ) -> Iterator[_Extractor | _Crew]:
     """Make what takes features; a cluster that was joined or started for it is left after."""
-    if spread.workers is None and "RAY_ADDRESS" not in os.environ:
+    if spread.workers is None and not standing_address():
         cpus = spread.cpus_per_worker or os.cpu_count() or 1
         try:
             yield _Extractor(encoder, place, manifest, size, _own_device(spread), cpus)
@@ -291,8 +291,8 @@ def _extractors(
             encoder.cpu()
         return
     joined = not ray.is_initialized()
-    if joined and "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+    if joined and standing_address():
+        join_standing()
     elif joined:
         pixels = 3 * prod(size) * PIECE
         start_private((spread.workers or 1) * (spread.cpus_per_worker or 1), held=pixels)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from droppos.errors import ConfigError
-from pipelines.checkpoints import Saved
+from pipelines.checkpoints import Saved, require_recipe
 from pipelines.order import VERSION, Schedule
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten
@@ -84,6 +84,12 @@ def check_resume(
             f"run {recipe.home} already has a checkpoint at step {saved.step}; add --resume to go "
             "on with it, or choose another run.name"
         )
+    if "finetune" in saved.record:
+        raise ConfigError(
+            f"run {recipe.home} is a fine-tuning; `droppos finetune` goes on with it, or choose "
+            "another run.name"
+        )
+    require_recipe(saved)
     ours, theirs = flatten(recipe), flatten(saved.record["recipe"])
     changed = [
         f"{name}: {theirs[name]!r} in the checkpoint, {value!r} now"

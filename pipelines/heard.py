@@ -70,20 +70,26 @@ class Heard:
         if self._aside is not None:
             for event in self._aside.look():
                 self.event(event)
-        if self._skipped.write():
-            self._ledger.text(FILE, self._skipped.text())
+        self._keep_skipped()
 
     def conclude(self, wait: bool) -> None:
         """End measuring aside: after the last checkpoint is measured, or at once."""
+        self._keep_skipped(last=True)
         if self._aside is not None:
             for event in self._aside.finish() if wait else self._aside.cancel():
                 self.event(event)
+
+    def _keep_skipped(self, *, last: bool = False) -> None:
+        if self._skipped.write(last=last):
+            self._ledger.text(FILE, self._skipped.text())
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event."""
         match event["kind"]:
             case "started":
                 self._begin(event)
+            case "group" | "lost" | "waiting":
+                self._cost.hold(0)  # until all of the next group have started
             case "machine":
                 self._machines[event["node"]] = event["values"]
                 return  # nobody else wants to know

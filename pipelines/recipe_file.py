@@ -43,7 +43,7 @@ def read(name: str) -> dict[str, Any]:
         )
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} is not YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(s, dict) for s in content.values()):
         raise ConfigError(

@@ -134,7 +134,8 @@ def begin(
         changed = [
             f"{name}: {theirs.get(name)!r} there, {value!r} now"
             for name, value in ours.items()
-            if theirs.get(name) != value
+            # A field that the record does not know is newer than it, and starts at its old way.
+            if theirs.get(name, value) != value
         ]
         if changed:
             raise ConfigError(
@@ -148,7 +149,8 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
     """Write table, report and best recipe: on this machine, to storage and to MLflow."""
     recipe, table = run.recipe, run.table
     finished = [record for record in table if record.state == "finished"]
-    best = max(finished, key=lambda record: record.objective or 0.0, default=None)
+    judged = [(record.objective, record) for record in finished if record.objective is not None]
+    best = max(judged, key=lambda each: each[0], default=(None, None))[1]
     files = {TABLE_FILE: table.text(run.objective)}
     if best is not None and best.objective is not None:
         ledger.log(len(finished), {f"search/best_{run.objective}": best.objective})

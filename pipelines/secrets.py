@@ -10,7 +10,9 @@ SHORTEST = 8
 """Characters of a variable's value to be taken for a secret wherever it stands; a shorter one would
 blot out words that mean something else."""
 
-_NAMES = re.compile(r"secret|token|passw|pwd|credential|api_?key|access_?key|private_?key", re.I)
+_NAMES = re.compile(
+    r"secret|token|passw|pwd|credential|api_?key|access_?key|private_?key|_key$", re.I
+)
 
 
 def redact(text: str) -> str:

@@ -9,6 +9,7 @@ data that is broken. Kept by the driver alone.
 import json
 import logging
 from collections.abc import Mapping
+from time import monotonic
 
 from droppos.errors import DataError
 from pipelines.storage import Place
@@ -16,6 +17,8 @@ from pipelines.storage import Place
 FILE = "skipped.jsonl"
 NAMED = 20
 """Pictures named in the log; a vanished shard has hundreds."""
+AGAIN_S = 30.0
+"""Seconds until storage that refused the list is tried again: each try may take minutes."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Skipped:
         self._problems: dict[int, str] = {}
         self._before: dict[int, str] = {}
         self._unwritten = False
+        self._not_before = 0.0
         if resumed and self._file.exists():
             lines = self._file.read_bytes().splitlines()
             self._before = {entry["row"]: entry["problem"] for entry in map(json.loads, lines)}
@@ -51,12 +55,8 @@ class Skipped:
     def __len__(self) -> int:
         return len(self._problems)
 
-    def add(self, step: int, problems: Mapping[int, str]) -> int:
-        """Take what a worker met in a step, and name what is new.
-
-        Returns:
-            How many of them are new.
-        """
+    def add(self, step: int, problems: Mapping[int, str]) -> None:
+        """Take what a worker met in a step, and name what is new."""
         new = {row: problem for row, problem in problems.items() if row not in self._problems}
         for row, problem in new.items():
             self._problems[row] = problem
@@ -65,21 +65,25 @@ class Skipped:
             if len(self) == NAMED:
                 _log.warning("further pictures that are skipped are only listed in %s", self._file)
         self._unwritten = self._unwritten or bool(new)
-        return len(new)
 
-    def write(self) -> bool:
+    def write(self, *, last: bool = False) -> bool:
         """Bring the list in the run's folder up to date; storage that refuses is a warning.
 
+        Args:
+            last: Try also where storage has just refused: there is no later.
+
         Returns:
-            Whether there was anything new to write.
+            Whether there was anything new, and it is written.
         """
-        if not self._unwritten:
+        if not self._unwritten or (monotonic() < self._not_before and not last):
             return False
         try:
             self._file.write_bytes(self.text().encode())
             self._unwritten = False
         except DataError as error:
             _log.warning("the list of skipped pictures is not written now: %s", error)
+            self._not_before = monotonic() + AGAIN_S
+            return False
         return True
 
     def text(self) -> str:

@@ -25,14 +25,15 @@ from droppos.step import TrainState
 from pipelines.backbone import TIMM_PREFIX, open_backbone
 from pipelines.checkpoints import Saved
 from pipelines.recipe import Recipe
+from pipelines.registry import SCHEME
 from pipelines.storage import Place, open_place
 
 WEIGHTS, RECORD = "start.safetensors", "start.json"
 
 
 def located_start(uri: str | None) -> str | None:
-    """Spell out a place; what timm downloads has none."""
-    return uri if uri is None or uri.startswith(TIMM_PREFIX) else open_place(uri).uri
+    """Spell out a place; what timm downloads and what MLflow registers have none."""
+    return uri if uri is None or uri.startswith((TIMM_PREFIX, SCHEME)) else open_place(uri).uri
 
 
 def keep_start(recipe: Recipe, home: Place) -> str | None:

@@ -32,6 +32,7 @@ from pipelines.crew import (
     Room,
     advise,
     best_size,
+    no_room_wanted,
     room_wanted,
     send_signal,
     worker_resources,
@@ -254,6 +255,12 @@ class Supervisor:
             return nullcontext()
         return room_wanted(self._recipe, self._on_gpu)
 
+    def _leave(self) -> None:
+        """Leave the cluster, and with it end the workers."""
+        if self._recipe.run.min_workers is not None:
+            no_room_wanted()
+        ray.shutdown()
+
     def _newest_step(self) -> int:
         saved = checkpoints.newest(self._home)
         return saved.step if saved else 0
@@ -320,11 +327,11 @@ class Supervisor:
                         # One that hangs, or is stopped, hears nothing else.
                         send_signal(group.processes.values(), signal.SIGKILL)
                 if self._stopped and not group.processes and self._waits_in_vain():
-                    ray.shutdown()
+                    self._leave()
                     return None
                 sleep(POLL_S)
         except BaseException:
-            ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
+            self._leave()  # whatever went wrong here, workers must not go on by themselves
             raise
         self._heard.drain(self._events, group.event)
         error = running.exception()

@@ -71,7 +71,7 @@ def reachable(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        reason = redact(str(error)).splitlines()[0][:500]
+        reason = (redact(str(error)).splitlines() or [repr(error)])[0][:500]
         raise ConfigError(
             f"MLflow at {redact(uri)} cannot be used: {reason}; start or correct it "
             "(tracking.uri, or MLFLOW_TRACKING_URI), or unset both to use an SQLite file"

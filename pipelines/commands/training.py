@@ -57,6 +57,8 @@ def resume(
     from pipelines.runs import Registry, recipe_of
 
     recipe = recipe_of(Registry(where).run(run))
+    if where.uri:  # where the history is
+        recipe = replace(recipe, tracking=replace(recipe.tracking, uri=where.uri))
     pretrain("", resume=True, allow_changes=allow_changes, recipe=recipe)
 
 

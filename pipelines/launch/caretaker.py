@@ -10,10 +10,12 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from http.client import HTTPException
 from typing import Any
 from urllib.request import Request, urlopen
 
 import boto3
+from botocore.exceptions import BotoCoreError, ClientError
 
 from pipelines.launch.tagged import ALIVE, tagged
 from pipelines.launch.token import headers, read_token
@@ -80,14 +82,20 @@ def watch(
             if due(jobs, began, clock()):
                 break
             trouble = ""
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             if trouble != str(error):
                 trouble = str(error)
                 _log.warning("the jobs cannot be asked for, trying again: %s", trouble)
         wait(LOOK_S)
     for job in jobs:
         _keep_output(job, ask)
-    _end(cluster, region, (metadata or Metadata()).get("instance-id"))
+    metadata = metadata or Metadata()
+    while True:  # nobody else would end them
+        try:
+            return _end(cluster, region, metadata.get("instance-id"))
+        except (OSError, BotoCoreError, ClientError) as error:
+            _log.warning("the machines cannot be ended, trying again: %s", error)
+        wait(LOOK_S)
 
 
 def _asked(path: str) -> Any:

@@ -155,7 +155,7 @@ def _looked(
 
     looks = [
         Look("secrets", partial(request.check_secrets, recipe)),
-        Look("places", partial(request.check_places, recipe, remote=remote)),
+        Look("places", partial(request.check_places, recipe, remote=remote, job=asked.job)),
         Look("working directory", _wrongly(pack, "put what is not needed into .gitignore")),
         *backend.looks(recipe),
         Look("run", partial(request.check_run, asked, remote=remote), after=("places",)),

@@ -107,7 +107,7 @@ class Kube:
         if CLUSTERS not in known.split():
             raise Wrong(
                 f"no {CLUSTERS}",
-                "KubeRay 1.5 or newer on the cluster",
+                "KubeRay 1.5.1 or newer on the cluster",
                 "install its operator: helm install kuberay-operator kuberay/kuberay-operator",
             )
         return CLUSTERS

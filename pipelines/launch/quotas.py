@@ -88,16 +88,22 @@ def check_quotas(client: Any, uses: Iterable[Use], vcpus: Mapping[str, int]) -> 
         needs[family, use.market] = _Need(
             before.most + use.most * each, before.needed + use.needed * each
         )
-    wrong, short, fine = [], [], []
+    wrong, short, fine, notes = [], [], [], list[Note]()
     for (family, market), need in needs.items():
         code = family.spot if market == "spot" else family.on_demand
-        has = _quota(client, code)
+        try:
+            has = _quota(client, code)
+        except Note as note:  # another one may still be too small
+            notes.append(note)
+            continue
         line = f"{family.name} {market}: {has:.0f} vCPUs, the recipe needs {need.needed}"
         line += f", the file allows {need.most} ({code})"
         (wrong if has < need.needed else short if has < need.most else fine).append(line)
     ask = "ask for more: console, Service Quotas, Amazon EC2, by the code; it takes hours to days"
     if wrong:
         raise Wrong("; ".join(wrong), "as many vCPUs as the recipe needs", ask)
+    if notes:
+        raise notes[0]
     if short or unknown:
         said = short + [f"of {name} no limit is known here" for name in unknown]
         raise Note("; ".join(said), f"it will not grow beyond that; {ask}")

@@ -84,17 +84,18 @@ def check_secrets(recipe: Recipe) -> str:
     return "none in the recipe"
 
 
-def check_places(recipe: Recipe, *, remote: bool) -> str:
+def check_places(recipe: Recipe, *, remote: bool, job: JobKind = "pretrain") -> str:
     """See that the machines of the cluster would find what the recipe names.
 
     Args:
         recipe: The run.
         remote: Whether they are others than this one.
+        job: What is done with it.
 
     Raises:
         Wrong: Naming the fields that mean this machine.
     """
-    if recipe.data.path is None:
+    if recipe.data.path is None and job != "drill":  # which brings photographs of its own
         raise Wrong(
             "data.path is not set", "a prepared data set", "add --data.path s3://BUCKET/..."
         )
@@ -139,7 +140,7 @@ def check_data(recipe: Recipe, *, remote: bool = True) -> str:
             said.append(f"{place}: {load_manifest(open_place(place)).rows:,} pictures")
         except StorageError as error:
             raise Note(str(error), "not to be looked at from here; the cluster may") from error
-    return "; ".join(said)
+    return "; ".join(said) or "its own photographs"
 
 
 def check_run(asked: Request, *, remote: bool = True) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from droppos.config import Compute, Method, Optim
-from droppos.errors import ConfigError
+from droppos.errors import ConfigError, StorageError
+from pipelines import aside as module
 from pipelines import checkpoints
 from pipelines.aside import Aside
 from pipelines.holdout import measure_checkpoint
@@ -18,7 +19,7 @@ from pipelines.prepare import prepare
 from pipelines.pretrain import plan, pretrain
 from pipelines.recipe import Data, Measure, Recipe, Run, Search, Tracking
 from pipelines.resources import Demand, solve
-from pipelines.storage import open_place
+from pipelines.storage import Place, open_place
 from pipelines.trials import objective_of
 from tests.droppos.tiny import TINY
 
@@ -97,6 +98,21 @@ def test_steps_are_taken_while_a_checkpoint_is_measured(recipe: Recipe, ray_clus
     assert "holdout/features/probe_accuracy_low_95" in expected
     assert found[-1]["values"] == pytest.approx(expected, rel=1e-5)
     assert {n: v for n, v in outcome.metrics.items() if n in expected} == found[-1]["values"]
+
+
+def test_a_measurement_that_fails_with_its_storage_ends_nothing(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = checkpoints.Saved(open_place(str(tmp_path)), 12, {}, {}, {}, "")
+
+    def away(*_: object) -> bool:
+        raise StorageError("storage does not answer")
+
+    aside = Aside(recipe, plan(recipe))
+    monkeypatch.setattr(module, "result_of", away)
+    monkeypatch.setattr(Place, "exists", away)
+    event = aside._told(saved, None)
+    assert (event["kind"], event["error"]) == ("not_measured", "storage does not answer")
 
 
 @pytest.mark.slow

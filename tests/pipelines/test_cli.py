@@ -75,6 +75,15 @@ def test_a_typo_in_a_recipe_suggests_the_right_one(
     assert "mine.yaml" in text
 
 
+def test_a_typo_of_a_command_without_a_recipe_names_no_recipe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["drill", "--onlly", "kill"])
+    said = capsys.readouterr()
+    assert "the recipe --onlly" not in said.out + said.err
+
+
 def test_flags_override_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("method:\n  sigma: 2\n  attentive: false\ndata:\n  crop_scale: [0.5, 1]\n")

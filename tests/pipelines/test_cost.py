@@ -1,8 +1,12 @@
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from pipelines import heard as module
 from pipelines.cost import HOURS, PRICE, Cost
+from pipelines.heard import Heard
 
 
 def clock(*seconds: float) -> Iterator[float]:
@@ -16,6 +20,28 @@ def test_workers_cost_from_their_start_and_over_restarts() -> None:
     assert cost.metrics() == {HOURS: pytest.approx(10), PRICE: pytest.approx(5)}
     cost.hold(4)  # the eight until now
     assert cost.metrics()[HOURS] == pytest.approx(10 + 16 + 4)
+
+
+@pytest.mark.parametrize("gone", ["lost", "group", "waiting"])
+def test_workers_that_are_gone_cost_nothing_until_the_next_have_started(
+    gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "workers_hardware", lambda _: {})
+    ledger: Any = SimpleNamespace(reached=False, tag=lambda _: None)
+    skipped: Any = []
+    told: list[Any] = []
+    heard = Heard(ledger, skipped, None, told.append)
+    times = clock(0, 3600, 9 * 3600, 10 * 3600)
+    heard._cost = Cost(0.0, None, lambda: next(times))
+
+    def start() -> None:
+        for rank in (0, 1):
+            heard.event({"kind": "started", "rank": rank, "workers": 2})
+
+    start()
+    heard.event({"kind": gone})
+    start()
+    assert heard._cost.metrics() == {HOURS: pytest.approx(2 + 2)}
 
 
 def test_time_before_the_first_worker_costs_nothing() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from droppos.config import Compute, Optim
 from droppos.errors import ConfigError
+from pipelines import crew
 from pipelines.crew import Advice, Room, advise, best_size, send_signal
 from pipelines.recipe import Recipe, Run
 
@@ -118,6 +119,18 @@ def test_a_signal_reaches_processes_on_their_node() -> None:
     gone.wait()
     send_signal([(here, process.pid) for process in [gone, *sleepers]], signal.SIGKILL)
     assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL] * 2
+
+
+def test_room_is_wanted_until_the_driver_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, leaving the cluster inside left the wish to the autoscaler, and raised."""
+    joined, wished = True, list[int]()
+    monkeypatch.setattr(crew.ray, "is_initialized", lambda: joined)
+    monkeypatch.setattr(crew, "request_resources", lambda bundles: wished.append(len(bundles)))
+    with crew.room_wanted(recipe(workers=4), gpu=False):
+        assert wished == [5]
+        crew.no_room_wanted()
+        joined = False
+    assert wished == [5, 0]
 
 
 def test_room_that_another_job_holds_is_none() -> None:

@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from rich.console import Console
 
 from droppos.config import Optim
 from droppos.errors import ConfigError
-from pipelines.drill import Bout, DrillReport, Referee, drill
+from pipelines import drill as module
+from pipelines.drill import Bout, DrillReport, Referee, Twin, drill
 from pipelines.drill_faults import Fault, faults_for
 from pipelines.drill_stage import Outage, Stage, stage_for
 from pipelines.recipe import Recipe, Run
@@ -129,6 +131,20 @@ def test_it_strikes_two_steps_after_a_checkpoint_and_counts_what_is_done_again()
     assert bout.recovered_s is not None
     assert (bout.step, bout.redone, bout.workers) == (5, 3, 2)
     assert run.referee.is_over()
+
+
+def test_a_drill_that_ended_before_it_struck_has_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, an IndexError."""
+    run = Told(fault())
+    saved = SimpleNamespace(step=4)
+    monkeypatch.setattr(module.checkpoints, "newest", lambda home: saved)
+    monkeypatch.setattr(module, "differences", lambda home, saved: iter([(3, 2, 1)]))
+    recipe = Recipe(run=Run(storage=str(tmp_path)))
+    report = module._report(recipe, run.referee, Twin(4, None), None, "out of memory")
+    assert (report.missing, report.repeated) == (2, 1)
+    assert (report.not_struck, report.error) == (["kill it"], "out of memory")
 
 
 def test_steps_that_go_on_by_themselves_are_no_recovery_from_a_lost_worker() -> None:

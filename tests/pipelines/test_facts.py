@@ -114,6 +114,14 @@ def test_another_seed_or_batch_is_refused_by_name(
     check(saved, changed, allow=True)
 
 
+def test_a_fine_tuning_is_no_pre_training_to_go_on_with(tmp_path: Path) -> None:
+    told = {"finetune": {}}
+    place, keep = open_place(str(tmp_path)), checkpoints.Retention(1)
+    saved = stored_state.save(place, 3, {"w": torch.ones(1)}, told, keep)
+    with pytest.raises(ConfigError, match="is a fine-tuning; `droppos finetune` goes on"):
+        check(saved)
+
+
 def test_a_checkpoint_from_before_it_told_of_its_data_still_resumes(tmp_path: Path) -> None:
     saved = saved_at(tmp_path, data=None)
     check(saved)

@@ -163,6 +163,7 @@ def test_a_place_that_only_this_machine_sees_is_refused_before_money_is_spent() 
         request.check_places(places(holdout="data/val"), remote=False)
     with pytest.raises(Wrong, match="not set"):
         request.check_places(places(path=None), remote=True)
+    assert "data" not in request.check_places(places(path=None), remote=True, job="drill")
     with pytest.raises(Wrong, match=r"run\.storage droppos-runs"):
         request.check_places(replace(RECIPE, run=Run()), remote=True)
 

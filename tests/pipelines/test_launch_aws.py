@@ -18,7 +18,7 @@ from moto.ec2.models import ec2_backends
 
 from droppos.config import Compute, Optim
 from droppos.errors import ConfigError
-from pipelines.launch import clusterfile, flow, mlflow_login, places, record
+from pipelines.launch import clusterfile, flow, mlflow_login, places, quotas, record
 from pipelines.launch.account import Account
 from pipelines.launch.aws import Aws
 from pipelines.launch.backend import Address
@@ -300,6 +300,26 @@ def test_quotas_are_held_against_what_the_recipe_needs_and_the_file_allows(
         check_quotas(client, gpus(14, 13), vcpus)
     with pytest.raises(Wrong, match=r"104 vCPUs, the recipe needs 112, the file allows 112"):
         check_quotas(client, gpus(14, 14), vcpus)
+
+
+def test_a_quota_that_cannot_be_asked_hides_none_that_is_too_small(
+    empty_account: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = boto3.client("service-quotas")
+    vcpus = {"g6e.2xlarge": 8, "m7i.xlarge": 4}
+    head = Use("m7i.xlarge", "on demand", 1, 1)
+    asked = quotas._quota
+
+    def some(client: Any, code: str) -> float:
+        if code == "L-1216C47A":
+            raise Note(f"{code} cannot be asked for", "look in the console")
+        return asked(client, code)
+
+    monkeypatch.setattr(quotas, "_quota", some)
+    with pytest.raises(Note, match="L-1216C47A cannot be asked for"):
+        check_quotas(client, [head, Use("g6e.2xlarge", "spot", 13, 13)], vcpus)
+    with pytest.raises(Wrong, match="the recipe needs 112"):
+        check_quotas(client, [head, Use("g6e.2xlarge", "spot", 14, 14)], vcpus)
 
 
 def test_a_fallback_to_on_demand_needs_that_limit_too_to_grow(

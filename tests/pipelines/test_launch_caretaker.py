@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,31 @@ class Own(Metadata):
 
     def get(self, path: str) -> str | None:
         return self.instance if path == "instance-id" else None
+
+
+def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None:
+    """Nobody starts it again, and they cost money as long as they stand."""
+    head = machine(account, CLUSTER, "head")
+    troubles = [OSError("no metadata")]
+
+    class Slow(Own):
+        def get(self, path: str) -> str | None:
+            if troubles:
+                raise troubles.pop(0)
+            return super().get(path)
+
+    answers: list[Any] = [IncompleteRead(b""), [job("SUCCEEDED", ended_s_ago=GRACE_S + 1)]]
+
+    def ask(path: str) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    waits: list[float] = []
+    watch(CLUSTER, REGION, ask=ask, metadata=Slow(head), clock=lambda: NOW, wait=waits.append)
+    assert len(waits) == 2
+    assert states(account)[head] == "terminated"
 
 
 def test_the_output_is_kept_and_then_every_machine_of_the_cluster_is_ended(

@@ -341,9 +341,10 @@ def test_values_of_secret_variables_are_blotted_out(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MY_SERVICE_TOKEN", "abcdef123456")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
     monkeypatch.setenv("SLASHED_SECRET", "/K7MDENG/wJalrXUtnFEMI")
+    monkeypatch.setenv("WANDB_KEY", "0123456789abcdef")
     monkeypatch.setenv("PASSWORD_FILE", __file__)
-    text = f"run --x abcdef123456 wJalrXUtnFEMI/K7MDENG /K7MDENG/wJalrXUtnFEMI {__file__}"
-    assert redact(text) == f"run --x *** *** *** {__file__}"
+    text = "run --x abcdef123456 wJalrXUtnFEMI/K7MDENG /K7MDENG/wJalrXUtnFEMI 0123456789abcdef"
+    assert redact(f"{text} {__file__}") == f"run --x *** *** *** *** {__file__}"
     assert redact("postgresql+psycopg2://me:p/w#?@host/db") == "postgresql+psycopg2://***@host/db"
 
 

@@ -67,6 +67,13 @@ def test_what_is_no_recipe_is_refused(text: str, complaint: str, tmp_path: Path)
         read(str(file))
 
 
+def test_a_file_of_bytes_is_no_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"run: {name: caf\xe9}")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        read(str(file))
+
+
 def test_a_recipe_that_is_nowhere_is_refused_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"no recipe vit_bas; .*vit_base_imagenet"):
         read("vit_bas")

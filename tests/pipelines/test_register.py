@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from pipelines.cli import main
 from pipelines.export import export_checkpoint
 from pipelines.facts import facts
 from pipelines.ledger import Ledger
+from pipelines.pretrain import located
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.register import Registered
 from pipelines.registry import EXPORT, check_alias, check_name, fetch, parse
 from pipelines.shards import Manifest, Shard
+from pipelines.start import keep_start
 from pipelines.storage import open_place
 from pipelines.tracking import for_files
 
@@ -136,6 +139,15 @@ def test_what_is_opened_by_its_alias_is_what_was_trained(world: World) -> None:
     assert torch.equal(features("models:/droppos/1"), features(world.saved.uri))
     opened = open_backbone("models:/droppos@candidate")
     assert opened.droppos is not None and opened.uri == "models:/droppos@candidate"
+
+
+def test_a_run_may_start_from_a_registered_model(world: World, here: Path) -> None:
+    uri = "models:/droppos@candidate"
+    recipe = located(replace(world.recipe, run=replace(world.recipe.run, init_from=uri)))
+    assert recipe.run.init_from == uri  # no folder of this machine
+    home = open_place(str(here / "run"))
+    notice = keep_start(recipe, home)
+    assert notice is not None and notice.startswith(f"starting from {uri}")
 
 
 def test_a_registered_model_is_exported_again(world: World, here: Path) -> None:

@@ -1,5 +1,6 @@
 """Searches: on a real Ray, trials are real runs; what is refused is refused before any begins."""
 
+import json
 import os
 import signal
 import subprocess
@@ -222,6 +223,11 @@ def test_a_search_is_gone_on_with_only_as_it_was_begun(tiny: Recipe) -> None:
         begin(home, changed(tiny, "optim", epochs=2), schedule, "knn", resume=True)
     with pytest.raises(ConfigError, match="already has a search; add --resume"):
         begin(home, tiny, schedule, "knn", resume=False)
+    # One that an older droppos began, which did not know a field, goes on.
+    record = json.loads((home / "search.json").read_bytes())
+    del record["method.guide"]
+    (home / "search.json").write_bytes(json.dumps(record).encode())
+    begin(home, tiny, schedule, "knn", resume=True)
 
 
 @pytest.mark.parametrize(

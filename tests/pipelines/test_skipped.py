@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.skipped import FILE, NAMED, Skipped
+from droppos.errors import StorageError
+from pipelines import skipped as module
+from pipelines.skipped import AGAIN_S, FILE, NAMED, Skipped
 from pipelines.storage import Place, open_place
 
 
@@ -19,8 +21,8 @@ def test_each_picture_counts_once_and_is_named_once(
     home: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
     skipped = Skipped(home, 1000, 0.5, resumed=True)
-    assert skipped.add(3, {7: "cat.jpg: cut off", 9: "dog.jpg: gone"}) == 2
-    assert skipped.add(40, {7: "cat.jpg: cut off"}) == 0
+    skipped.add(3, {7: "cat.jpg: cut off", 9: "dog.jpg: gone"})
+    skipped.add(40, {7: "cat.jpg: cut off"})
     assert len(skipped) == 2
     assert caplog.text.count("cat.jpg: cut off") == 1
     assert "step 3" in caplog.text
@@ -44,7 +46,7 @@ def test_what_was_skipped_outlives_the_driver(home: Place) -> None:
     assert [json.loads(line) for line in lines] == [{"row": 5, "problem": "a.jpg: gone"}]
     second = Skipped(home, 100, 0.02, resumed=True)
     assert len(second) == 0  # it may have been restored
-    assert second.add(9, {6: "b.jpg: gone"}) == 1
+    second.add(9, {6: "b.jpg: gone"})
     assert second.write()
     lines = (home / FILE).read_bytes().decode().splitlines()
     assert [json.loads(line)["row"] for line in lines] == [5, 6]
@@ -64,6 +66,32 @@ def test_rows_of_another_data_set_are_not_listed(home: Place) -> None:
     first.write()
     assert Skipped(home, 80, 0.5, resumed=False).text() == ""
     assert not (home / FILE).exists()
+
+
+def test_storage_that_refuses_is_tried_again_later_and_at_the_end(
+    home: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, five times a second, each time for as long as retries last."""
+    now, tries = 100.0, 0
+
+    def refuse(place: Place, data: bytes) -> None:
+        nonlocal tries
+        tries += 1
+        raise StorageError("away")
+
+    monkeypatch.setattr(module, "monotonic", lambda: now)
+    skipped = Skipped(home, 100, 0.5, resumed=False)
+    skipped.add(1, {5: "a.jpg: gone"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "write_bytes", refuse)
+        assert not any(skipped.write() for _ in range(9))
+        assert tries == 1
+        now += AGAIN_S
+        assert not skipped.write()
+        assert tries == 2
+    assert not skipped.write()
+    assert skipped.write(last=True)
+    assert "a.jpg" in (home / FILE).read_bytes().decode()
 
 
 def test_nothing_is_written_when_nothing_was_skipped(home: Place) -> None:
