@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo demo-search evidence test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger bench-plan format lint types check clean
+.PHONY: help install demo demo-search evidence test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger bench-plan format lint types check clean
 
 help:
-	@echo "make demo    pre-train on embedded photographs, in about three minutes"
+	@echo "make install         only the environment, in .venv (everything below makes it, too)"
+	@echo "make demo    pre-train on embedded photographs, in three to four minutes"
 	@echo "make demo-search     try eight settings on them, and report which is best, in ten minutes"
 	@echo "make test    run all tests but those that take minutes each (make test-long)"
 	@echo "make test-cluster    launch on machines of our own and lose one; as root, in minutes"
+	@echo "make test-long       run those tests"
 	@echo "make fast    run the tests that take seconds"
 	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
@@ -21,6 +23,8 @@ help:
 	@echo "make bench-plan      what a plan's simulation says beside what happens, in a quarter of an hour"
 	@echo "make evidence        train DropPos and its controls on CIFAR-10; hours, and it goes on where it was"
 	@echo "make check   format, lint and types, as CI does before the tests"
+
+install: $(READY)
 
 demo: $(READY)
 	@$(BIN)/droppos demo
