@@ -35,8 +35,8 @@ class Draw(NamedTuple):
     @property
     def dropped(self) -> Bool[Tensor, "B V"]:
         """Whether each visible patch lost its position."""
-        kept = torch.zeros_like(self.visible, dtype=torch.bool)
-        return kept.scatter(1, self.scored, True)
+        none = torch.zeros_like(self.visible, dtype=torch.bool)
+        return none.scatter(1, self.scored, True)
 
     @property
     def asked(self) -> Int[Tensor, "B S"]:

@@ -117,7 +117,7 @@ def random_crop(
     random = Random(seed)
     frame = read_frame(image_bytes)
     if frame is None or frame.width * frame.height > MAX_PIXELS:
-        image = _decode(image_bytes)
+        image = upright_rgb(image_bytes)
         box = random_box(image.width, image.height, scale, random)
         pixels = np.asarray(image)
     else:
@@ -127,7 +127,7 @@ def random_crop(
             pixels = decode_rows(image_bytes, frame, ceil(box.bottom), factor)
             box = Box(*(edge / factor for edge in box))
         except ValueError:  # rare kinds that Pillow may know; or it says what is wrong
-            pixels = np.asarray(_decode(image_bytes))
+            pixels = np.asarray(upright_rgb(image_bytes))
     return Crop(_resized_crop(pixels, box, size), flip and random.random() < 0.5)
 
 
@@ -151,7 +151,7 @@ def center_crop(
     Raises:
         DataError: If the bytes can't be decoded, or the picture is above MAX_PIXELS.
     """
-    image = _decode(image_bytes)
+    image = upright_rgb(image_bytes)
     height, width = size
     fit = min(image.width / width, image.height / height)
     fit = max(fit * ratio, min(fit, 1.0))
@@ -167,16 +167,7 @@ def upright_size(image_bytes: bytes) -> tuple[int, int]:
     Raises:
         DataError: If the bytes can't be decoded, or the picture is above MAX_PIXELS.
     """
-    return _decode(image_bytes).size
-
-
-def upright_rgb(image_bytes: bytes) -> Image.Image:
-    """Decode a picture whole, for those who keep it: what the header says of RGB.
-
-    Raises:
-        DataError: If the bytes can't be decoded, or the picture is above MAX_PIXELS.
-    """
-    return _decode(image_bytes)
+    return upright_rgb(image_bytes).size
 
 
 def random_box(width: int, height: int, scale: tuple[float, float], random: Random) -> Box:
@@ -235,8 +226,12 @@ def _resized(image: Image.Image, box: Box, size: tuple[int, int]) -> NDArray[np.
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 
-def _decode(image_bytes: bytes) -> Image.Image:
-    """Decode to upright RGB."""
+def upright_rgb(image_bytes: bytes) -> Image.Image:
+    """Decode a picture whole, to upright RGB.
+
+    Raises:
+        DataError: If the bytes can't be decoded, or the picture is above MAX_PIXELS.
+    """
     if not image_bytes:
         raise DataError("cannot decode a picture: it has 0 bytes")
     try:

@@ -197,7 +197,7 @@ def prune(home: Place, retention: Retention) -> None:
 
 
 def adopt(home: Place, saved: Saved) -> None:
-    """Make a checkpoint of another run the newest of this one; what was newer is deleted.
+    """Make a checkpoint of another run the newest of this one; what was as new or newer is deleted.
 
     Its history comes with it, in place of this run's own.
 

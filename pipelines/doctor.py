@@ -95,8 +95,8 @@ def doctor(
     if not manifest.rows:
         raise DataError(f"{place} has no pictures; prepare it again from a source that has some")
     say("starting Ray")
-    with _cluster(question) as private:
-        readings = _measure(place, manifest, question, private, say)
+    with _cluster(question):
+        readings = _measure(place, manifest, question, say)
     diagnosis = diagnose(readings)
     picture.parent.mkdir(parents=True, exist_ok=True)
     draw_ingest(bars(readings), readings.site.demand, diagnosis.demand_words, picture)
@@ -107,10 +107,9 @@ def _measure(
     place: Place,
     manifest: Manifest,
     question: Question,
-    private: bool,
     say: Callable[[str], None],
 ) -> Readings:
-    site = _site(place, question, private)
+    site = _site(place, question)
     crop = CropOptions(question.image_size, Data().crop_scale, Data().flip)
     seconds = question.seconds
     data, shards = ray.put(place), ray.put(manifest)
@@ -173,21 +172,17 @@ def _task(work: Callable[..., Any]) -> Any:
 
 
 @contextmanager
-def _cluster(question: Question) -> Iterator[bool]:
-    """Join the cluster that stands, or start a private one as a run would; leave it after.
-
-    Yields:
-        Whether it was started here.
-    """
+def _cluster(question: Question) -> Iterator[None]:
+    """Join the cluster that stands, or start a private one as a run would; leave it after."""
     if ray.is_initialized():
-        yield False
+        yield
         return
-    if standing := standing_address():
+    if standing_address():
         join_standing()
     else:
         _start_private(question)
     try:
-        yield not standing
+        yield
     finally:
         ray.shutdown()
 
@@ -199,7 +194,7 @@ def _start_private(question: Question) -> None:
     start_private(cpus, Footprint(Data().window * crop, AHEAD * BATCH * crop).total(cpus))
 
 
-def _site(place: Place, question: Question, private: bool) -> Site:
+def _site(place: Place, question: Question) -> Site:
     """See what the cluster has, and which of its CPUs a run would leave for decoding."""
     has = ray.cluster_resources()
     cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0))
@@ -213,7 +208,6 @@ def _site(place: Place, question: Question, private: bool) -> Site:
     nodes = sum(node["Alive"] for node in ray.nodes())
     return Site(
         nodes=nodes,
-        private=private,
         cores=os.cpu_count() if nodes == 1 and cpu_seconds() is not None else None,
         decode_cpus=decode_cpus,
         store_bytes=has.get("object_store_memory", 0.0),

@@ -216,7 +216,7 @@ class _Extractor:
         rows, pixels = decode(self._place, self._manifest, piece, self._size, self._decoders)
         labels = [-1 if row.label is None else row.label for row in rows]
         return {
-            "features": extract_features(self._encoder, pixels).patch_mean.numpy(),
+            "features": extract_features(self._encoder, pixels).numpy(),
             "keys": np.array([row.key for row in rows]),
             "labels": np.array(labels, dtype=np.int64),
         }

@@ -185,7 +185,3 @@ def _require(holds: bool, path: Path, problem: str) -> None:
 
 def _refuse(path: Path, problem: str) -> NoReturn:
     raise ConfigError(f"the catalogue {path} {problem}; docs/plan.md shows its form")
-
-
-PRICED: date = next(iter(catalogue().values())).priced
-"""Day of the list prices that are shipped."""

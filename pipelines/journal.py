@@ -141,7 +141,7 @@ class Journal:
 
     @classmethod
     def adopt(cls, path: Path) -> Self | None:
-        """Open what a process left that lives no more; None if it lives, or all is taken.
+        """Open what a process left that lives no more; None if it lives, or it is gone.
 
         Raises:
             DataError: If it cannot be opened, or is no journal.

@@ -83,7 +83,6 @@ class Keeper:
                 "origin": dict(job.origin),
                 "previous": previous,
                 "metrics": metrics,
-                "world_size": dist.get_world_size(),
                 "random_states": dist.get_world_size(),
                 "random_devices": sorted({"cpu", state.device.type}),
             },

@@ -65,6 +65,16 @@ _PARAM_CHARS, _TAG_CHARS = 6000, 8000
 _log = logging.getLogger(__name__)
 
 
+def fields_of(params: Mapping[str, str], tags: Mapping[str, str]) -> dict[str, str]:
+    """Give a recipe's fields as MLflow has them, with what resumes made of them."""
+    changed = {
+        name.removeprefix(CHANGED): value
+        for name, value in tags.items()
+        if name.startswith(CHANGED)
+    }
+    return {**params, **changed}
+
+
 class Ledger:
     """One MLflow run, from `with` to the end of its block.
 
@@ -170,14 +180,7 @@ class Ledger:
         else:
             self.run_id = run.info.run_id
             self.reached = True
-            self._params = {
-                **run.data.params,
-                **{
-                    name.removeprefix(CHANGED): value
-                    for name, value in run.data.tags.items()
-                    if name.startswith(CHANGED)
-                },
-            }
+            self._params = fields_of(run.data.params, run.data.tags)
             self._last, self._values = last_steps(run), dict(run.data.metrics)
             before = max(before, writer_of(run))
         about = About(redact(self.uri), self.run_id, self.run_name, self.home, next_writer(before))

@@ -173,8 +173,6 @@ class Site:
     """The cluster and what is asked of it."""
 
     nodes: int
-    private: bool
-    """Whether the cluster was started for this and ends with it."""
     cores: int | None
     """Cores of the machine, when all of the cluster is on this one; else unknown."""
     decode_cpus: int

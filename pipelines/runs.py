@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from droppos.errors import ConfigError, DataError
-from pipelines.ledger import HOME
+from pipelines.ledger import HOME, fields_of
 from pipelines.recipe import Recipe, Run, Tracking
 from pipelines.recipe_file import flatten, from_dict
 from pipelines.secrets import redact
@@ -56,12 +56,7 @@ class RunFacts:
     @property
     def fields(self) -> dict[str, str]:
         """All fields, those that a resume changed as they were changed to."""
-        later = {
-            name.removeprefix("changed."): value
-            for name, value in self.tags.items()
-            if name.startswith("changed.")
-        }
-        return {**self.params, **later}
+        return fields_of(self.params, self.tags)
 
 
 @dataclass(frozen=True, slots=True)

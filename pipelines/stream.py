@@ -12,7 +12,7 @@ What this stands on in Ray 2.60 (tests/pipelines/test_stream.py would notice a c
     - `ExecutionOptions.preserve_order`: tasks finish in any order, blocks leave in order. It also
       makes the splitter ignore locality and give each block to the worker with the fewest rows.
     - Blocks are neither merged nor split while one is larger than target_max_block_size and
-      smaller than 1.5 times that (`BlockOutputBuffer`); see `_keep_blocks_whole`.
+      smaller than 1.5 times that (`BlockOutputBuffer`); see `_keep_blocks_whole` in source.py.
     - `DataContext._execution_idx` counts the finished executions of a data set.
 """
 

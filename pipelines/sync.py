@@ -18,7 +18,7 @@ from pipelines import checkpoints, history
 from pipelines.journal import About, Ended, Journal, Row, Stored, files_beside, journals
 from pipelines.ledger import pointer
 from pipelines.outbox import Outbox, send_file, told
-from pipelines.secrets import redact
+from pipelines.secrets import MARK, redact
 from pipelines.storage import Place, open_place
 from pipelines.tracking import client_of, missing_database, reachable
 
@@ -174,7 +174,7 @@ def real_uri(known: str) -> str:
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if redact(given) == known:
         return given
-    if redact(known) != known or "***" in known:
+    if redact(known) != known or MARK in known:
         raise ConfigError(
             f"MLflow's address {known} was kept without its password; set MLFLOW_TRACKING_URI to "
             "the whole address"

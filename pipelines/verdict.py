@@ -15,7 +15,6 @@ EQUAL = 1e-12
 FIGURES = {
     "position_skill": "position skill",
     "knn": "k-NN accuracy",
-    "probe": "linear probe",
     "effective_rank": "effective rank",
     "train_excess_nats": "training excess nats",
 }

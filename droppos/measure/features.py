@@ -5,8 +5,6 @@ Axes in this file
     D  channels of a token
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, UInt8
 from timm.models.vision_transformer import VisionTransformer
@@ -14,15 +12,6 @@ from torch import Tensor
 
 from droppos.errors import DataError
 from droppos.model import normalise
-
-
-class Features(NamedTuple):
-    """Two summaries of each picture, float32 on the CPU."""
-
-    class_token: Float[Tensor, "P D"]
-    """The class token after the last norm."""
-    patch_mean: Float[Tensor, "P D"]
-    """Mean of the patch tokens after the last norm."""
 
 
 def patch_mean(tokens: Float[Tensor, "B T D"], prefix_tokens: int = 1) -> Float[Tensor, "B D"]:
@@ -39,13 +28,16 @@ def extract_features(
     pictures: UInt8[Tensor, "P rows columns 3"],
     *,
     batch: int = 64,
-) -> Features:
-    """Run whole pictures through the encoder, on its device, in eval mode.
+) -> Float[Tensor, "P D"]:
+    """Run whole pictures through the encoder, on its device, in eval mode, and average patches.
 
     Args:
         encoder: Any timm vision transformer with a class token; its mode is put back after.
         pictures: Pictures of the encoder's size.
         batch: Pictures at a time; changes nothing but memory and time.
+
+    Returns:
+        The mean of each picture's patch tokens after the last norm, float32 on the CPU.
 
     Raises:
         DataError: If there are no pictures.
@@ -56,16 +48,12 @@ def extract_features(
     training = encoder.training
     encoder.eval()
     try:
-        parts = [_summaries(encoder, part.to(device)) for part in pictures.split(batch)]
+        parts = [
+            patch_mean(
+                encoder.forward_features(normalise(part.to(device))), encoder.num_prefix_tokens
+            ).cpu()
+            for part in pictures.split(batch)
+        ]
     finally:
         encoder.train(training)
-    class_tokens, patch_means = zip(*parts, strict=True)
-    return Features(torch.cat(class_tokens), torch.cat(patch_means))
-
-
-def _summaries(
-    encoder: VisionTransformer, pictures: UInt8[Tensor, "B rows columns 3"]
-) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]:
-    tokens = encoder.forward_features(normalise(pictures)).float()
-    # A copy: on a CPU the slice alone would keep all tokens of all batches alive.
-    return tokens[:, 0].to("cpu", copy=True), patch_mean(tokens, encoder.num_prefix_tokens).cpu()
+    return torch.cat(parts)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from droppos.config import Compute
 from droppos.flops import step_flops
-from droppos.measure.features import Features, extract_features
+from droppos.measure.features import extract_features
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from droppos.measure.knn import knn_accuracy
@@ -150,9 +150,7 @@ class Cell:
         name, recipe = self.name, self._recipe
         kind = name.about.kind
         if kind == "untrained":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(name.seed)
-                return DropPos(recipe.model, recipe.method).encoder.eval(), None
+            return self._scratch(), None
         if kind == "supervised":
             return self._supervised(), None
         own = at_budget(recipe, name.about, name.budget)
@@ -180,11 +178,7 @@ class Cell:
         """
         recipe = self._recipe
         finetune = supervised_at_budget(recipe, FINETUNE, self.name.budget, ALL_EPOCHS)
-        flops = supervised_flops(recipe.model)
-        self.epochs, self.gflops = (
-            finetune.optim.epochs,
-            finetune.optim.epochs * TRAIN * flops / 1e9,
-        )
+        self._took(finetune, TRAIN)
         start = perf_counter()
         done = self._classifier(self._scratch(), self._data.train, finetune)
         self._keep("all", done.accuracy, perf_counter() - start)
@@ -201,7 +195,13 @@ class Cell:
             return self._finetuned(self._data.tenth, TENTH_EPOCHS)
         budget, rows = self.name.budget, len(CLASSES) * TENTH_OF_A_CLASS
         longer = supervised_at_budget(self._recipe, FINETUNE, budget, TENTH_EPOCHS, rows=rows)
+        self._took(longer, rows)
         return self._classifier(self._scratch(), self._data.tenth, longer).accuracy
+
+    def _took(self, finetune: Finetune, rows: int) -> None:
+        """Note what a supervised training of so many pictures computes."""
+        self.epochs = finetune.optim.epochs
+        self.gflops = self.epochs * rows * supervised_flops(self._recipe.model) / 1e9
 
     @property
     def encoder(self) -> VisionTransformer:
@@ -217,8 +217,7 @@ class Cell:
         return self._patch_means(known), self._patch_means(asked)
 
     def _patch_means(self, pictures: Tensor) -> Tensor:
-        features: Features = extract_features(self.encoder, pictures, batch=250)
-        return features.patch_mean
+        return extract_features(self.encoder, pictures, batch=250)
 
     def _labels(self) -> tuple[Tensor, Tensor]:
         (_, known), (_, asked) = self._pictures

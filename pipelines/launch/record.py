@@ -55,7 +55,7 @@ class Record:
     """Of kubectl."""
     namespace: str | None = None
     source: str = ""
-    """Folder that relative paths of the cluster's file are meant from."""
+    """The cluster's file; relative paths in it are meant from its folder."""
     costs: str = ""
     """What an hour costs, as it was at the launch: over a broken line nobody can be asked."""
     started: float = 0.0

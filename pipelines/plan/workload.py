@@ -7,11 +7,9 @@ from droppos.errors import ConfigError, DataError
 from pipelines.order import window_rows
 from pipelines.plan.question import Question
 from pipelines.recipe import Recipe
-from pipelines.shards import Manifest, load_manifest
+from pipelines.shards import GROUP_ROWS, Manifest, load_manifest
 from pipelines.storage import open_place
 
-GROUP_ROWS = 100
-"""Rows of a row group, as `droppos prepare` makes them."""
 DECODE_S, DECODE_S_PER_KB = 1.22e-3, 13.3e-6
 """CPU seconds of all processes for a picture, and for each kB of it: measured, docs/stream.md (our
 stream from a folder: 327 a core-second of 138 kB pictures, 545 of their copies of 46 kB; a line

@@ -52,7 +52,6 @@ def readings(
     parts: dict[str, Any] = {
         "site": Site(
             nodes=1,
-            private=True,
             cores=2,
             decode_cpus=2,
             store_bytes=2e9,

@@ -52,7 +52,7 @@ def test_pieces_find_what_all_pictures_at_once_do(data: str, encoder: VisionTran
     assert found.keys == pictures.keys
     assert found.labels is not None and found.labels.tolist() == pictures.labels
     assert found.classes == pictures.classes
-    whole = extract_features(encoder, pictures.pixels).patch_mean
+    whole = extract_features(encoder, pictures.pixels)
     torch.testing.assert_close(found.features, whole)
 
 

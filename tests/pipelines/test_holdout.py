@@ -60,7 +60,7 @@ def test_the_figures_are_those_of_the_parts_they_are_made_of() -> None:
     meter = PositionMeter(MODEL.grid, protocol(MEASURE).counts(MODEL.grid))
     report = measure_positions(position_predictor(model), pictures.pixels, meter, seed=MEASURE.seed)
     position = report.report().metrics()
-    features = extract_features(model.encoder, pictures.pixels).patch_mean
+    features = extract_features(model.encoder, pictures.pixels)
     knn = knn_leave_one_out(features, torch.tensor(pictures.labels)).metrics()
     expected = position | {"features/effective_rank": effective_rank(features)} | knn
     expected = {f"holdout/{name}": value for name, value in expected.items()}

@@ -96,7 +96,7 @@ def here(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def features(uri: str) -> torch.Tensor:
-    return extract_features(open_backbone(uri).encoder, torch.from_numpy(PICTURES)).patch_mean
+    return extract_features(open_backbone(uri).encoder, torch.from_numpy(PICTURES))
 
 
 def test_a_run_becomes_a_version_that_names_its_checkpoint(world: World, here: Path) -> None:
