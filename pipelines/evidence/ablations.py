@@ -7,13 +7,14 @@ where it leans, and not how another seed would fall.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import hypot
 from pathlib import Path
 from typing import Any
 
 from droppos.measure.intervals import Proportion
 from pipelines.evidence.cifar import Cifar
+from pipelines.evidence.protocol import digest_of
 from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.tables import read_table, write_table
 from pipelines.recipe import Recipe
@@ -46,6 +47,8 @@ class Trial:
     position_skill: float
     effective_rank: float
     seconds: float
+    protocol: str
+    """Digest of the recipe that the settings vary."""
 
     @property
     def setting(self) -> Setting:
@@ -89,7 +92,8 @@ def ablate(data: Cifar, folder: Path, out: Path, say: Callable[[str], None]) -> 
     recipe = replace(
         recipe,
         data=replace(recipe.data, path=data.train, holdout=data.test),
-        run=replace(recipe.run, storage=str(folder)),
+        # By its digest: what was searched under another recipe is another search.
+        run=replace(recipe.run, storage=str(folder), name=f"{recipe.run.name}-{protocol()}"),
     )
 
     def on_event(event: Mapping[str, Any]) -> None:
@@ -104,6 +108,12 @@ def ablate(data: Cifar, folder: Path, out: Path, say: Callable[[str], None]) -> 
         known = {trial.setting: trial for trial in (*read(out / RESULTS), *found(recipe))}
         write(out / RESULTS, list(known.values()))
     return list(known.values())
+
+
+def protocol() -> str:
+    """Hash what all trials share: those of another digest are not compared with these."""
+    shared = asdict(load_recipe(RECIPE))
+    return digest_of({name: shared[name] for name in shared.keys() - {"search", "run"}})
 
 
 def missing(out: Path) -> int:
@@ -142,6 +152,7 @@ def _trial(recipe: Recipe, record: Mapping[str, Any]) -> Trial:
         position_skill=figures["position_skill"],
         effective_rank=figures["effective_rank"],
         seconds=record["seconds"],
+        protocol=protocol(),
     )
 
 
@@ -151,12 +162,13 @@ def write(file: Path, trials: Sequence[Trial]) -> None:
 
 
 def read(file: Path) -> list[Trial]:
-    """Read what :func:`write` wrote; none if there is no file.
+    """Read the trials of this recipe among what :func:`write` wrote; none if there is no file.
 
     Raises:
         DataError: If it is something else.
     """
-    return read_table(file, Trial, "is no table of trials")
+    trials = read_table(file, Trial, "is no table of trials")
+    return [trial for trial in trials if trial.protocol == protocol()]
 
 
 def compare(trials: Sequence[Trial]) -> Iterator[Comparison]:

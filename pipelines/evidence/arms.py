@@ -28,6 +28,7 @@ ARMS = (
     Arm("paper", "DropPos (paper)"),
     Arm("no_smoothing", "without position smoothing", method=(("sigma", 0.0),)),
     Arm("no_attentive", "without attentive reconstruction", method=(("attentive", False),)),
+    Arm("student_guide", "attentive by the student's own pass", method=(("guide", "student"),)),
     Arm("no_patch_mask", "without patch masking", method=(("mask_ratio", 0.0),)),
     Arm("reference", "as the reference computes", method=(("conformance", "reference"),)),
     Arm("position_pixels", "with the pixel task", method=(("objective", "position_pixels"),)),

@@ -37,6 +37,7 @@ from pipelines.order import Schedule
 from pipelines.pretrain import located, plan
 from pipelines.recipe import Data, Recipe, Run
 from pipelines.shards import load_manifest
+from pipelines.source import crop_options
 from pipelines.storage import Place, open_place
 from pipelines.stream import Batch, batches
 from pipelines.windows import CropOptions, pieces_left, read_window
@@ -70,10 +71,9 @@ class _Windows:
 
 def stream(recipe: Recipe, schedule: Schedule, start_step: int) -> Iterator[Batch]:
     """Read the batches of a run that are left, each of them whole."""
-    data, path = recipe.data, recipe.data.path
+    path = recipe.data.path
     assert path is not None
-    crop = CropOptions(recipe.model.image_size, data.crop_scale, data.flip, data.scaled_decoding)
-    windows = _Windows(schedule, open_place(path), crop, start_step)
+    windows = _Windows(schedule, open_place(path), crop_options(recipe), start_step)
     return batches(
         cast(DataIterator, windows),
         worker_batch=recipe.optim.global_batch,

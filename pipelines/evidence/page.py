@@ -11,52 +11,15 @@ from pathlib import Path
 from droppos.errors import DataError
 from pipelines.evidence.ablations import Trial, compare
 from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, Arm, figures_of
-from pipelines.evidence.results import Estimate, Key, Row, estimate
+from pipelines.evidence.known import Known
+from pipelines.evidence.outlook import outlooks
+from pipelines.evidence.results import Estimate, Key, Row
 from pipelines.evidence.study import Study
 from pipelines.evidence.tables import replace_file
 
 SHARES = ("knn", "linear", "tenth", "all", "position", "location")
 """Figures that are shares, shown in percent."""
 UNKNOWN = "?"
-
-
-class Known:
-    """The rows of a CSV, asked by what they are of."""
-
-    def __init__(self, rows: Mapping[Key, Row]) -> None:
-        self._rows = rows
-
-    def over_seeds(self, arm: str, budget: int, figure: str) -> Estimate | None:
-        """Average a figure over the seeds that are known."""
-        return estimate(row.value for row in self._of(arm, budget, figure))
-
-    def any_of(self, arm: str, budget: int) -> Row | None:
-        """Give some row of an arm that was trained."""
-        found = (row for row in self._rows.values() if row.key[:2] == (arm, budget) and row.epochs)
-        return next(found, None)
-
-    def seeds(self, arm: str, budget: int) -> list[int]:
-        """List the seeds of which anything is known."""
-        return sorted({row.seed for row in self._rows.values() if row.key[:2] == (arm, budget)})
-
-    def gain(self, budget: int, figure: str) -> Estimate | None:
-        """Average what pre-training by DropPos adds to training from scratch, seed by seed."""
-        return self.paired(("paper", budget), ("random", 0), figure)
-
-    def paired(self, arm: tuple[str, int], less: tuple[str, int], figure: str) -> Estimate | None:
-        """Average the difference of two arms with their budgets, seed by seed.
-
-        What has no seed is the same for all.
-        """
-        ours = {row.seed: row.value for row in self._of(*arm, figure)}
-        theirs = {row.seed: row.value for row in self._of(*less, figure)}
-        if BY_NAME[less[0]].kind == "pixels" and theirs:
-            theirs = dict.fromkeys(ours, theirs[0])
-        return estimate(ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys())
-
-    def _of(self, arm: str, budget: int, figure: str) -> list[Row]:
-        own = (row for row in self._rows.values() if row.key[:2] == (arm, budget))
-        return [row for row in own if row.figure == figure]
 
 
 def line(study: Study, rows: Mapping[Key, Row]) -> str:
@@ -142,6 +105,27 @@ def gains(study: Study, rows: Mapping[Key, Row]) -> str:
     return "\n".join(lines)
 
 
+def outlook(study: Study, rows: Mapping[Key, Row]) -> str:
+    """Write how far each arm of the curve is from what was hoped for."""
+    lines = [
+        _row(
+            ["", "", "hoped for", "now", "gained by the last doubling", "doublings left", "TFLOP"]
+        ),
+        _row(["---", "---"] + ["---:"] * 5),
+    ]
+    for found in outlooks(study, rows):
+        left, needed = "none in sight", ""
+        if found.doublings is not None and found.needed is not None:
+            left, needed = f"{found.doublings:.1f}", f"{found.needed:,.0f}"
+        if found.doublings == 0:
+            left, needed = "reached", f"{found.tflop:,.0f}"
+        cells = [f"{100 * found.hoped:.0f}", f"{100 * found.now:.1f}"]
+        pace = f"{100 * found.per_doubling:+.1f} points"
+        title, figure = BY_NAME[found.arm].title, FIGURES[found.figure]
+        lines.append(_row([title, figure, *cells, pace, left, needed]))
+    return "\n".join(lines)
+
+
 def ablated(trials: Sequence[Trial]) -> str:
     """Write what the paper chose beside each other setting."""
     lines = [_row(["the paper's choice", "less", "20 nearest neighbours", "leans"])]
@@ -163,6 +147,7 @@ def fill(page: Path, study: Study, rows: Mapping[Key, Row], trials: Sequence[Tri
         "compared": compared(study, rows),
         "differences": differences(study, rows),
         "curve": curve(study, rows),
+        "outlook": outlook(study, rows),
         "gains": gains(study, rows),
         "ablated": ablated(trials),
     }

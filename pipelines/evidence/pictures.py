@@ -5,7 +5,7 @@ from pathlib import Path
 
 from droppos.draw.evidence import Bar, Course, Level, draw_bars, draw_courses
 from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES
-from pipelines.evidence.page import Known
+from pipelines.evidence.known import Known
 from pipelines.evidence.results import Key, Row
 from pipelines.evidence.study import Study
 
@@ -43,12 +43,7 @@ def _course(
 ) -> tuple[str, list[Course], list[Level]] | None:
     courses = []
     for name in study.curve_arms:
-        points = [
-            (row.gflops / 1e3, found.mean)
-            for budget in study.budgets
-            if (row := known.any_of(name, budget))
-            and (found := known.over_seeds(name, budget, figure))
-        ]
+        points = known.course(name, study.budgets, figure)
         if len(points) > 1:
             courses.append(Course(BY_NAME[name].title, *map(list, zip(*points, strict=True))))
     levels = [

@@ -16,9 +16,9 @@ class Study:
     """What each arm may compute, in epochs of DropPos as published."""
     seeds: int = 3
     """Trainings of each arm."""
-    curve: tuple[int, ...] = (10, 20, 40)
+    curve: tuple[int, ...] = (15, 45)
     """Larger budgets, at which a few arms are trained once: what more computing gives."""
-    curve_arms: tuple[str, ...] = ("paper", "no_attentive", "pixels")
+    curve_arms: tuple[str, ...] = ("paper", "no_attentive")
     """Those arms."""
     ablations: bool = True
     """Try the paper's settings beside others by `droppos search`, once all else is known."""

@@ -19,7 +19,8 @@ from pipelines.evidence.budget import (
     supervised_at_budget,
     supervised_flops,
 )
-from pipelines.evidence.page import compared, curve, differences, fill, gains, line
+from pipelines.evidence.outlook import outlooks
+from pipelines.evidence.page import compared, curve, differences, fill, gains, line, outlook
 from pipelines.evidence.pictures import draw
 from pipelines.evidence.protocol import FINETUNE
 from pipelines.evidence.recipes import load_recipe
@@ -34,7 +35,7 @@ TRAINED = [arm for arm in ARMS if arm.kind == "pre-trained"]
 
 
 def row(arm: str, budget: int, seed: int, figure: str, value: float) -> Row:
-    epochs, gflops = (5, 4e4) if budget else (0, 0.0)
+    epochs, gflops = (5, 1e4 * budget) if budget else (0, 0.0)
     low, high = value - 0.01, value + 0.01
     return Row(arm, budget, seed, figure, value, low, high, epochs, gflops, 1.5, "protocol")
 
@@ -185,11 +186,34 @@ def test_arms_are_compared_seed_by_seed() -> None:
     assert "DropPos (paper) | " not in table.replace("DropPos (paper) less", "")
 
 
+def test_a_curve_points_where_its_last_doublings_went() -> None:
+    study = Study(curve=(20, 40), curve_arms=("paper", "no_attentive"))
+    rows = keyed(
+        *(row("paper", budget, 0, "knn", value) for budget, value in ((5, 0.4), (20, 0.5))),
+        row("paper", 20, 0, "linear", 0.5),
+        row("no_attentive", 20, 0, "knn", 0.55),
+        row("no_attentive", 40, 0, "knn", 0.65),
+        row("no_attentive", 20, 0, "linear", 0.6),
+        row("no_attentive", 40, 0, "linear", 0.6),
+    )
+    ahead, there, flat = outlooks(study, rows)
+    assert (ahead.arm, ahead.figure, ahead.hoped) == ("paper", "knn", 0.60)
+    assert ahead.per_doubling == pytest.approx(0.05)
+    assert ahead.doublings == pytest.approx(2)
+    assert ahead.needed == pytest.approx(4 * ahead.tflop)
+    assert (there.doublings, there.needed) == (0, there.tflop)
+    assert (flat.figure, flat.doublings, flat.needed) == ("linear", None, None)
+    table = outlook(study, rows)
+    assert "| 60 | 50.0 | +5.0 points | 2.0 | " in table
+    assert "| 60 | 65.0 | +10.0 points | reached | " in table
+    assert "| 68 | 60.0 | +0.0 points | none in sight |  |" in table
+
+
 def test_a_page_gets_its_tables_and_keeps_its_words(tmp_path: Path) -> None:
     page = tmp_path / "evidence.md"
     blocks = "".join(
         f"<!-- {name} -->\nold\n<!-- end -->\n"
-        for name in ("compared", "differences", "curve", "gains", "ablated")
+        for name in ("compared", "differences", "curve", "outlook", "gains", "ablated")
     )
     page.write_text(f"before\n{blocks}after\n")
     study, rows = Study(curve=(10,)), keyed(row("paper", 5, 0, "knn", 0.512))
@@ -276,6 +300,7 @@ def test_the_page_of_the_repository_says_what_its_results_say(tmp_path: Path) ->
 def trial(knn: float, **told: Any) -> Trial:
     setting = {"mask_ratio": 0.75, "position_mask_ratio": 0.75, "sigma": 1.0, "sigma_decay": "step"}
     rest = {"position_skill": 0.1, "effective_rank": 9.0, "seconds": 60.0}
+    rest["protocol"] = ablations.protocol()
     return Trial(**(setting | told), knn=knn, low=knn - 0.01, high=knn + 0.01, **rest)  # pyright: ignore[reportArgumentType]
 
 
@@ -316,6 +341,9 @@ def test_settings_that_are_known_are_not_missing(tmp_path: Path) -> None:
     assert ablations.missing(tmp_path) == 12
     ablations.write(tmp_path / ablations.RESULTS, [trial(0.5), trial(0.5, mask_ratio=0.25)])
     assert ablations.missing(tmp_path) == 10
+    stale = replace(trial(0.5, mask_ratio=0.0), protocol="another")
+    ablations.write(tmp_path / ablations.RESULTS, [trial(0.5), stale])
+    assert ablations.missing(tmp_path) == 11
 
 
 def test_finished_trials_are_read_from_the_searchs_own_table(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The study as people run it: its cells as processes, an end before the end, and going on."""
 
-import base64
-import hashlib
 import os
 import shutil
 import signal
@@ -14,14 +12,13 @@ from pathlib import Path
 import pytest
 
 from droppos.errors import ConfigError, TrainingError
-from pipelines.evidence import cifar as module
-from pipelines.evidence.cifar import FILE, Cifar, cifar
+from pipelines.evidence.cifar import Cifar
 from pipelines.evidence.flow import evidence
 from pipelines.evidence.protocol import digest
 from pipelines.evidence.results import Row, read_rows, write_rows
 from pipelines.evidence.study import Study
 from pipelines.evidence.work import RESULTS, known, only_study, work
-from tests.pipelines.cifar_like import write_package
+from tests.pipelines.cifar_like import prepare_like
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,13 +27,7 @@ ROOT = Path(__file__).parents[2]
 def folder(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures like CIFAR-10's, prepared: 400 to train on, of which a tenth is all there are."""
     folder = tmp_path_factory.mktemp("evidence")
-    package = folder / "cifar" / FILE
-    package.parent.mkdir()
-    write_package(package, photographs, 400, 60)
-    digest = hashlib.sha512(package.read_bytes()).digest()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SHA512", base64.b64encode(digest).decode())
-        cifar(folder / "cifar")
+    prepare_like(folder / "cifar", photographs, 400, 60)
     return folder
 
 
