@@ -82,7 +82,7 @@ def join_standing() -> None:
     try:
         host, _, port = address.rpartition(":")
         if port.isdigit() and "/" not in host:  # or Ray tries for minutes
-            socket.create_connection((host, int(port)), CONNECT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RayError, RuntimeError, ValueError) as error:
         raise ConfigError(

@@ -11,7 +11,8 @@ class Cost:
 
     A worker counts from its group's start until the group has gone, whether it trains, waits or
     loads a checkpoint: that is what a cloud charges for. Groups that follow each other within a
-    process leave no gap; the time before the first worker is there is not counted.
+    process leave no gap, unless they wait for machines; nor is the time counted before the first
+    worker is there.
     """
 
     def __init__(

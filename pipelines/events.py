@@ -129,9 +129,11 @@ class Events:
     def drain(self, timeout_s: float = 10) -> list[Event]:
         """Take all events that arrived since the last call; none, with a warning, on trouble.
 
-        What comes too late for one call is the next one's: the queue has given it away.
+        What comes too late for one call is the next one's, with what has come since: the queue has
+        given it away.
         """
-        if self._asked is None:
+        late = self._asked is not None
+        if not late:
             self._asked = self._mailbox.drain.remote(self.wished)
         try:
             events, overflowed = ray.get(self._asked, timeout=timeout_s)
@@ -143,7 +145,8 @@ class Events:
         self._asked = None
         if overflowed:
             _log.warning("%d events of the workers were lost: they came too fast", overflowed)
-        return [pickle.loads(event) for event in events]
+        found = [pickle.loads(event) for event in events]
+        return found + self.drain(timeout_s) if late else found
 
     def _settle(self, timeout_s: float) -> None:
         """Forget calls that are done, and count those that failed."""

@@ -79,15 +79,15 @@ def check_resume(
     """
     if saved is None:
         return
+    if "finetune" in saved.record:
+        raise ConfigError(
+            f"run {recipe.home} is a fine-tuning: `droppos finetune ... --resume` goes on, or "
+            "choose another run.name"
+        )
     if not resume:
         raise ConfigError(
             f"run {recipe.home} already has a checkpoint at step {saved.step}; add --resume to go "
             "on with it, or choose another run.name"
-        )
-    if "finetune" in saved.record:
-        raise ConfigError(
-            f"run {recipe.home} is a fine-tuning; `droppos finetune` goes on with it, or choose "
-            "another run.name"
         )
     require_recipe(saved)
     ours, theirs = flatten(recipe), flatten(saved.record["recipe"])

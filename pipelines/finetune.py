@@ -6,6 +6,7 @@ copies of the model (DDP). A checkpoint is made at the end of every epoch; the n
 lost worker, or `--resume`, goes on.
 """
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -47,6 +48,8 @@ from pipelines.source import Remaining, data_config
 from pipelines.storage import Place, open_place
 from pipelines.supervisor import POLL_S, cause_of, in_background
 from pipelines.windows import read_window
+
+_log = logging.getLogger(__name__)
 
 READERS = 16
 """Row groups whose labels are asked of storage at once."""
@@ -151,7 +154,10 @@ def finetune(
             events=Events.start(),
             held=[ray.put((trained.encoder.state_dict(), labels))],
         )
-        hits, among_five, total = _run(job, heard)
+        try:
+            hits, among_five, total = _run(job, heard)
+        finally:
+            heard.keep_skipped(last=True)
         five = Proportion(among_five, total) if len(classes) > 5 else None
         done = Finetuned(whole.home, Proportion(hits, total), five, schedule.steps, ledger.run_id)
         ledger.log(schedule.steps, done.metrics())
@@ -254,7 +260,22 @@ def _labels(recipe: Recipe, manifest: Manifest) -> tuple[Int64[Tensor, " rows"],
                 f"{missing} of {len(found)} pictures of {uri} have no label; prepare it from a "
                 "folder in which every picture is in a class's sub-folder"
             )
+    if lie_by_class(labels):
+        _log.warning(
+            "the pictures of %s lie by class, so a batch is of few of them, which costs accuracy: "
+            "prepare the folder or archive anew, which mixes them, or raise --window (%d), "
+            "which mixes that many",
+            recipe.data.path,
+            recipe.data.window,
+        )
     return labels, manifest.classes
+
+
+def lie_by_class(labels: Int64[Tensor, " rows"]) -> bool:
+    """Tell whether neighbours are of one class far oftener than pictures that are mixed."""
+    alike = float((labels[1:] == labels[:-1]).double().mean())
+    by_chance = float((labels.bincount().double() / len(labels)).square().sum())
+    return alike > (1 + by_chance) / 2
 
 
 def read_labels(place: Place, manifest: Manifest) -> Int64[Tensor, " rows"]:

@@ -70,16 +70,20 @@ class Heard:
         if self._aside is not None:
             for event in self._aside.look():
                 self.event(event)
-        self._keep_skipped()
+        self.keep_skipped()
 
     def conclude(self, wait: bool) -> None:
         """End measuring aside: after the last checkpoint is measured, or at once."""
-        self._keep_skipped(last=True)
         if self._aside is not None:
             for event in self._aside.finish() if wait else self._aside.cancel():
                 self.event(event)
 
-    def _keep_skipped(self, *, last: bool = False) -> None:
+    def keep_skipped(self, *, last: bool = False) -> None:
+        """Bring the list of skipped pictures up to date, in storage and in MLflow.
+
+        Args:
+            last: There is no later, whatever ends the run.
+        """
         if self._skipped.write(last=last):
             self._ledger.text(FILE, self._skipped.text())
 
@@ -88,8 +92,8 @@ class Heard:
         match event["kind"]:
             case "started":
                 self._begin(event)
-            case "group" | "lost" | "waiting":
-                self._cost.hold(0)  # until all of the next group have started
+            case "waiting":
+                self._cost.hold(0)  # there are too few machines, and none works
             case "machine":
                 self._machines[event["node"]] = event["values"]
                 return  # nobody else wants to know

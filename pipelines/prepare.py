@@ -95,8 +95,8 @@ class _Asked:
     max_pixels: int = MAX_PIXELS
     short_side: int | None = None
     quality: int | None = None
-    mixed: bool = True
-    """Whether pictures lie mixed; an older droppos packed them in the order of their names."""
+    mixed: bool = False
+    """Whether pictures lie mixed; an older droppos packed all in the order of their names."""
 
     @property
     def bound(self) -> Bound | None:
@@ -185,6 +185,7 @@ def prepare(
             group_rows,
             short_side=bound and bound.short_side,
             quality=bound and bound.quality,
+            mixed=opened.mixed,
         )
         finished = (target / MANIFEST).exists()
         _begin(target, asked, finished)
@@ -231,7 +232,7 @@ def _begin(dest: Place, asked: _Asked, finished: bool) -> None:
         _write_json(written, asdict(asked))
         return
     before = {"mixed": False} | json.loads(written.read_bytes())
-    if finished and not before["mixed"]:
+    if finished and asked.mixed and not before["mixed"]:
         log.warning(
             "%s lies in the order of its pictures' names, as an older droppos packed it; where "
             "that is by class, batches are of few classes: prepare it anew at another destination",
@@ -254,6 +255,8 @@ def _begin(dest: Place, asked: _Asked, finished: bool) -> None:
 def _difference(name: str, before: object, now: object) -> str:
     if name == "fingerprint":
         return "names or sizes of the source's files have changed since"
+    if name == "mixed":
+        return "an older droppos began it, in the order of names, so it cannot be gone on with"
     before, now = ("none" if value is None else value for value in (before, now))
     return f"its {name} is {before}, now {now} is asked"
 

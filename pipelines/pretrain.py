@@ -139,7 +139,7 @@ def pretrain(
             sized = replace(recipe, compute=replace(recipe.compute, device=device))
             if sharing is not None:
                 join(sharing, recipe, schedule)
-            Supervisor(
+            supervisor = Supervisor(
                 sized,
                 schedule,
                 heard,
@@ -147,7 +147,11 @@ def pretrain(
                 on_gpu=on_gpu,
                 stop=stop,
                 sharing=sharing,
-            ).run()
+            )
+            try:
+                supervisor.run()
+            finally:
+                heard.keep_skipped(last=True)
         newest = checkpoints.newest(home)
         finished = newest is not None and newest.step == schedule.steps
         heard.conclude(wait=finished)

@@ -38,8 +38,8 @@ class Data:
     window: int = 1024
     """Images that are shuffled together, from row groups all over the data set; a decode task
     holds one window encoded, as much again waits decoded, and a resumed run re-reads at most one.
-    Larger mixes pictures better that lie sorted by class, as no data set of `droppos prepare` from
-    a folder or an archive does."""
+    Larger mixes pictures better that lie sorted by class, as parquet may; folders and archives are
+    packed mixed."""
     skip_limit: float = 0.001
     """Fraction of the data set's pictures that may be skipped when their turn comes, because they
     are damaged or gone, before the run saves and ends; 0 ends at the first."""

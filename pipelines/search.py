@@ -131,11 +131,12 @@ def begin(
                 "another run.name"
             )
         theirs = json.loads(record.read_bytes())
+        # A field that the record does not know is newer than it: it was searched as by default.
+        theirs = flatten(Recipe()) | theirs
         changed = [
             f"{name}: {theirs.get(name)!r} there, {value!r} now"
             for name, value in ours.items()
-            # A field that the record does not know is newer than it, and starts at its old way.
-            if theirs.get(name, value) != value
+            if theirs.get(name) != value
         ]
         if changed:
             raise ConfigError(
@@ -150,14 +151,14 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
     recipe, table = run.recipe, run.table
     finished = [record for record in table if record.state == "finished"]
     judged = [(record.objective, record) for record in finished if record.objective is not None]
-    best = max(judged, key=lambda each: each[0], default=(None, None))[1]
+    score, best = max(judged, key=lambda each: each[0], default=(0.0, None))
     files = {TABLE_FILE: table.text(run.objective)}
-    if best is not None and best.objective is not None:
-        ledger.log(len(finished), {f"search/best_{run.objective}": best.objective})
+    if best is not None:
+        ledger.log(len(finished), {f"search/best_{run.objective}": score})
         point = {f"best.{name}": str(value) for name, value in best.point.items()}
         ledger.tag({**point, "best.trial": best.name})
         files["best.yaml"] = (
-            f"# Best of {len(finished)} finished trials: {run.objective} {best.objective:.4f}, "
+            f"# Best of {len(finished)} finished trials: {run.objective} {score:.4f}, "
             f"{best.name}.\n# `droppos pretrain best.yaml` runs it anew.\n"
             + to_yaml(best_recipe(recipe, run.schedule, best))
         )

@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 GROUP_ROWS = 100
 """Pictures of a row group: about 10 MB of photographs, one request to object storage."""
-SHARD_BYTES = 64_000_000
+SHARD_BYTES = 64 * 1024 * 1024
 """Encoded bytes after which a shard is closed."""
 
 SCHEMA = pa.schema(

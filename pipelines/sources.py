@@ -62,6 +62,8 @@ class Source:
     """Iterate items from one on, always in the same order."""
     classes: tuple[str, ...] | None
     """Name of each label; none without labels."""
+    mixed: bool
+    """Whether they lie mixed, whatever their names."""
     refused: dict[str, tuple[str, str]]
     """Key to kind and reason, of what is no picture by its name, and no item."""
 
@@ -104,7 +106,7 @@ def _folder(uri: str, fingerprint: str, fetch: dict[str, Callable[[], bytes]]) -
     numbers = {top: i for i, top in enumerate(tops)} if labelled else {}
     items = [Item(n, numbers.get(n.split("/", 1)[0]), fetch[n]) for n in names]
     classes = tuple(tops) if labelled else None
-    return Source(uri, fingerprint, len(items), lambda n: iter(items[n:]), classes, refused)
+    return Source(uri, fingerprint, len(items), lambda n: iter(items[n:]), classes, True, refused)
 
 
 def _mixed(name: str) -> bytes:
@@ -225,7 +227,7 @@ def _parquet(place: Place, tables: list[Entry]) -> Source:
                 yield from _rows(file, table.name or file.name, classes, first)
             first = max(0, first - count)
 
-    return Source(place.uri, _fingerprint(tables), sum(rows), items_from, classes, {})
+    return Source(place.uri, _fingerprint(tables), sum(rows), items_from, classes, False, {})
 
 
 @contextmanager

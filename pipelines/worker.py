@@ -110,7 +110,7 @@ def _train(job: Job, pulse: Pulse) -> None:
         if report and (due or state.step % recipe.run.log_every == 0):
             log(job, proof, state, report, pace, bad)
         elif due:  # a step that was passed over has nothing to log; those before it count
-            bad.read()
+            read_bad_steps(job, bad)
         if bad.too_many:
             break
         keeper.finish_if(-heard[2])
@@ -195,7 +195,7 @@ def log(
     numbers = (values / world).tolist()
     metrics = dict(zip(report.metrics._fields, numbers, strict=False))
     grad_norm, wait_fraction, replaced = numbers[len(metrics) :]
-    skipped = bad.read()
+    read_bad_steps(job, bad)
     if dist.get_rank() == 0:
         values = {
             "train/loss": metrics["loss"],
@@ -224,9 +224,14 @@ def log(
         # A skipped step has no loss to speak of; what it did is in train/skipped_steps.
         values = {name: value for name, value in values.items() if isfinite(value)}
         proof.tell(job.events, state.step, values)
-        if skipped:
-            job.events.send({"kind": "bad_steps", "steps": skipped})
     pace.reset()
+
+
+def read_bad_steps(job: Job, bad: BadSteps) -> None:
+    """Wait for the device, and tell the driver which steps were skipped since the last time."""
+    skipped = bad.read()
+    if skipped and dist.get_rank() == 0:
+        job.events.send({"kind": "bad_steps", "steps": skipped})
 
 
 def measure(job: Job, proof: Proof, state: TrainState, holdout: Holdout) -> dict[str, float]:

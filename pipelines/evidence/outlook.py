@@ -10,6 +10,8 @@ from pipelines.evidence.study import Study
 
 HOPED = {"knn": 0.60, "linear": 0.68}
 """What frozen features are hoped to come to."""
+IN_SIGHT = 20
+"""Doublings beyond which a pace says nothing: a million times the compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,12 @@ class Outlook:
 
     @property
     def doublings(self) -> float | None:
-        """Doublings that are left at that pace; 0 if it is there, None if it gains nothing."""
+        """Doublings that are left at that pace; 0 if it is there, None if it is out of sight."""
         if self.now >= self.hoped:
             return 0.0
-        return (self.hoped - self.now) / self.per_doubling if self.per_doubling > 0 else None
+        if self.per_doubling * IN_SIGHT < self.hoped - self.now:
+            return None
+        return (self.hoped - self.now) / self.per_doubling
 
     @property
     def needed(self) -> float | None:

@@ -75,26 +75,23 @@ def watch(
         clock: Seconds since 1970.
         wait: Lets so many seconds pass.
     """
-    ask, began, trouble = ask or _asked, clock(), ""
+    ask, metadata, began, trouble = ask or _asked, metadata or Metadata(), clock(), ""
+    kept: set[str] = set()
     while True:
         try:
             jobs = ask("")
             if due(jobs, began, clock()):
-                break
+                for job in jobs:
+                    if (name := str(job.get("submission_id"))) not in kept:
+                        kept.add(name)
+                        _keep_output(job, ask)
+                return _end(cluster, region, metadata.get("instance-id"))
             trouble = ""
-        except (OSError, ValueError, HTTPException) as error:
+        except (OSError, ValueError, HTTPException, BotoCoreError, ClientError) as error:
+            # Nobody else would end them; meanwhile somebody may have come back with another job.
             if trouble != str(error):
                 trouble = str(error)
-                _log.warning("the jobs cannot be asked for, trying again: %s", trouble)
-        wait(LOOK_S)
-    for job in jobs:
-        _keep_output(job, ask)
-    metadata = metadata or Metadata()
-    while True:  # nobody else would end them
-        try:
-            return _end(cluster, region, metadata.get("instance-id"))
-        except (OSError, BotoCoreError, ClientError) as error:
-            _log.warning("the machines cannot be ended, trying again: %s", error)
+                _log.warning("jobs or machines do not answer, trying again: %s", trouble)
         wait(LOOK_S)
 
 

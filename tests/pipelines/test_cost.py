@@ -22,16 +22,17 @@ def test_workers_cost_from_their_start_and_over_restarts() -> None:
     assert cost.metrics()[HOURS] == pytest.approx(10 + 16 + 4)
 
 
-@pytest.mark.parametrize("gone", ["lost", "group", "waiting"])
-def test_workers_that_are_gone_cost_nothing_until_the_next_have_started(
-    gone: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gone", "hours"), [("lost", 2 * 10), ("waiting", 2 + 2)])
+def test_only_while_machines_are_waited_for_nothing_is_held(
+    gone: str, hours: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "workers_hardware", lambda _: {})
     ledger: Any = SimpleNamespace(reached=False, tag=lambda _: None)
     skipped: Any = []
     told: list[Any] = []
     heard = Heard(ledger, skipped, None, told.append)
-    times = clock(0, 3600, 9 * 3600, 10 * 3600)
+    at = [0.0, 9.0, 10.0] if gone == "lost" else [0.0, 1.0, 9.0, 10.0]
+    times = clock(*(3600 * hour for hour in at))
     heard._cost = Cost(0.0, None, lambda: next(times))
 
     def start() -> None:
@@ -41,7 +42,7 @@ def test_workers_that_are_gone_cost_nothing_until_the_next_have_started(
     start()
     heard.event({"kind": gone})
     start()
-    assert heard._cost.metrics() == {HOURS: pytest.approx(2 + 2)}
+    assert heard._cost.metrics() == {HOURS: pytest.approx(hours)}
 
 
 def test_time_before_the_first_worker_costs_nothing() -> None:

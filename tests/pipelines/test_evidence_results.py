@@ -194,7 +194,7 @@ def test_a_curve_points_where_its_last_doublings_went() -> None:
         row("no_attentive", 20, 0, "knn", 0.55),
         row("no_attentive", 40, 0, "knn", 0.65),
         row("no_attentive", 20, 0, "linear", 0.6),
-        row("no_attentive", 40, 0, "linear", 0.6),
+        row("no_attentive", 40, 0, "linear", 0.6001),
     )
     ahead, there, flat = outlooks(study, rows)
     assert (ahead.arm, ahead.figure, ahead.hoped) == ("paper", "knn", 0.60)

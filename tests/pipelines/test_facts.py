@@ -118,7 +118,7 @@ def test_a_fine_tuning_is_no_pre_training_to_go_on_with(tmp_path: Path) -> None:
     told = {"finetune": {}}
     place, keep = open_place(str(tmp_path)), checkpoints.Retention(1)
     saved = stored_state.save(place, 3, {"w": torch.ones(1)}, told, keep)
-    with pytest.raises(ConfigError, match="is a fine-tuning; `droppos finetune` goes on"):
+    with pytest.raises(ConfigError, match=r"is a fine-tuning: `droppos finetune \.\.\. --resume`"):
         check(saved)
 
 

@@ -25,7 +25,7 @@ from pipelines.augmented import read_augmented
 from pipelines.backbone import Backbone, from_checkpoint
 from pipelines.cost import HOURS
 from pipelines.events import Events
-from pipelines.finetune import Finetuned, _facts, finetune
+from pipelines.finetune import Finetuned, _facts, finetune, lie_by_class
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import DivergedError, FinetuneJob, _save, labelled, mean_loss
 from pipelines.order import Schedule
@@ -50,6 +50,20 @@ RECIPE = Finetune(
     mixup=0.2,
     cutmix=0.2,
 )
+
+
+@pytest.mark.parametrize(
+    ("labels", "by_class"),
+    [
+        ([0] * 50 + [1] * 50, True),
+        ([0, 1] * 50, False),
+        ([0] * 99 + [1], False),  # hardly anything but one class: mixed would look the same
+        ([0] * 12 + [1] * 12 + [2] * 12, True),
+        ([0, 0, 1, 2, 2, 1, 0, 1, 2, 0, 1, 1], False),
+    ],
+)
+def test_pictures_that_lie_by_class_are_noticed(labels: list[int], by_class: bool) -> None:
+    assert lie_by_class(torch.tensor(labels)) == by_class
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,9 @@ def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None
                 raise troubles.pop(0)
             return super().get(path)
 
-    answers: list[Any] = [IncompleteRead(b""), [job("SUCCEEDED", ended_s_ago=GRACE_S + 1)]]
+    ended = [job("SUCCEEDED", ended_s_ago=GRACE_S + 1)]
+    back = [*ended, job("RUNNING", name="another")]
+    answers: list[Any] = [IncompleteRead(b""), ended, back, ended]
 
     def ask(path: str) -> Any:
         answer = answers.pop(0)
@@ -102,7 +104,7 @@ def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None
 
     waits: list[float] = []
     watch(CLUSTER, REGION, ask=ask, metadata=Slow(head), clock=lambda: NOW, wait=waits.append)
-    assert len(waits) == 2
+    assert len(waits) == 3  # for the jobs, for the metadata, for who had come back
     assert states(account)[head] == "terminated"
 
 

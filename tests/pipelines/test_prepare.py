@@ -98,7 +98,7 @@ def test_a_data_set_of_an_older_order_is_kept_with_a_warning(
     assert _prepare(photographs, tmp_path / "out").nothing_to_do
     assert "in the order of its pictures' names" in caplog.text
     (tmp_path / "out/manifest.json").unlink()  # it had not ended
-    with pytest.raises(DataError, match="its mixed is False, now True is asked"):
+    with pytest.raises(DataError, match="an older droppos began it, in the order of names"):
         _prepare(photographs, tmp_path / "out")
 
 

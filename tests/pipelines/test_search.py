@@ -227,6 +227,8 @@ def test_a_search_is_gone_on_with_only_as_it_was_begun(tiny: Recipe) -> None:
     record = json.loads((home / "search.json").read_bytes())
     del record["method.guide"]
     (home / "search.json").write_bytes(json.dumps(record).encode())
+    with pytest.raises(ConfigError, match=r"method\.guide: 'picture' there, 'student' now"):
+        begin(home, changed(tiny, "method", guide="student"), schedule, "knn", resume=True)
     begin(home, tiny, schedule, "knn", resume=True)
 
 

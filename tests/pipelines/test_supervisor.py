@@ -9,6 +9,7 @@ from ray.train import TrainingFailedError
 
 from droppos.config import Compute
 from droppos.errors import ConfigError, TrainingError
+from pipelines import supervisor as module
 from pipelines.crew import Room
 from pipelines.news import told
 from pipelines.parts import DamagedError
@@ -56,6 +57,19 @@ def test_a_group_knows_where_its_workers_are() -> None:
     assert ours.started
     assert ours.processes == {0: ("node 0", 10), 1: ("node 1", 11)}
     assert ours.nodes == {"node 0", "node 1"}
+
+
+@pytest.mark.parametrize(("least", "done"), [(1, ["no room", "left"]), (None, ["left"])])
+def test_whoever_leaves_first_takes_back_what_was_asked_of_the_autoscaler(
+    least: int | None, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(module, "no_room_wanted", lambda: did.append("no room"))
+    monkeypatch.setattr(module.ray, "shutdown", lambda: did.append("left"))
+    supervisor = object.__new__(Supervisor)
+    supervisor._recipe = Recipe(run=Run(workers=2, min_workers=least))
+    supervisor._leave()
+    assert did == done
 
 
 def test_while_one_worker_gets_on_nobody_hangs() -> None:
