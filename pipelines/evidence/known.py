@@ -29,9 +29,9 @@ class Known:
         """List the seeds of which anything is known."""
         return sorted({row.seed for row in self._rows.values() if row.key[:2] == (arm, budget)})
 
-    def gain(self, budget: int, figure: str) -> Estimate | None:
-        """Average what pre-training by DropPos adds to training from scratch, seed by seed."""
-        return self.paired(("paper", budget), ("random", 0), figure)
+    def gain(self, arm: str, budget: int, figure: str) -> Estimate | None:
+        """Average what an arm's pre-training adds to training from scratch, seed by seed."""
+        return self.paired((arm, budget), ("random", 0), figure)
 
     def paired(self, arm: tuple[str, int], less: tuple[str, int], figure: str) -> Estimate | None:
         """Average the difference of two arms with their budgets, seed by seed.

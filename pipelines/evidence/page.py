@@ -30,7 +30,7 @@ def line(study: Study, rows: Mapping[Key, Row]) -> str:
         return {
             "knn": known.over_seeds("paper", budget, "knn"),
             "linear": known.over_seeds("paper", budget, "linear"),
-            "scratch_gain_10pct": known.gain(budget, "tenth"),
+            "scratch_gain_10pct": known.gain("paper", budget, "tenth"),
         }
 
     whole = (budget for budget in reversed(study.budgets) if all(found(budget).values()))
@@ -96,12 +96,16 @@ def curve(study: Study, rows: Mapping[Key, Row]) -> str:
 def gains(study: Study, rows: Mapping[Key, Row]) -> str:
     """Write what pre-training adds to training from scratch."""
     known = Known(rows)
-    lines = [_row(["budget", FIGURES["tenth"], FIGURES["all"], "seeds"]), _row(["---:"] * 4)]
-    for budget in study.budgets:
-        found = [known.gain(budget, figure) for figure in ("tenth", "all")]
-        if any(found):
+    lines = [_row(["", "budget", FIGURES["tenth"], FIGURES["all"], "seeds"])]
+    lines.append(_row(["---"] + ["---:"] * 4))
+    for arm in study.curve_arms:
+        for budget in study.budgets:
+            found = [known.gain(arm, budget, figure) for figure in ("tenth", "all")]
+            if not any(found):
+                continue
             points = ["" if value is None else _points(value) for value in found]
-            lines.append(_row([str(budget), *points, str(max(v.seeds for v in found if v))]))
+            seeds = max(value.seeds for value in found if value)
+            lines.append(_row([BY_NAME[arm].title, str(budget), *points, str(seeds)]))
     return "\n".join(lines)
 
 

@@ -151,7 +151,7 @@ def test_the_gain_is_taken_seed_by_seed() -> None:
         *(row("random", 0, seed, "tenth", 0.4 + seed / 10) for seed in range(2)),
     )
     study = Study(budget=5, curve=())
-    assert "| +10.0 ± 0.0 points |" in gains(study, rows)
+    assert "| DropPos (paper) | 5 | +10.0 ± 0.0 points |" in gains(study, rows)
     assert "scratch_gain_10pct=0.100 seeds=3 budget=5" in line(study, rows)
 
 
