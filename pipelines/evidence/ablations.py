@@ -132,10 +132,12 @@ def found(recipe: Recipe) -> list[Trial]:
     if not table.exists():
         return []
     records = json.loads(table.read_bytes())["trials"]
-    return sorted(_trial(recipe, record) for record in records if record["state"] == "finished")
+    own = protocol()
+    finished = (record for record in records if record["state"] == "finished")
+    return sorted(_trial(recipe, record, own) for record in finished)
 
 
-def _trial(recipe: Recipe, record: Mapping[str, Any]) -> Trial:
+def _trial(recipe: Recipe, record: Mapping[str, Any], own_protocol: str) -> Trial:
     figures = record["figures"]
     asked = recipe.measure.pictures
     knn = Proportion(round(figures["knn"] * asked), asked)
@@ -152,7 +154,7 @@ def _trial(recipe: Recipe, record: Mapping[str, Any]) -> Trial:
         position_skill=figures["position_skill"],
         effective_rank=figures["effective_rank"],
         seconds=record["seconds"],
-        protocol=protocol(),
+        protocol=own_protocol,
     )
 
 
@@ -167,8 +169,8 @@ def read(file: Path) -> list[Trial]:
     Raises:
         DataError: If it is something else.
     """
-    trials = read_table(file, Trial, "is no table of trials")
-    return [trial for trial in trials if trial.protocol == protocol()]
+    trials, own = read_table(file, Trial, "is no table of trials"), protocol()
+    return [trial for trial in trials if trial.protocol == own]
 
 
 def compare(trials: Sequence[Trial]) -> Iterator[Comparison]:

@@ -118,11 +118,9 @@ def outlook(study: Study, rows: Mapping[Key, Row]) -> str:
         _row(["---", "---"] + ["---:"] * 5),
     ]
     for found in outlooks(study, rows):
-        left, needed = "none in sight", ""
-        if found.doublings is not None and found.needed is not None:
-            left, needed = f"{found.doublings:.1f}", f"{found.needed:,.0f}"
-        if found.doublings == 0:
-            left, needed = "reached", f"{found.tflop:,.0f}"
+        left = "none in sight" if found.doublings is None else f"{found.doublings:.1f}"
+        left = "reached" if found.doublings == 0 else left
+        needed = "" if found.needed is None else f"{found.needed:,.0f}"
         cells = [f"{100 * found.hoped:.0f}", f"{100 * found.now:.1f}"]
         pace = f"{100 * found.per_doubling:+.1f} points"
         title, figure = BY_NAME[found.arm].title, FIGURES[found.figure]

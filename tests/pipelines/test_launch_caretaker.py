@@ -81,6 +81,21 @@ class Own(Metadata):
         return self.instance if path == "instance-id" else None
 
 
+class Answers:
+    """A jobs API that answers so, one thing after the other."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+
+    def __call__(self, path: str) -> Any:
+        self.asked.append(path)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
 def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None:
     """Nobody starts it again, and they cost money as long as they stand."""
     head = machine(account, CLUSTER, "head")
@@ -96,13 +111,8 @@ def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None
     back = [*ended, job("RUNNING", name="another")]
     answers: list[Any] = [IncompleteRead(b""), ended, back, ended]
 
-    def ask(path: str) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
     waits: list[float] = []
+    ask = Answers(answers)
     watch(CLUSTER, REGION, ask=ask, metadata=Slow(head), clock=lambda: NOW, wait=waits.append)
     assert len(waits) == 3  # for the jobs, for the metadata, for who had come back
     assert states(account)[head] == "terminated"
@@ -119,18 +129,10 @@ def test_the_output_is_kept_and_then_every_machine_of_the_cluster_is_ended(
         [job("SUCCEEDED", ended_s_ago=GRACE_S + 1, run=str(tmp_path / "vit"))],
         {"logs": "step 1\nstep 2\n"},
     ]
-    asked: list[str] = []
-
-    def ask(path: str) -> Any:
-        asked.append(path)
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
+    ask = Answers(answers)
     waits: list[float] = []
     watch(CLUSTER, REGION, ask=ask, metadata=Own(head), clock=lambda: NOW, wait=waits.append)
-    assert asked == ["", "", "", "vit/logs"]
+    assert ask.asked == ["", "", "", "vit/logs"]
     assert len(waits) == 2
     assert (tmp_path / "vit/launches/vit.log").read_text() == "step 1\nstep 2\n"
     now = states(account)
