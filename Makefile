@@ -35,8 +35,9 @@ demo-search: $(READY)
 evidence: $(READY)
 	@$(BIN)/droppos evidence
 
-test: $(READY)
-	$(BIN)/python -m pytest
+# Clusters and training runs take all CPUs, one at a time; the many small tests share them.
+test: fast
+	$(BIN)/python -m pytest -m "slow and not long"
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
@@ -45,7 +46,7 @@ test-cluster: $(READY)
 	@$(BIN)/python -m tests.hosts.proof
 
 fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 bench-ingest: $(READY)
 	@$(BIN)/python -m tests.benchmarks.ingest $(if $(PICTURES),--photographs $(PICTURES))

@@ -1,5 +1,11 @@
 """What tests of several folders share: photographs, a real S3 server and a real PostgreSQL."""
 
+import os
+
+# Read by torch once. Workers of pytest-xdist share the CPUs, and must not each spin on all.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +22,20 @@ from tests import postgres as local_postgres
 # How long an example takes is a matter of the machine, and of what else it does.
 settings.register_profile("droppos", deadline=None)
 settings.load_profile("droppos")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Take what is long for slow, too: `-m "not slow"` replaces the usual `-m "not long"`."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Count the processes of `-n auto`: some more than CPUs, for many tests wait for a server."""
+    return min(8, 3 * (os.cpu_count() or 1) // 2)
+
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",

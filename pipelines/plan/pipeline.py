@@ -128,11 +128,11 @@ class _Pipeline:
         pieces = max(1, service.window // service.batch)
         self._windows = ceil(steps * service.batch / service.window)
         draw = np.random.default_rng(seed)
-        self._decode = (
-            service.decode_s
-            / pieces
-            * _around_one(draw, service.decode_spread, (self._windows, pieces))
-        )
+        decode = _around_one(draw, service.decode_spread, (self._windows, pieces))
+        # From a task's start on a window to the end of each of its pieces.
+        self._decode: list[list[float]] = (
+            service.decode_s / pieces * np.cumsum(decode, axis=1)
+        ).tolist()
         self._step = service.step_s * _around_one(draw, service.step_spread, (steps,))
         self._first = int(WARM_UP * steps)
         counted = self._step[self._first + 1 :]
@@ -147,7 +147,7 @@ class _Pipeline:
         self._waited: list[float] = []
 
     def run(self) -> Flow:
-        service, pieces = self._service, self._decode.shape[1]
+        service, pieces = self._service, len(self._decode[0])
         per_batch = max(1, service.batch // service.window)
         ready = 0.0
         for window in range(self._windows):
@@ -169,9 +169,10 @@ class _Pipeline:
         if service.storage_s:
             self._storage = max(start, self._storage) + service.storage_s
             start = self._storage
-        times = start + service.latency_s + np.cumsum(self._decode[window])
-        heapreplace(self._free, float(times[-1]))
-        return times.tolist()
+        start += service.latency_s
+        times = [start + piece for piece in self._decode[window]]
+        heapreplace(self._free, times[-1])
+        return times
 
     def _room_at(self, window: int) -> float:
         """Find when enough was taken by the workers for one more window to begin."""

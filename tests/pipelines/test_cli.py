@@ -72,7 +72,7 @@ def test_a_typo_in_a_recipe_suggests_the_right_one(
     code, text = said(capsys, "pretrain", str(recipe))
     assert code == 2
     assert "--optim.gobal-batch" in text and "--optim.global-batch" in text
-    assert "mine.yaml" in text
+    assert "mine.yaml" in "".join(text.split())  # the box may break it
 
 
 def test_a_typo_of_a_command_without_a_recipe_names_no_recipe(

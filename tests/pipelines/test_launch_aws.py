@@ -465,7 +465,7 @@ def test_what_a_head_starts_while_it_is_shutting_down_is_ended_too(
 def test_machines_of_the_name_that_were_not_kept_are_left_alone(
     ready_account: str, source: Path, recipe: Recipe
 ) -> None:
-    _run("studio-vit", "head")
+    _run("studio-vit", "worker")  # a head would be asked by ssh whether it is idle
     check = looked(Aws(planned(source)), recipe)["name"]
     assert check.state == "wrong" and "droppos attach vit --on aws" in check.way_out
     kept = record.begin(planned(source, keep=True, region=REGION)).at("up")
