@@ -35,7 +35,6 @@ from pipelines.extraction import decode, pieces_of
 from pipelines.holdout import choose
 from pipelines.order import Schedule
 from pipelines.pace import Pace
-from pipelines.parts import DamagedError
 from pipelines.recipe import Recipe
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
@@ -150,12 +149,7 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     if saved is None:
         return
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    try:
-        stored_state.load(saved, {"model": model, "optimizer": optimizer})
-    except DamagedError as error:  # on all ranks: the next group starts from an older one
-        if dist.get_rank() == 0:
-            checkpoints.set_aside(saved, str(error))
-        raise
+    stored_state.load_or_set_aside(saved, {"model": model, "optimizer": optimizer})
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     state.step = saved.step
 

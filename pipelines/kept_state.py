@@ -9,7 +9,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from droppos.step import TrainState
 from pipelines import checkpoints, stored_state
-from pipelines.parts import DamagedError
 
 
 def kept_state(state: TrainState) -> dict[str, Any]:
@@ -35,12 +34,7 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
             for name, value in random_state(state.device).items()
             if name.split("-")[1] in there
         }
-    try:
-        stored_state.load(saved, kept)
-    except DamagedError as error:
-        if dist.get_rank() == 0:
-            checkpoints.set_aside(saved, str(error))
-        raise
+    stored_state.load_or_set_aside(saved, kept)
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for name, value in kept.items():
         if name.startswith("random-cpu"):

@@ -27,8 +27,9 @@ from pipelines.checkpoints import (
     Saved,
     parse,
     prune,
+    set_aside,
 )
-from pipelines.parts import PartReader, PartWriter
+from pipelines.parts import DamagedError, PartReader, PartWriter
 from pipelines.state_index import PartLoadPlanner, PartSavePlanner, put
 from pipelines.storage import Place
 
@@ -124,6 +125,19 @@ def load(saved: Saved, state: dict[str, Any]) -> None:
     with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
         reader = PartReader(saved.place, saved.files)
         state_dict_loader.load(state, storage_reader=reader, planner=PartLoadPlanner())
+
+
+def load_or_set_aside(saved: Saved, state: dict[str, Any]) -> None:
+    """Load, as :func:`load` does; what proves damaged counts no more, on all ranks.
+
+    Who starts again after the error so starts from the checkpoint before it.
+    """
+    try:
+        load(saved, state)
+    except DamagedError as error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            set_aside(saved, str(error))
+        raise
 
 
 def load_full(saved: Saved, only: Collection[str] | None = None) -> dict[str, Any]:
