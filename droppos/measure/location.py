@@ -48,17 +48,19 @@ def unplaced_tokens(
     stand_in: Float[Tensor, "1 1 D"] | None = None,
     batch: int = 100,
 ) -> tuple[Float[Tensor, "PN D"], Int[Tensor, " PN"]]:
-    """Encode all patches of pictures without their positions.
+    """Encode all patches of pictures without their positions, on the encoder's device.
 
     Returns:
-        The patches' tokens after the last norm, picture by picture, and the cell of each.
+        The patches' tokens after the last norm, picture by picture, and the cell of each; both on
+        the CPU.
     """
+    device = next(encoder.parameters()).device
     parts = []
     for images in pictures.split(batch):
-        patches = encoder.patch_embed(normalise(images))
+        patches = encoder.patch_embed(normalise(images.to(device)))
         if stand_in is not None:
             patches = patches + stand_in
-        parts.append(encode(encoder, patches)[:, 1:])
+        parts.append(encode(encoder, patches)[:, 1:].cpu())
     tokens = torch.cat(parts)
     cells = torch.arange(tokens.shape[1]).repeat(len(tokens))
     return tokens.flatten(0, 1), cells

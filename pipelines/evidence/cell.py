@@ -1,7 +1,7 @@
 """One cell of the comparison: an arm with a seed is trained, then every figure of it is taken.
 
-A process of its own, of one thread. It can be killed at any moment and started again: training
-goes on from its checkpoint, a figure that is known is not taken again.
+A process of its own, of one thread, and on a GPU if there is one. It can be killed at any moment
+and started again: training goes on from its checkpoint, a figure that is known is not taken again.
 
     python -m pipelines.evidence.cell ARM/BUDGET/SEED FOLDER DATA_JSON
 """
@@ -32,6 +32,7 @@ from droppos.measure.location import location_probe, pixel_location_probe
 from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from droppos.model import DropPos
+from droppos.parallel import resolve_device
 from pipelines.backbone import from_checkpoint
 from pipelines.evidence.arms import Name
 from pipelines.evidence.budget import (
@@ -85,6 +86,7 @@ class Cell:
         self._protocol = digest()
         self.rows = known_rows(folder, self._protocol)
         self._recipe = load_recipe()
+        self._device = resolve_device(self._recipe.compute)
         self.epochs, self.gflops = 0, 0.0
 
     def take(self, figures: list[str]) -> None:
@@ -159,7 +161,7 @@ class Cell:
         flops = step_flops(own.model, own.method)
         self.epochs, self.gflops = own.optim.epochs, own.optim.epochs * TRAIN * flops / 1e9
         saved = pretrain_here(own, lambda step, loss: self._loss(own, step, loss))
-        task = from_checkpoint(saved).whole
+        task = from_checkpoint(saved).whole.to(self._device)
         return task.encoder.eval(), task
 
     def _loss(self, recipe: Recipe, step: int, loss: float) -> None:
@@ -169,7 +171,8 @@ class Cell:
     def _scratch(self) -> VisionTransformer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.name.seed)
-            return DropPos(self._recipe.model, self._recipe.method).encoder.eval()
+            whole = DropPos(self._recipe.model, self._recipe.method)
+        return whole.encoder.to(self._device).eval()
 
     def _supervised(self) -> VisionTransformer:
         """Train from scratch; what came of it is kept, for it has no checkpoint on the way.
@@ -254,7 +257,7 @@ class Cell:
         measure, compute = self._recipe.measure, Compute(strategy="single", precision="float32")
         limit = measure.pictures
         pictures = load_pictures(self._data.test, self._recipe.model.image_size, limit)
-        report = Holdout(measure, compute, pictures, torch.device("cpu")).positions(task)
+        report = Holdout(measure, compute, pictures, self._device).positions(task)
         assert report is not None
         skills = (
             (share - report.chance) / (1 - report.chance) for share in report.accuracy.interval

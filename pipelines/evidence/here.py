@@ -27,6 +27,7 @@ from droppos.errors import TrainingError
 from droppos.measure.finetune import FinetuneState, build_classifier, count_right, finetune_step
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
+from droppos.parallel import resolve_device
 from droppos.step import train_step
 from pipelines import checkpoints, stored_state
 from pipelines.facts import check_resume, facts
@@ -146,7 +147,7 @@ def finetune_here(
     seed: int,
     on_loss: OnLoss = lambda step, loss: None,
 ) -> Classifier:
-    """Fine-tune an encoder in this process, and classify the test pictures with the result.
+    """Fine-tune an encoder in this process, on a GPU if there is one, and classify test pictures.
 
     Args:
         encoder: To start from; it stays as it is.
@@ -173,14 +174,15 @@ def finetune_here(
     labels = read_labels(place, manifest)
     assert manifest.classes is not None
     classes = len(manifest.classes)
-    classifier = build_classifier(encoder.state_dict(), model, classes, finetune, seed)
+    device = resolve_device(compute)
+    classifier = build_classifier(encoder.state_dict(), model, classes, finetune, seed).to(device)
     state = FinetuneState.create(
         finetune,
         classifier,
         classes,
         compute=compute,
         steps_per_epoch=schedule.steps_per_epoch,
-        device=torch.device("cpu"),
+        device=device,
         seed=seed,
     )
     losses: list[Tensor] = []
