@@ -5,6 +5,7 @@ it has ended. One is under way at a time, and at most one waits: where measuring
 training, checkpoints are passed over, not heaped up. So figures arrive in the order of their steps.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -21,7 +22,12 @@ from pipelines.recipe import Recipe
 RETRIES = 1
 """Times a measurement is started again whose process or node was lost."""
 
+TELL_S = 60.0
+"""Seconds of waiting at the end of a run after which it is told what is waited for."""
+
 Event = Mapping[str, Any]
+
+_log = logging.getLogger(__name__)
 
 
 class _UnderWay(NamedTuple):
@@ -71,7 +77,13 @@ class Aside:
         """
         while self._under_way is not None or self._waiting is not None:
             if self._under_way is not None:
-                ray.wait([self._under_way.figures])
+                done, _ = ray.wait([self._under_way.figures], timeout=TELL_S)
+                if not done:  # slow, or waiting for a node that may never come again
+                    _log.warning(
+                        "the run has taken its last step and waits for the figures of step %d; "
+                        "they need %d CPUs of the cluster; Ctrl-C ends it without them",
+                        *(self._under_way.saved.step, self._recipe.measure.aside_cpus),
+                    )
             yield from self.look()
 
     def cancel(self) -> Iterator[Event]:

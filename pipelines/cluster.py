@@ -24,6 +24,8 @@ MEMORY_SHARE = 0.3
 CONNECT_S = 10.0
 """Seconds in which a cluster that stands has to answer."""
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -63,7 +65,15 @@ def connect(recipe: Recipe, at_once: int = 1, *, shared_decoding: bool = False) 
             join_standing()
         else:
             _start_private(recipe, at_once, shared_decoding)
-    demand = Demand.of(recipe, gpu=gpu_workers(recipe), shared_decoding=shared_decoding)
+    on_gpu = gpu_workers(recipe)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus and not on_gpu and recipe.compute.device == "auto":
+        _log.warning(
+            "training on CPUs: %d GPUs are too few for %d workers; lower run.workers to %d, or say "
+            "compute.device cpu",
+            *(gpus, min(recipe.sizes), gpus),
+        )
+    demand = Demand.of(recipe, gpu=on_gpu, shared_decoding=shared_decoding)
     return solve(read_cluster(), demand, at_once)
 
 
@@ -165,8 +175,8 @@ def _most_cpus() -> int:
 def gpu_workers(recipe: Recipe) -> bool:
     """Tell whether each training worker is to have a GPU.
 
-    With compute.device auto it has one if the cluster shows any now; a cluster that scales GPUs
-    from zero shows none yet, so its recipes say cuda.
+    With compute.device auto it has one if the cluster shows enough of them now; a cluster that
+    scales GPUs from zero shows none yet, so its recipes say cuda.
     """
     if recipe.compute.device == "auto":
         return ray.cluster_resources().get("GPU", 0) >= min(recipe.sizes)

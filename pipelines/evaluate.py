@@ -20,6 +20,7 @@ from droppos.measure.probe import linear_probe
 from droppos.measure.rank import effective_rank
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.extraction import Extracted, extract
+from pipelines.facts import classes_apart
 from pipelines.holdout import Holdout, in_known_share, load_pictures
 from pipelines.recipe import Measure, Tracking
 from pipelines.scores import track_figures
@@ -269,9 +270,11 @@ def _why_not(known: _Labelled, asked: _Labelled) -> str | None:
 
 def _require_same_classes(train: str, known: Extracted, data: str, asked: Extracted) -> None:
     if known.classes != asked.classes:
+        ours, theirs = classes_apart(known.classes, asked.classes)
         raise DataError(
-            f"{train} has classes {known.classes}, {data} has {asked.classes}; "
-            "they must be the same, in the same order, for labels to mean the same"
+            f"classes of {train}: {ours}; of {data}: {theirs}; they must be the same, in the same "
+            "order, or labels mean something else: prepare both from folders with the same "
+            "sub-folders"
         )
     if known.labels is None:
         raise DataError(

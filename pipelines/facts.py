@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -132,17 +132,22 @@ def data_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Iter
         if then[name] != now[name]:
             yield f"{name} {then[name]:,} in the checkpoint, {now[name]:,} now"
     if then["classes"] != now["classes"]:
-        yield f"classes {_classes(then, now)} in the checkpoint, {_classes(now, then)} now"
+        before, after = classes_apart(then["classes"], now["classes"])
+        yield f"classes {before} in the checkpoint, {after} now"
     if then["content"] != now["content"]:
         yield "content: pictures, their names, labels or order are others"
     elif then["row groups"] == now["row groups"]:
         yield "row groups: as many, but they are of other sizes"
 
 
-def _classes(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Count the classes of one data set, and name the first that the other lacks."""
-    if one["classes"] is None:
-        return "none"
-    only = [name for name in one["classes"] if name not in (other["classes"] or [])]
-    example = f" ({only[0]!r} only there)" if only else ""
-    return f"{len(one['classes'])}{example}"
+def classes_apart(one: Sequence[str] | None, other: Sequence[str] | None) -> tuple[str, str]:
+    """Count the classes of two data sets, and name the first of each that the other lacks."""
+
+    def told(own: Sequence[str] | None, beside: Sequence[str] | None) -> str:
+        if own is None:
+            return "none"
+        only = [name for name in own if name not in (beside or ())]
+        example = f" ({only[0]!r} only there)" if only else ""
+        return f"{len(own)}{example}"
+
+    return told(one, other), told(other, one)

@@ -34,6 +34,7 @@ from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
 from pipelines.crew import worker_resources
 from pipelines.events import Events
 from pipelines.extraction import heads_of
+from pipelines.facts import classes_apart
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import FinetuneJob, finetune_worker
 from pipelines.heard import Heard, OnEvent
@@ -247,10 +248,11 @@ def _labels(recipe: Recipe, manifest: Manifest) -> tuple[Int64[Tensor, " rows"],
     assert recipe.data.path is not None and recipe.data.holdout is not None
     held_out = load_manifest(open_place(recipe.data.holdout))
     if not manifest.classes or len(manifest.classes) < 2 or manifest.classes != held_out.classes:
+        ours, theirs = classes_apart(manifest.classes, held_out.classes)
         raise DataError(
-            f"{recipe.data.path} has classes {manifest.classes}, {recipe.data.holdout} has "
-            f"{held_out.classes}; both must have the same two or more, in the same order: prepare "
-            "them from folders with the same sub-folders"
+            f"classes of {recipe.data.path}: {ours}; of {recipe.data.holdout}: {theirs}; both must "
+            "have the same two or more, in the same order: prepare them from folders with the same "
+            "sub-folders"
         )
     labels = read_labels(open_place(recipe.data.path), manifest)
     tested = read_labels(open_place(recipe.data.holdout), held_out)

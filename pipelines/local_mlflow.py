@@ -5,8 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -80,18 +78,3 @@ class LocalMlflow:
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-
-
-@contextmanager
-def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
-    """Run a server until the block ends; what it kept is there again when it starts anew.
-
-    Yields:
-        Its address.
-    """
-    local = LocalMlflow(folder, port)
-    try:
-        local.start()
-        yield local.uri
-    finally:
-        local.kill()

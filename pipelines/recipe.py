@@ -94,9 +94,10 @@ class Run:
     """Seed of weights, order, crops and masks."""
     init_from: str | None = None
     """Trained weights to begin with, in place of new ones: a checkpoint, a run, an export to timm,
-    a file of weights of timm, MAE or the DropPos reference (path or s3:// URI), or timm:NAME, which
-    timm downloads. The whole encoder must be there; decoders are taken if they fit. `--init-from`
-    is short for it. A run that is resumed goes on from its checkpoint."""
+    a file of weights of timm, MAE or the DropPos reference (path or s3:// URI), models:/NAME@ALIAS
+    of MLflow, or timm:NAME, which timm downloads. The whole encoder must be there; decoders are
+    taken if they fit. `--init-from` is short for it. A run that is resumed goes on from its
+    checkpoint."""
     workers: int = 1
     """Training workers; on a GPU cluster, one each GPU."""
     min_workers: int | None = None

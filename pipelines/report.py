@@ -264,7 +264,7 @@ def show_drill(console: Console, report: DrillReport) -> None:
     if report.loss is not None and report.twin_loss is not None:
         rows.append(("last loss", f"{report.loss:.5f}, undisturbed {report.twin_loss:.5f}"))
     if report.logged is not None:
-        rows.append(("losses in MLflow", f"{report.logged:,}, each once"))
+        rows.append(("losses in MLflow", f"{report.logged:,}" + ", each once" * (not report.error)))
     rows.append(("run", report.recipe.home))
     print_table(console, "Run", rows)
     if report.error:

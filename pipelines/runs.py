@@ -1,7 +1,8 @@
 """Runs as MLflow knows them: which there are, what one did, and how two differ."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from droppos.errors import ConfigError, DataError
 from pipelines.ledger import HOME, fields_of
 from pipelines.recipe import Recipe, Run, Tracking
 from pipelines.recipe_file import flatten, from_dict
-from pipelines.secrets import redact
+from pipelines.secrets import redact, redact_uris
 from pipelines.storage import open_place
 from pipelines.tracking import Where, client_of, missing_database, reachable, tracking_uri
 
@@ -184,6 +185,20 @@ def facts_of(run: "MlflowRun") -> RunFacts:
     )
 
 
+def next_command(run: RunFacts, where: Where) -> str:
+    """Say what goes on with a run; only a pre-training keeps its whole recipe in its folder."""
+    command = run.tags.get("command", "")
+    words = shlex.split(command)
+    if words[1:2] in (["search"], ["finetune"]):
+        return command if "--resume" in words else f"{command} --resume"
+    flags = [
+        f"--{name} {shlex.quote(value)}"
+        for name, value in asdict(where).items()
+        if value != getattr(Where(), name) and redact_uris(value) == value
+    ]
+    return " ".join(["droppos resume", shlex.quote(run.name), *flags])
+
+
 def recipe_of(run: RunFacts) -> Recipe:
     """Read the recipe of a run from its folder, to go on with it.
 
@@ -193,8 +208,13 @@ def recipe_of(run: RunFacts) -> Recipe:
     """
     if not run.home:
         raise DataError(f"run {run.name} ({run.run_id}) names no folder; droppos did not make it")
+    kept = open_place(run.home) / RECIPE
+    if not kept.exists():
+        raise DataError(
+            f"run {run.name} has no {kept}, so it is no pre-training; a search or a fine-tuning "
+            f"goes on by its own command and --resume, which `droppos runs {run.name}` shows"
+        )
     try:
-        content = yaml.safe_load((open_place(run.home) / RECIPE).read_bytes())
-        return from_dict(content)
+        return from_dict(yaml.safe_load(kept.read_bytes()))
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigError(f"{run.home}/{RECIPE} is no recipe: {error}") from error

@@ -42,7 +42,7 @@ def show_runs(console: Console, runs: list[RunFacts]) -> None:
     console.print("[dim]started: UTC. RUNNING may be killed: `droppos sync` finds out[/]")
 
 
-def show_run(console: Console, run: RunFacts) -> None:
+def show_run(console: Console, run: RunFacts, next_command: str) -> None:
     """Tell all of one run: what it was told, what came of it, and how to go on."""
     rows: list[Row] = [
         ("status", f"{run.status}, step {run.step:,}"),
@@ -59,7 +59,7 @@ def show_run(console: Console, run: RunFacts) -> None:
         if place := run.tags.get(tag):
             console.print(f"[dim]{name}:[/] {escape(place)}", highlight=False, soft_wrap=True)
     if run.status != "FINISHED" and run.home:
-        console.print(f"[dim]next:[/] droppos resume {escape(run.name)}", highlight=False)
+        console.print(f"[dim]next:[/] {escape(next_command)}", highlight=False, soft_wrap=True)
 
 
 def show_comparison(console: Console, comparison: Comparison) -> None:

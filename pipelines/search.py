@@ -30,10 +30,13 @@ from pipelines.secrets import redact
 from pipelines.shards import load_manifest
 from pipelines.sharing import Shared
 from pipelines.space import corners, grid_points, read_space
-from pipelines.storage import Place, open_place
+from pipelines.storage import open_place
 from pipelines.tracking import local_folder, tracking_uri
 from pipelines.trials import FILE as TABLE_FILE
 from pipelines.trials import Record, TrialTable, objective_of, require_comparable, trial_recipe
+
+RECORD = "search.json"
+"""What a search is of, in its home."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +60,9 @@ def search(
     """
     recipe = located(recipe)
     recipe = replace(recipe, tracking=replace(recipe.tracking, uri=shared_tracking(recipe)))
-    schedule = plan(recipe)
-    objective = objective_of(recipe)
-    check(recipe, schedule, objective)
+    schedule, objective, fixed = ready(recipe, resume=resume)
     home = open_place(recipe.home)
-    home.check_reachable()
-    begin(home, recipe, schedule, objective, resume=resume)
+    (home / RECORD).write_bytes(json.dumps(fixed, indent=1).encode())
     table = TrialTable(home)
     source, new = source_of(recipe, table)
     run = Driver(recipe, schedule, objective, table, on_event or (lambda event: None))
@@ -102,18 +102,26 @@ def shared_tracking(recipe: Recipe) -> str | None:
     return uri if redact(uri) == uri else recipe.tracking.uri
 
 
-def begin(
-    home: Place, recipe: Recipe, schedule: Schedule, objective: Objective, *, resume: bool
-) -> None:
-    """Note what is searched, and refuse to go on with a search as if it were another.
+def ready(recipe: Recipe, *, resume: bool) -> tuple[Schedule, Objective, dict[str, Any]]:
+    """Refuse what could not be searched, or would go on with a search as if it were another.
 
-    More trials may be asked for than before.
+    Nothing is written, and no cluster is asked.
+
+    Returns:
+        The order of the pictures, what trials are compared by, and what has to stay as it is for
+        the search to go on: more trials may be asked for.
 
     Raises:
-        ConfigError: Naming the search or each difference, and the way out.
+        ConfigError: Naming the field, the search or each difference, and the way out.
+        DataError: If data or storage cannot be read.
     """
+    objective = objective_of(recipe)
+    schedule = plan(recipe)
+    check(recipe, schedule, objective)
     assert recipe.data.holdout is not None
     holdout = load_manifest(open_place(recipe.data.holdout)).digest
+    home = open_place(recipe.home)
+    home.check_reachable()
     fixed = (*FIXED, "measure", "search.space", "search.algorithm")
     ours: dict[str, Any] = {
         name: value
@@ -123,7 +131,7 @@ def begin(
     ours |= {"search.objective": objective}
     ours |= {"data (manifest digest)": schedule.manifest.digest}
     ours |= {"held-out data (manifest digest)": holdout}
-    record = home / "search.json"
+    record = home / RECORD
     if record.exists():
         if not resume:
             raise ConfigError(
@@ -143,7 +151,7 @@ def begin(
                 f"the search in {recipe.home} was begun with other settings; "
                 f"{'; '.join(changed)}; put them back, or choose another run.name"
             )
-    record.write_bytes(json.dumps(ours, indent=1).encode())
+    return schedule, objective, ours
 
 
 def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcome:

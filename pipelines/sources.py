@@ -11,6 +11,7 @@ least two such sub-folders; deeper folders only make the key longer.
 import gzip
 import hashlib
 import json
+import logging
 import shutil
 import tarfile
 import tempfile
@@ -34,6 +35,9 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 PARQUET = ".parquet"
 NOT_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf"}
 """Extensions that Pillow has a reader for, if only to say that it can't."""
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,13 @@ def _folder(uri: str, fingerprint: str, fetch: dict[str, Callable[[], bytes]]) -
     names = sorted((name for name in fetch if name not in refused), key=_mixed)
     tops = sorted({name.split("/", 1)[0] for name in names if "/" in name})
     labelled = len(tops) > 1 and all("/" in name for name in names)
+    if len(tops) > 1 and not labelled:
+        stray = next(name for name in names if "/" not in name)
+        _log.warning(
+            "%s has %d sub-folders, but pictures beside them, such as %s: no picture gets a label; "
+            "if each sub-folder is a class, move those away, and prepare again",
+            *(uri, len(tops), stray),
+        )
     numbers = {top: i for i, top in enumerate(tops)} if labelled else {}
     items = [Item(n, numbers.get(n.split("/", 1)[0]), fetch[n]) for n in names]
     classes = tuple(tops) if labelled else None

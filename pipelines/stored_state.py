@@ -128,14 +128,14 @@ def load(saved: Saved, state: dict[str, Any]) -> None:
 
 
 def load_or_set_aside(saved: Saved, state: dict[str, Any]) -> None:
-    """Load, as :func:`load` does; what proves damaged counts no more, on all ranks.
+    """Load in a process group, as :func:`load` does; what proves damaged counts no more.
 
     Who starts again after the error so starts from the checkpoint before it.
     """
     try:
         load(saved, state)
     except DamagedError as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if dist.get_rank() == 0:
             set_aside(saved, str(error))
         raise
 

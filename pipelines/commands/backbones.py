@@ -31,8 +31,9 @@ def export(
     """Write a backbone that others load, compared with the trained model before it says done.
 
     Args:
-        checkpoint: Folder of a checkpoint, of a run (its newest) or of an export to timm; or a file
-            of weights of the DropPos reference, MAE or timm.
+        checkpoint: Folder of a checkpoint, of a run (its newest) or of an export to timm;
+            models:/NAME@ALIAS; a file of weights of the DropPos reference, MAE or timm; or
+            timm:NAME, which timm downloads.
         out: Folder to write; path or s3:// URI.
         format: Whose format. torchvision and detectron2 know square pictures only; detectron2 and
             mmseg are written without those projects, and compared by mapping their names back.
@@ -109,7 +110,9 @@ def finetune(
     """Fine-tune a backbone on labelled pictures by the published recipe, and classify others.
 
     Args:
-        backbone: Folder of an export, of a checkpoint, or of a run.
+        backbone: Folder of an export to timm, of a checkpoint, or of a run; models:/NAME@ALIAS; a
+            file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm
+            downloads.
         data: Labelled prepared data set to train on.
         holdout: Labelled prepared data set to classify at the end.
         resume: Go on from the newest checkpoint of --storage/--name, if there is one.
@@ -150,7 +153,9 @@ def look(
     """Draw what a backbone sees and answers, and tell whether it takes shortcuts.
 
     Args:
-        backbone: Folder of an export, of a checkpoint, or of a run.
+        backbone: Folder of an export to timm, of a checkpoint, or of a run; models:/NAME@ALIAS; a
+            file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm
+            downloads.
         data: Prepared data set that it was not trained on.
         out: Folder of the PNGs.
         track: Write what was found of shortcuts to MLflow: to the run that made the backbone, if it

@@ -26,14 +26,15 @@ def runs(
         most: Runs to list.
     """
     from pipelines import runs_report
-    from pipelines.runs import Registry
+    from pipelines.runs import Registry, next_command
 
     registry = Registry(where)
     match names:
         case ():
             runs_report.show_runs(console, registry.newest(most))
         case (name,):
-            runs_report.show_run(console, registry.run(name))
+            run = registry.run(name)
+            runs_report.show_run(console, run, next_command(run, where))
         case _:
             runs_report.show_comparison(console, registry.compare(names))
 

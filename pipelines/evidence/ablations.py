@@ -7,14 +7,14 @@ where it leans, and not how another seed would fall.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import hypot
 from pathlib import Path
 from typing import Any
 
 from droppos.measure.intervals import Proportion
 from pipelines.evidence.cifar import Cifar
-from pipelines.evidence.protocol import digest_of
+from pipelines.evidence.protocol import digest_of, measuring, training
 from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.tables import read_table, write_table
 from pipelines.recipe import Recipe
@@ -66,16 +66,18 @@ class Comparison:
     """k-NN of the paper's choice less the other's."""
     half: float
     """Half its 95 % interval over the pictures, taken as if each trial had its own."""
+    position: float
+    """Position skill of the paper's choice less the other's."""
 
     @property
     def verdict(self) -> str:
         """Where it leans: to the paper's choice, or against it."""
         if abs(self.difference) <= self.half:
             return "not told apart"
-        return "as in the paper" if self.difference > 0 else "against the paper"
+        return "to the paper's" if self.difference > 0 else "to the other"
 
 
-def ablate(data: Cifar, folder: Path, out: Path, say: Callable[[str], None]) -> list[Trial]:
+def ablate(data: Cifar, folder: Path, out: Path, say: Callable[[str], None]) -> None:
     """Run, or go on with, the search, and write its trials beside the other raw results.
 
     Args:
@@ -107,13 +109,12 @@ def ablate(data: Cifar, folder: Path, out: Path, say: Callable[[str], None]) -> 
         # What another machine has found stays, whatever is known here.
         known = {trial.setting: trial for trial in (*read(out / RESULTS), *found(recipe))}
         write(out / RESULTS, list(known.values()))
-    return list(known.values())
 
 
 def protocol() -> str:
     """Hash what all trials share: those of another digest are not compared with these."""
-    shared = asdict(load_recipe(RECIPE))
-    return digest_of({name: shared[name] for name in shared.keys() - {"search", "run"}})
+    recipe = load_recipe(RECIPE)
+    return digest_of(training(recipe), measuring(recipe))
 
 
 def missing(out: Path) -> int:
@@ -184,7 +185,8 @@ def compare(trials: Sequence[Trial]) -> Iterator[Comparison]:
         if chosen in known and beside in known:
             a, b = known[chosen], known[beside]
             half = hypot(a.high - a.low, b.high - b.low) / 2
-            yield Comparison(question, other, a.knn - b.knn, half)
+            skill = a.position_skill - b.position_skill
+            yield Comparison(question, other, a.knn - b.knn, half, skill)
 
     published: Setting = (0.75, 0.75, 1.0, "step")
     for ratio in (0.0, 0.25, 0.5):

@@ -45,7 +45,7 @@ from pipelines.evidence.budget import (
 from pipelines.evidence.cifar import CLASSES, Cifar
 from pipelines.evidence.cifar import TENTH as TENTH_OF_A_CLASS
 from pipelines.evidence.here import Classifier, finetune_here, pretrain_here
-from pipelines.evidence.protocol import ALL_EPOCHS, FINETUNE, LOCATED, TENTH_EPOCHS, digest
+from pipelines.evidence.protocol import ALL_EPOCHS, LOCATED, TENTH_EPOCHS, digest, finetuning
 from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.results import Row, known_rows
 from pipelines.evidence.tables import replace_file
@@ -83,8 +83,7 @@ class Cell:
         """
         self.name, self._data, self._folder = name, data, folder
         self._known = folder / "figures.json"
-        self._protocol = digest()
-        self.rows = known_rows(folder, self._protocol)
+        self.rows = known_rows(folder)
         self._recipe = load_recipe()
         self._device = resolve_device(self._recipe.compute)
         self.epochs, self.gflops = 0, 0.0
@@ -126,7 +125,7 @@ class Cell:
             epochs=self.epochs,
             gflops=self.gflops,
             seconds=seconds,
-            protocol=self._protocol,
+            protocol=digest(name.arm, figure),
         )
         self.rows[figure] = row
         rows = {figure: asdict(row) for figure, row in self.rows.items()}
@@ -169,10 +168,7 @@ class Cell:
         say(f"epoch {epoch:.2f} of {recipe.optim.epochs}: loss {loss:.4f}")
 
     def _scratch(self) -> VisionTransformer:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.name.seed)
-            whole = DropPos(self._recipe.model, self._recipe.method)
-        return whole.encoder.to(self._device).eval()
+        return untrained(self._recipe, self.name.seed).to(self._device)
 
     def _supervised(self) -> VisionTransformer:
         """Train from scratch; what came of it is kept, for it has no checkpoint on the way.
@@ -180,7 +176,8 @@ class Cell:
         It computes what another arm's pre-training and its fine-tuning do together.
         """
         recipe = self._recipe
-        finetune = supervised_at_budget(recipe, FINETUNE, self.name.budget, ALL_EPOCHS)
+        own = finetuning(self.name.about)
+        finetune = supervised_at_budget(recipe, own, self.name.budget, ALL_EPOCHS)
         self._took(finetune, TRAIN)
         start = perf_counter()
         done = self._classifier(self._scratch(), self._data.train, finetune)
@@ -197,7 +194,8 @@ class Cell:
         if self.name.about.kind != "supervised":
             return self._finetuned(self._data.tenth, TENTH_EPOCHS)
         budget, rows = self.name.budget, len(CLASSES) * TENTH_OF_A_CLASS
-        longer = supervised_at_budget(self._recipe, FINETUNE, budget, TENTH_EPOCHS, rows=rows)
+        own = finetuning(self.name.about)
+        longer = supervised_at_budget(self._recipe, own, budget, TENTH_EPOCHS, rows=rows)
         self._took(longer, rows)
         return self._classifier(self._scratch(), self._data.tenth, longer).accuracy
 
@@ -265,7 +263,8 @@ class Cell:
         return Value(report.skill, *skills)
 
     def _finetuned(self, data: str, epochs: int) -> Proportion:
-        return self._classifier(self.encoder, data, lasting(FINETUNE, epochs)).accuracy
+        finetune = lasting(finetuning(self.name.about), epochs)
+        return self._classifier(self.encoder, data, finetune).accuracy
 
     def _classifier(self, encoder: VisionTransformer, data: str, finetune: Finetune) -> Classifier:
         return finetune_here(
@@ -275,8 +274,16 @@ class Cell:
             self._pictures[1],
             finetune,
             seed=self.name.seed,
+            device=self._device,
             on_loss=lambda step, loss: say(f"fine-tuning, step {step}: loss {loss:.4f}"),
         )
+
+
+def untrained(recipe: Recipe, seed: int) -> VisionTransformer:
+    """Make the encoder that a pre-training of this seed starts from, on the CPU, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return DropPos(recipe.model, recipe.method).encoder.eval()
 
 
 def say(text: str) -> None:

@@ -27,7 +27,6 @@ from droppos.errors import TrainingError
 from droppos.measure.finetune import FinetuneState, build_classifier, count_right, finetune_step
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
-from droppos.parallel import resolve_device
 from droppos.step import train_step
 from pipelines import checkpoints, stored_state
 from pipelines.facts import check_resume, facts
@@ -145,9 +144,10 @@ def finetune_here(
     finetune: Finetune,
     *,
     seed: int,
+    device: torch.device,
     on_loss: OnLoss = lambda step, loss: None,
 ) -> Classifier:
-    """Fine-tune an encoder in this process, on a GPU if there is one, and classify test pictures.
+    """Fine-tune an encoder in this process, and classify the test pictures with the result.
 
     Args:
         encoder: To start from; it stays as it is.
@@ -156,6 +156,7 @@ def finetune_here(
         test: Pictures to classify, with their classes.
         finetune: How; its `augment` must be empty, for crops are made by the same thread.
         seed: Of the head, the order, the crops and all that is drawn.
+        device: Where it is trained.
         on_loss: Told at the end of each epoch.
     """
     assert not finetune.augment
@@ -174,7 +175,6 @@ def finetune_here(
     labels = read_labels(place, manifest)
     assert manifest.classes is not None
     classes = len(manifest.classes)
-    device = resolve_device(compute)
     classifier = build_classifier(encoder.state_dict(), model, classes, finetune, seed).to(device)
     state = FinetuneState.create(
         finetune,

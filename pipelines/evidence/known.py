@@ -30,7 +30,7 @@ class Known:
         return sorted({row.seed for row in self._rows.values() if row.key[:2] == (arm, budget)})
 
     def gain(self, arm: str, budget: int, figure: str) -> Estimate | None:
-        """Average what an arm's pre-training adds to training from scratch, seed by seed."""
+        """Average what pre-training adds to random weights by the same fine-tuning, by seed."""
         return self.paired((arm, budget), ("random", 0), figure)
 
     def paired(self, arm: tuple[str, int], less: tuple[str, int], figure: str) -> Estimate | None:

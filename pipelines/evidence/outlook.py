@@ -26,7 +26,8 @@ class Outlook:
     tflop: float
     """What that budget came to."""
     per_doubling: float
-    """What it gained for each doubling of compute, from the budget before to the largest."""
+    """What it gained for each doubling of compute, in the mean from the budget before to the
+    largest."""
 
     @property
     def doublings(self) -> float | None:

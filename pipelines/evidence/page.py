@@ -7,6 +7,7 @@ no number on it is typed.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from droppos.errors import DataError
 from pipelines.evidence.ablations import Trial, compare
@@ -17,6 +18,8 @@ from pipelines.evidence.results import Estimate, Key, Row
 from pipelines.evidence.study import Study
 from pipelines.evidence.tables import replace_file
 
+SCRATCH = {"random": "the same from scratch", "supervised": "as much computing from scratch"}
+"""What pre-training is held against: the same fine-tuning, and the same computing in all."""
 SHARES = ("knn", "linear", "tenth", "all", "position", "location")
 """Figures that are shares, shown in percent."""
 UNKNOWN = "?"
@@ -45,16 +48,14 @@ def line(study: Study, rows: Mapping[Key, Row]) -> str:
 def compared(study: Study, rows: Mapping[Key, Row]) -> str:
     """Write the table of all arms at the same budget."""
     known = Known(rows)
-    shown = list(FIGURES)
+    shown = tuple(FIGURES)
     lines = [_row(["", *(FIGURES[f] for f in shown), "epochs", "TFLOP", "seeds", "again by"])]
     lines.append(_row(["---"] + ["---:"] * (len(shown) + 3) + ["---"]))
     for arm in ARMS:
         budget = study.budget_of(arm)
-        cells = _cells(known, arm, budget, shown)
-        seeds = known.seeds(arm.name, budget)
-        lines.append(
-            _row([arm.title, *cells, *_cost(known, arm, budget), *_again(arm, budget, seeds)])
-        )
+        found = _found(known, arm, budget, shown)
+        cost, again = _cost(known, arm, budget), _again(arm, budget, known)
+        lines.append(_row([arm.title, *_cells(found), *cost, _seeds(found.values()), again]))
     return "\n".join(lines)
 
 
@@ -71,50 +72,52 @@ def differences(study: Study, rows: Mapping[Key, Row]) -> str:
         ]
         if arm.name == "paper" or not any(pairs):
             continue
-        seeds = max(pair.seeds for pair in pairs if pair)
-        lines.append(_row([arm.title, *(_points(pair) for pair in pairs), str(seeds)]))
+        lines.append(_row([arm.title, *(_points(pair) for pair in pairs), _seeds(pairs)]))
     return "\n".join(lines)
 
 
 def curve(study: Study, rows: Mapping[Key, Row]) -> str:
     """Write the table of what more computing gives."""
     known = Known(rows)
-    shown = ["knn", "linear", "tenth", "position", "location", "rank"]
+    shown = ("knn", "linear", "tenth", "position", "location", "rank")
     lines = [_row(["", "budget", *(FIGURES[f] for f in shown), "epochs", "TFLOP", "seeds"])]
     lines.append(_row(["---", "---:"] + ["---:"] * (len(shown) + 3)))
     for name in study.curve_arms:
         arm = BY_NAME[name]
         for budget in study.budgets:
-            if not (seeds := known.seeds(name, budget)):
-                continue
-            cells = _cells(known, arm, budget, shown)
-            cost = _cost(known, arm, budget)
-            lines.append(_row([arm.title, str(budget), *cells, *cost, str(len(seeds))]))
+            found = _found(known, arm, budget, shown)
+            if any(found.values()):
+                cost = _cost(known, arm, budget)
+                lines.append(
+                    _row([arm.title, str(budget), *_cells(found), *cost, _seeds(found.values())])
+                )
     return "\n".join(lines)
 
 
 def gains(study: Study, rows: Mapping[Key, Row]) -> str:
-    """Write what pre-training adds to training from scratch."""
+    """Write what pre-training adds to training from scratch, at equal fine-tuning and in all."""
     known = Known(rows)
-    lines = [_row(["", "budget", FIGURES["tenth"], FIGURES["all"], "seeds"])]
-    lines.append(_row(["---"] + ["---:"] * 4))
+    shown = ("tenth", "all")
+    titles = [f"{FIGURES[figure]}, less {less}" for less in SCRATCH.values() for figure in shown]
+    lines = [_row(["", "budget", *titles, "seeds"])]
+    lines.append(_row(["---"] + ["---:"] * (len(titles) + 2)))
     for arm in study.curve_arms:
         for budget in study.budgets:
-            found = [known.gain(arm, budget, figure) for figure in ("tenth", "all")]
-            if not any(found):
-                continue
-            points = ["" if value is None else _points(value) for value in found]
-            seeds = max(value.seeds for value in found if value)
-            lines.append(_row([BY_NAME[arm].title, str(budget), *points, str(seeds)]))
+            found = [
+                known.paired((arm, budget), (less, budget if BY_NAME[less].trained else 0), figure)
+                for less in SCRATCH
+                for figure in shown
+            ]
+            if any(found):
+                points = ["" if value is None else _points(value) for value in found]
+                lines.append(_row([BY_NAME[arm].title, str(budget), *points, _seeds(found)]))
     return "\n".join(lines)
 
 
 def outlook(study: Study, rows: Mapping[Key, Row]) -> str:
     """Write how far each arm of the curve is from what was hoped for."""
     lines = [
-        _row(
-            ["", "", "hoped for", "now", "gained by the last doubling", "doublings left", "TFLOP"]
-        ),
+        _row(["", "", "hoped for", "now", "mean of a doubling", "doublings left", "TFLOP"]),
         _row(["---", "---"] + ["---:"] * 5),
     ]
     for found in outlooks(study, rows):
@@ -130,11 +133,12 @@ def outlook(study: Study, rows: Mapping[Key, Row]) -> str:
 
 def ablated(trials: Sequence[Trial]) -> str:
     """Write what the paper chose beside each other setting."""
-    lines = [_row(["the paper's choice", "less", "20 nearest neighbours", "leans"])]
-    lines.append(_row(["---", "---", "---:", "---"]))
+    titles = ["the paper's choice", "less", FIGURES["knn"], "leans", FIGURES["position"]]
+    lines = [_row(titles), _row(["---", "---", "---:", "---", "---:"])]
     for found in compare(trials):
-        points = Estimate(found.difference, found.half, 1)
-        lines.append(_row([found.question, found.other, _points(points), found.verdict]))
+        points = _points(Estimate(found.difference, found.half, 1))
+        skill = _points(Estimate(found.position, None, 1))
+        lines.append(_row([found.question, found.other, points, found.verdict, skill]))
     return "\n".join(lines)
 
 
@@ -164,12 +168,27 @@ def fill(page: Path, study: Study, rows: Mapping[Key, Row], trials: Sequence[Tri
     replace_file(page, text)
 
 
-def _cells(known: Known, arm: Arm, budget: int, shown: Sequence[str]) -> list[str]:
+def _found(
+    known: Known, arm: Arm, budget: int, shown: Sequence[str]
+) -> dict[str, Estimate | Literal[""] | None]:
+    """Give figures by name: none is not known yet, and an empty one is not asked of the arm."""
     asked = figures_of(arm)
-    return [
-        _shown(known.over_seeds(arm.name, budget, figure), figure) if figure in asked else ""
+    return {
+        figure: known.over_seeds(arm.name, budget, figure) if figure in asked else ""
         for figure in shown
-    ]
+    }
+
+
+def _cells(found: Mapping[str, Estimate | Literal[""] | None]) -> list[str]:
+    return ["" if value == "" else _shown(value, figure) for figure, value in found.items()]
+
+
+def _seeds(found: Iterable[Estimate | Literal[""] | None]) -> str:
+    """Tell of how many seeds figures are; while a study is under way, not all are of as many."""
+    counts = {value.seeds for value in found if value}
+    return (
+        " to ".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "0"
+    )
 
 
 def _shown(value: Estimate | None, figure: str) -> str:
@@ -187,12 +206,9 @@ def _cost(known: Known, arm: Arm, budget: int) -> list[str]:
     return ["0", "0"] if row is None else [str(row.epochs), f"{row.gflops / 1e3:,.0f}"]
 
 
-def _again(arm: Arm, budget: int, seeds: Iterable[int]) -> list[str]:
-    known = list(seeds)
-    if not known:
-        return ["0", UNKNOWN]
-    names = " ".join(f"{arm.name}/{budget}/{seed}" for seed in known)
-    return [str(len(known)), f"`droppos evidence --only {names} --again`"]
+def _again(arm: Arm, budget: int, known: Known) -> str:
+    names = [f"{arm.name}/{budget}/{seed}" for seed in known.seeds(arm.name, budget)]
+    return f"`droppos evidence --only {' '.join(names)} --again`" if names else UNKNOWN
 
 
 def _row(cells: Iterable[str]) -> str:

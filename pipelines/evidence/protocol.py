@@ -1,13 +1,16 @@
-"""How every arm is measured, and a digest of all that decides a figure. Imports no torch."""
+"""How every arm is measured, and a digest of what decides each figure. Imports no torch."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
 from droppos.config import Optim
 from droppos.measure.finetune_recipe import Finetune
+from pipelines.evidence.arms import BY_NAME, Arm
+from pipelines.evidence.budget import changed
 from pipelines.evidence.recipes import load_recipe
+from pipelines.recipe import Recipe
 
 VERSION = 2
 """To be raised when code changes what a figure is. 1 trained on pictures that lay by class."""
@@ -16,7 +19,6 @@ FINETUNE = Finetune(
     optim=Optim(
         epochs=1,
         global_batch=64,
-        lr_per_256=1e-3,
         warmup_epochs=0,
         weight_decay=0.05,
         betas=(0.9, 0.999),
@@ -31,9 +33,12 @@ FINETUNE = Finetune(
     augment="",
     crop_scale=(0.4, 1.0),
 )
-"""Fine-tuning, and supervised training: the same for all, and mild, for a few epochs. No layer
-learns more slowly than another, which would hold back whoever starts from scratch. A peak four
-times as high spoils what was learnt before, and helps nobody (docs/evidence.md)."""
+"""Fine-tuning, and supervised training, but for the rate: the same for all, and mild, for a few
+epochs. No layer learns more slowly than another, which would hold back whoever starts from
+scratch."""
+PEAK, SCRATCH_PEAK = 1e-3, 5e-4
+"""Peak learning rates after pre-training, and from scratch: the best of those that were tried on
+training pictures (docs/evidence/rates.csv)."""
 TENTH_EPOCHS = 10
 """Passes over a tenth of the pictures, with labels."""
 ALL_EPOCHS = 1
@@ -42,9 +47,42 @@ LOCATED = 500
 """Pictures whose patches the location probe learns from, and as many others that it is asked of."""
 
 
-def digest() -> str:
-    """Hash what decides all figures: those of another digest are not compared with these."""
-    return digest_of(asdict(load_recipe()), asdict(FINETUNE), [TENTH_EPOCHS, ALL_EPOCHS, LOCATED])
+def finetuning(arm: Arm) -> Finetune:
+    """Tell how an arm is fine-tuned; what starts from scratch has the peak rate best for that."""
+    scratch = arm.kind in {"untrained", "supervised"}
+    rate = SCRATCH_PEAK if scratch else PEAK
+    optim = replace(FINETUNE.optim, lr_per_256=rate * 256 / FINETUNE.optim.global_batch)
+    return replace(FINETUNE, optim=optim)
+
+
+def digest(arm: str, figure: str) -> str:
+    """Hash what decides a figure of an arm: rows of another digest are not compared with these.
+
+    What one figure is taken by is in no other's digest, so that to change it costs that one alone.
+    """
+    about, recipe = BY_NAME[arm], changed(load_recipe(), BY_NAME[arm])
+    told: list[Any] = [training(recipe)]
+    if figure == "location":
+        told.append(LOCATED)
+    if figure == "position":
+        told.append(measuring(recipe))
+    if figure in {"tenth", "all"} or about.kind == "supervised":
+        told.append([asdict(finetuning(about)), TENTH_EPOCHS, ALL_EPOCHS])
+    return digest_of(*told)
+
+
+def training(recipe: Recipe) -> list[Any]:
+    """List what decides a training; who trains it, where, and what it logs does not."""
+    data = recipe.data
+    sections = (recipe.model, recipe.method, recipe.optim)
+    read = [recipe.compute.precision, data.crop_scale, data.flip, data.window]
+    return [*(asdict(section) for section in sections), *read]
+
+
+def measuring(recipe: Recipe) -> list[Any]:
+    """List what decides a measurement on held-out pictures."""
+    own = recipe.measure
+    return [own.mask_ratio, own.position_mask_ratio, own.pictures, own.seed]
 
 
 def digest_of(*told: Any) -> str:

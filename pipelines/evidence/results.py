@@ -10,6 +10,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from droppos.measure.intervals import Z_95
+from pipelines.evidence.arms import BY_NAME
+from pipelines.evidence.protocol import digest
 from pipelines.evidence.tables import read_table, write_table
 
 _log = logging.getLogger(__name__)
@@ -38,12 +40,17 @@ class Row:
     seconds: float
     """Time that this figure took; the first one's has the reading of the pictures in it."""
     protocol: str
-    """Digest of all that decides a figure (:mod:`pipelines.evidence.protocol`)."""
+    """Digest of what decided it (:mod:`pipelines.evidence.protocol`)."""
 
     @property
     def key(self) -> Key:
         """What a figure is of."""
         return self.arm, self.budget, self.seed, self.figure
+
+    @property
+    def current(self) -> bool:
+        """Whether it would be taken in the same way today."""
+        return self.arm in BY_NAME and self.protocol == digest(self.arm, self.figure)
 
     @property
     def command(self) -> str:
@@ -55,8 +62,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantile of Student's t, for 1 degree of freedom and more; beyond, the normal's."""
 
 
-def read_rows(file: Path, protocol: str) -> dict[Key, Row]:
-    """Read the rows of a CSV that were taken under a protocol, by what they are of.
+def read_rows(file: Path) -> dict[Key, Row]:
+    """Read the rows of a CSV that are current, by what they are of.
 
     There are none if there is no file.
 
@@ -64,7 +71,7 @@ def read_rows(file: Path, protocol: str) -> dict[Key, Row]:
         DataError: If it is not what :func:`write_rows` wrote.
     """
     rows = read_table(file, Row, "is not a table of evidence")
-    return {row.key: row for row in rows if row.protocol == protocol}
+    return {row.key: row for row in rows if row.current}
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:
@@ -72,8 +79,8 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
     write_table(file, Row, rows, command=lambda row: row.command)
 
 
-def known_rows(folder: Path, protocol: str) -> dict[str, Row]:
-    """Read the figures that a cell has left in its folder, if they are of this protocol.
+def known_rows(folder: Path) -> dict[str, Row]:
+    """Read the figures that a cell has left in its folder, if they are current.
 
     What cannot be read is taken again, as if it were not there.
     """
@@ -86,7 +93,7 @@ def known_rows(folder: Path, protocol: str) -> dict[str, Row]:
     except (ValueError, TypeError, AttributeError) as error:
         _log.warning("%s is damaged (%r); its figures are taken again", file, error)
         return {}
-    return {figure: row for figure, row in rows.items() if row.protocol == protocol}
+    return {figure: row for figure, row in rows.items() if row.current}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ class Study:
     """What each arm may compute, in epochs of DropPos as published."""
     seeds: int = 3
     """Trainings of each arm."""
-    curve: tuple[int, ...] = (15, 45)
+    curve: tuple[int, ...] = (10, 20)
     """Larger budgets, at which a few arms are trained once: what more computing gives."""
-    curve_arms: tuple[str, ...] = ("paper", "no_attentive")
+    curve_arms: tuple[str, ...] = ("paper", "no_attentive", "pixels")
     """Those arms."""
     ablations: bool = True
     """Try the paper's settings beside others by `droppos search`, once all else is known."""
@@ -83,16 +83,22 @@ class Study:
         return self.budget if arm.trained else 0
 
     def _all(self) -> Iterator["Planned"]:
-        for seed in range(self.seeds):
-            for arm in ARMS:
-                if arm.kind == "pixels":
-                    if seed == 0:
-                        yield Planned.of(Name(arm.name, 0, 0))
-                else:
-                    yield Planned.of(Name(arm.name, self.budget_of(arm), seed))
-        for budget in self.curve:
-            for arm in self.curve_arms:
-                yield Planned.of(Name(arm, budget, 0), curve=True)
+        yield from self._seed(0)
+        for budget in self.curve[:1]:
+            yield from self._larger(budget)
+        for seed in range(1, self.seeds):
+            yield from self._seed(seed)
+        for budget in self.curve[1:]:
+            yield from self._larger(budget)
+
+    def _seed(self, seed: int) -> Iterator["Planned"]:
+        for arm in ARMS:
+            if arm.kind != "pixels" or seed == 0:
+                yield Planned.of(Name(arm.name, self.budget_of(arm), seed))
+
+    def _larger(self, budget: int) -> Iterator["Planned"]:
+        for arm in self.curve_arms:
+            yield Planned.of(Name(arm, budget, 0), curve=True)
 
 
 @dataclass(frozen=True, slots=True)

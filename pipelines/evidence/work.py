@@ -21,7 +21,6 @@ from pathlib import Path
 from droppos.errors import ConfigError, TrainingError
 from pipelines.evidence.arms import Name
 from pipelines.evidence.cifar import Cifar
-from pipelines.evidence.protocol import digest
 from pipelines.evidence.results import Key, Row, known_rows, read_rows, write_rows
 from pipelines.evidence.study import Planned, Study
 
@@ -68,7 +67,7 @@ def known(study: Study, folder: Path, out: Path, say: Callable[[str], None]) -> 
     """
     cells = study.cells()
     if study.again:
-        rows = read_rows(out / RESULTS, digest())
+        rows = read_rows(out / RESULTS)
         names = {cell.name for cell in cells}
         kept = [row for row in rows.values() if Name(row.arm, row.budget, row.seed) not in names]
         write_rows(out / RESULTS, kept)
@@ -84,7 +83,7 @@ def work(
     folder: Path,
     out: Path,
     say: Callable[[str], None],
-) -> dict[Key, Row]:
+) -> None:
     """Work until all figures of some cells are known, or the study's time is over.
 
     A cell that fails does not keep others from being worked on.
@@ -126,12 +125,11 @@ def work(
             process.send_signal(signal.SIGTERM)
         for process in working.values():
             process.wait()
-    rows = _collect(out, folder, cells, say)
+    _collect(out, folder, cells, say)
     if failed:
         raise TrainingError(
             f"{'; '.join(failed)}. What was known is kept; the same command tries them again"
         )
-    return rows
 
 
 def _start(
@@ -164,12 +162,11 @@ def _collect(
     out: Path, folder: Path, cells: Sequence[Planned], say: Callable[[str], None]
 ) -> dict[Key, Row]:
     """Put what cells have left in their folders into the CSV."""
-    protocol = digest()
-    rows = read_rows(out / RESULTS, protocol)
+    rows = read_rows(out / RESULTS)
     new = {
         row.key: row
         for cell in cells
-        for row in known_rows(_folder(folder, cell.name), protocol).values()
+        for row in known_rows(_folder(folder, cell.name)).values()
         if row.key not in rows
     }
     for row in new.values():

@@ -14,7 +14,7 @@ followed, or stopped.
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -159,6 +159,7 @@ def _looked(
         Look("working directory", _wrongly(pack, "put what is not needed into .gitignore")),
         *backend.looks(recipe),
         Look("run", partial(request.check_run, asked, remote=remote), after=("places",)),
+        *_of_search(asked, remote),
         Look("MLflow", lambda: request.check_tracking(recipe, backend.job_env(), remote=remote)),
     ]
     checks = look(looks)
@@ -168,6 +169,13 @@ def _looked(
         wrong = [check.what for check in checks if check.state == "wrong"]
         raise ConfigError(f"not launched, and nothing was spent: {', '.join(wrong)}; see above")
     return asked
+
+
+def _of_search(asked: Request, remote: bool) -> Sequence[Look]:
+    if asked.job != "search":
+        return []
+    work = partial(request.check_search, asked.recipe, resume=asked.resume, remote=remote)
+    return [Look("search", work, after=("places",))]
 
 
 def _wrongly(work: Callable[[], str], way_out: str) -> Callable[[], str]:

@@ -171,6 +171,34 @@ def check_run(asked: Request, *, remote: bool = True) -> str:
     return f"{home} is new"
 
 
+def check_search(recipe: Recipe, *, resume: bool, remote: bool = True) -> str:
+    """See that `droppos search` would not refuse what it is given, on machines that are paid for.
+
+    Args:
+        recipe: The search.
+        resume: Whether it is to go on with what is there.
+        remote: Whether plain paths are those of other machines, where nobody can look from here.
+
+    Raises:
+        ConfigError: If the search would be refused.
+        DataError: If its data cannot be read.
+        Note: If storage does not let this machine look; it may let the cluster's.
+    """
+    from pipelines.search import ready
+    from pipelines.space import read_space
+
+    read_space(recipe)
+    holdout = recipe.data.holdout
+    needed = (recipe.data.path, recipe.home, holdout)
+    if holdout and remote and not all(str(place).startswith("s3://") for place in needed):
+        return "its space is one; its data are the cluster's own, not looked at"
+    try:
+        _, objective, fixed = ready(recipe, resume=resume)
+    except StorageError as error:
+        raise Note(str(error), "not to be looked at from here; the cluster may") from error
+    return f"by {objective}, over {', '.join(fixed['search.space'])}"
+
+
 def tracking(recipe: Recipe, env: Mapping[str, str]) -> Mapping[str, str]:
     """Choose what tells the job where MLflow is, by what the cluster's own machines were told.
 

@@ -137,7 +137,13 @@ def tune(data: str, seed: int = 0, epochs: int = 8) -> float:
     assert found.labels is not None
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     done = finetune_here(
-        encoder, MODEL, data, (found.pixels, torch.tensor(found.labels)), mild, seed=seed
+        encoder,
+        MODEL,
+        data,
+        (found.pixels, torch.tensor(found.labels)),
+        mild,
+        seed=seed,
+        device=torch.device("cpu"),
     )
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     return done.accuracy.value

@@ -22,7 +22,7 @@ from pipelines.evidence.budget import (
 from pipelines.evidence.outlook import outlooks
 from pipelines.evidence.page import compared, curve, differences, fill, gains, line, outlook
 from pipelines.evidence.pictures import draw
-from pipelines.evidence.protocol import FINETUNE
+from pipelines.evidence.protocol import FINETUNE, digest
 from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.results import Key, Row, estimate, known_rows, read_rows, write_rows
 from pipelines.evidence.study import Study
@@ -37,7 +37,9 @@ TRAINED = [arm for arm in ARMS if arm.kind == "pre-trained"]
 def row(arm: str, budget: int, seed: int, figure: str, value: float) -> Row:
     epochs, gflops = (5, 1e4 * budget) if budget else (0, 0.0)
     low, high = value - 0.01, value + 0.01
-    return Row(arm, budget, seed, figure, value, low, high, epochs, gflops, 1.5, "protocol")
+    return Row(
+        arm, budget, seed, figure, value, low, high, epochs, gflops, 1.5, digest(arm, figure)
+    )
 
 
 def keyed(*rows: Row) -> dict[Key, Row]:
@@ -88,7 +90,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
         row("raw", 0, 0, "knn", 0),
     ]
     write_rows(tmp_path / RESULTS, rows)
-    assert read_rows(tmp_path / RESULTS, "protocol") == keyed(*rows)
+    assert read_rows(tmp_path / RESULTS) == keyed(*rows)
     lines = (tmp_path / RESULTS).read_text().splitlines()
     assert lines[1].endswith(
         "droppos evidence --only paper/5/0 --again"
@@ -96,32 +98,65 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_protocol_do_not_count(tmp_path: Path) -> None:
-    write_rows(tmp_path / RESULTS, [row("paper", 5, 0, "knn", 0.5)])
-    assert read_rows(tmp_path / RESULTS, "another") == {}
+    ours = row("paper", 5, 0, "knn", 0.5)
+    others = [replace(ours, protocol="another"), replace(ours, arm="given_up")]
+    write_rows(tmp_path / RESULTS, others)
+    assert read_rows(tmp_path / RESULTS) == {}
 
 
-def test_the_protocol_is_all_that_decides_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = protocol.digest()
-    assert before == protocol.digest()
-    for name, value in (("VERSION", -1), ("TENTH_EPOCHS", 3), ("FINETUNE", Finetune())):
-        with monkeypatch.context() as patch:
-            patch.setattr(protocol, name, value)
-            assert protocol.digest() != before
+@pytest.mark.parametrize(
+    ("name", "value", "figures"),
+    [
+        ("VERSION", -1, {"knn", "location", "tenth"}),
+        ("LOCATED", 7, {"location"}),
+        ("TENTH_EPOCHS", 3, {"tenth"}),
+        ("FINETUNE", Finetune(), {"tenth"}),
+        ("PEAK", 1.0, {"tenth"}),
+        ("SCRATCH_PEAK", 1.0, set()),
+    ],
+)
+def test_what_decides_a_figure_decides_no_other(
+    name: str, value: Any, figures: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = ("knn", "location", "tenth")
+    before = {figure: digest("paper", figure) for figure in shown}
+    monkeypatch.setattr(protocol, name, value)
+    assert {figure for figure in shown if digest("paper", figure) != before[figure]} == figures
+
+
+def test_an_arms_method_and_a_supervised_arms_training_decide_its_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len({digest(arm.name, "knn") for arm in TRAINED}) == len(TRAINED)
+    before = {arm: digest(arm, "knn") for arm in ("supervised", "random")}
+    monkeypatch.setattr(protocol, "SCRATCH_PEAK", 1.0)
+    assert digest("supervised", "knn") != before["supervised"]
+    assert digest("random", "knn") == before["random"]
+
+
+def test_a_recipe_may_log_and_wait_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, before = load_recipe(), digest("paper", "position")
+    idle = replace(recipe, run=replace(recipe.run, log_every=7))
+    monkeypatch.setattr(protocol, "load_recipe", lambda: idle)
+    assert digest("paper", "position") == before
+    other = replace(recipe, optim=replace(recipe.optim, warmup_epochs=7))
+    monkeypatch.setattr(protocol, "load_recipe", lambda: other)
+    assert digest("paper", "position") != before
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"knn": {"arm": "paper"}}', '{"knn": 1}'])
 def test_damaged_figures_of_a_cell_are_taken_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert known_rows(tmp_path, "protocol") == {}
+    assert known_rows(tmp_path) == {}
     assert caplog.text == ""
     (tmp_path / "figures.json").write_text(damage)
-    assert known_rows(tmp_path, "protocol") == {}
+    assert known_rows(tmp_path) == {}
     assert "figures.json is damaged" in caplog.text
 
 
 def test_no_table_is_an_empty_one(tmp_path: Path) -> None:
-    assert read_rows(tmp_path / RESULTS, "protocol") == {}
+    assert read_rows(tmp_path / RESULTS) == {}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +165,7 @@ def test_no_table_is_an_empty_one(tmp_path: Path) -> None:
 def test_a_damaged_table_is_named(tmp_path: Path, damage: str) -> None:
     (tmp_path / RESULTS).write_text(damage)
     with pytest.raises(DataError, match=r"results\.csv is not a table of evidence"):
-        read_rows(tmp_path / RESULTS, "protocol")
+        read_rows(tmp_path / RESULTS)
 
 
 def test_the_interval_is_students() -> None:
@@ -151,7 +186,9 @@ def test_the_gain_is_taken_seed_by_seed() -> None:
         *(row("random", 0, seed, "tenth", 0.4 + seed / 10) for seed in range(2)),
     )
     study = Study(budget=5, curve=())
-    assert "| DropPos (paper) | 5 | +10.0 ± 0.0 points |" in gains(study, rows)
+    assert "| DropPos (paper) | 5 | +10.0 ± 0.0 points |  |  |  | 2 |" in gains(study, rows)
+    rows |= keyed(row("supervised", 5, 1, "tenth", 0.65))
+    assert "| +10.0 ± 0.0 points |  | -5.0 points |  | 1 to 2 |" in gains(study, rows)
     assert "scratch_gain_10pct=0.100 seeds=3 budget=5" in line(study, rows)
 
 
@@ -267,7 +304,7 @@ def test_every_arm_is_in_the_study_with_every_seed() -> None:
     study = Study(budget=5, seeds=2, curve=(10,), curve_arms=("paper",))
     names = [str(cell.name) for cell in study.cells()]
     assert len(names) == len(set(names)) == 2 * len(ARMS) - 1 + 1  # raw pixels have no seed
-    assert names[-1] == "paper/10/0"
+    assert names.index("paper/10/0") == names.index("paper/5/1") - 1  # once all arms have a seed
     assert {"random/0/1", "raw/0/0", "supervised/5/1"} <= set(names)
     only = replace(study, only=("random/0/1", "paper/7/9"))  # also of no study
     assert [str(cell.name) for cell in only.cells()] == ["random/0/1", "paper/7/9"]
@@ -287,7 +324,7 @@ def test_a_budget_of_the_curve_that_is_the_studys_own_is_one_cell() -> None:
 def test_the_page_of_the_repository_says_what_its_results_say(tmp_path: Path) -> None:
     """No number on it is typed, and none is older than the table."""
     page = OUT.with_suffix(".md")
-    rows = read_rows(OUT / RESULTS, protocol.digest())
+    rows = read_rows(OUT / RESULTS)
     assert rows
     copy = tmp_path / "evidence.md"
     copy.write_text(page.read_text())
@@ -315,9 +352,9 @@ def test_the_published_setting_is_held_against_each_other_one() -> None:
         trial(0.30, sigma=0.0, sigma_decay="constant"),  # the same again: nothing decays
     ]
     assert [(each.question, each.other, each.verdict) for each in compare(trials)] == [
-        ("mask ratio 0.75", "0", "as in the paper"),
-        ("drop ratio 0.75", "1", "against the paper"),
-        ("sigma 1, decaying", "0", "as in the paper"),
+        ("mask ratio 0.75", "0", "to the paper's"),
+        ("drop ratio 0.75", "1", "to the other"),
+        ("sigma 1, decaying", "0", "to the paper's"),
         ("sigma 1, decaying", "2, decaying", "not told apart"),
         ("sigma 2, decaying", "2, constant", "not told apart"),
     ]

@@ -42,7 +42,7 @@ def test_a_study_ends_goes_on_and_knows_all(folder: Path, tmp_path: Path) -> Non
 
     done = evidence(study, folder, tmp_path / "out", said.append)
     assert done.missing == 0
-    rows = read_rows(tmp_path / "out" / RESULTS, digest())
+    rows = read_rows(tmp_path / "out" / RESULTS)
     assert {key[3] for key in rows if key[0] == "paper"} == {
         "knn", "linear", "rank", "location", "position", "tenth", "all",
     }  # fmt: skip
@@ -83,7 +83,8 @@ def test_a_folder_has_one_study(tmp_path: Path) -> None:
 
 def test_again_forgets_what_is_named_and_nothing_else(tmp_path: Path) -> None:
     rows = [
-        Row(arm, 5, 0, "knn", 0.5, 0.4, 0.6, 5, 1.0, 1.0, digest()) for arm in ("paper", "pixels")
+        Row(arm, 5, 0, "knn", 0.5, 0.4, 0.6, 5, 1.0, 1.0, digest(arm, "knn"))
+        for arm in ("paper", "pixels")
     ]
     write_rows(tmp_path / "out" / RESULTS, rows)
     for name in ("paper-5-0", "pixels-5-0"):

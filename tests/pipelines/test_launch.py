@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from droppos.config import Compute
+from droppos.config import Compute, Optim
 from droppos.errors import ConfigError, DataError
 from pipelines import recipe_file
 from pipelines.cli import main, with_recipe
@@ -37,7 +37,7 @@ from pipelines.launch.terminal import signals_interrupt, terminal
 from pipelines.launch.tunnel import tunnel
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
-from pipelines.recipe import Data, Recipe, Run, Tracking
+from pipelines.recipe import Data, Recipe, Run, Search, Tracking
 from tests.launch_person import Person
 
 
@@ -197,6 +197,37 @@ def test_a_run_that_is_there_is_refused_unless_it_is_resumed(tmp_path: Path) -> 
         request.check_run(Request(recipe=recipe), remote=False)
     for asked in (Request(recipe=recipe, resume=True), Request(recipe=recipe, job="search")):
         assert request.check_run(asked, remote=False) == recipe.home
+
+
+def test_a_search_is_refused_before_money_is_spent_for_what_would_refuse_it_after(
+    photographs: Path, tmp_path: Path
+) -> None:
+    data = str(tmp_path / "data")
+    prepare(str(photographs), data)
+    recipe = replace(
+        RECIPE,
+        optim=Optim(global_batch=12),
+        data=Data(path=data, holdout=data),
+        run=Run(name="ratios", storage=str(tmp_path)),
+        search=Search(space=("method.sigma=grid(0, 1)",), algorithm="grid"),
+    )
+
+    def looked(recipe: Recipe, *, resume: bool = False, remote: bool = False) -> str:
+        return request.check_search(recipe, resume=resume, remote=remote)
+
+    assert looked(recipe) == "by knn, over method.sigma=grid(0, 1)"
+    assert "not looked at" in looked(recipe, remote=True)
+    assert not (tmp_path / "ratios").exists()
+    with pytest.raises(ConfigError, match=r"data\.holdout is not set"):
+        looked(replace(recipe, data=Data(path=data)), remote=True)
+    with pytest.raises(ConfigError, match=r"method\.sigmaa"):
+        looked(replace(recipe, search=Search(space=("method.sigmaa=grid(0, 1)",))), remote=True)
+    (tmp_path / "ratios").mkdir()
+    (tmp_path / "ratios" / "search.json").write_text("{}")
+    with pytest.raises(ConfigError, match="already has a search; add --resume"):
+        looked(recipe)
+    with pytest.raises(ConfigError, match="was begun with other settings"):
+        looked(recipe, resume=True)
 
 
 def test_a_recipe_with_a_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

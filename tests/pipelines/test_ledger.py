@@ -20,7 +20,7 @@ from pipelines import checkpoints, outbox, stored_state
 from pipelines.history import HistoryWriter
 from pipelines.journal import About, Artifact, Ended, Journal, Row, journals
 from pipelines.ledger import Ledger, begin_anew
-from pipelines.local_mlflow import LocalMlflow, free_port, mlflow_server
+from pipelines.local_mlflow import LocalMlflow, free_port
 from pipelines.pretrain import located
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.secrets import redact
@@ -581,7 +581,10 @@ def test_whoever_logs_waits_for_no_server(tmp_path: Path, monkeypatch: pytest.Mo
         senders.append(current_thread().name)
         return send(*args, **options)
 
-    with mlflow_server(tmp_path / "server") as uri:
+    server = LocalMlflow(tmp_path / "server")
+    server.start()
+    try:
+        uri = server.uri
         ours = ledger(uri, tmp_path)
         ours.__enter__()
         monkeypatch.setattr(requests.Session, "send", noted)
@@ -592,3 +595,5 @@ def test_whoever_logs_waits_for_no_server(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.undo()
         assert set(senders) == {"ledger"}
         assert len(history(uri, ours.run_id, "loss")) == 100
+    finally:
+        server.kill()

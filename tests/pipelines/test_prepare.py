@@ -247,7 +247,7 @@ def test_a_name_that_is_not_utf8_is_told(tmp_path: Path) -> None:
 
 
 def test_there_are_labels_only_when_every_picture_has_one(
-    photographs: Path, tmp_path: Path
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("one/cat", "mixed/cat", "mixed/rocket"):
         shutil.copytree(photographs / name.split("/")[1], tmp_path / name)
@@ -255,6 +255,8 @@ def test_there_are_labels_only_when_every_picture_has_one(
     for name in ("one", "mixed"):
         assert _prepare(tmp_path / name, tmp_path / f"{name}-out").classes is None
         assert {row.label for row in _rows(tmp_path / f"{name}-out")} == {None}
+    (told,) = caplog.messages  # one folder is no class, and nobody would think so
+    assert "mixed has 2 sub-folders, but pictures beside them, such as 00.jpg" in told
 
 
 def test_a_turned_picture_is_kept_as_it_is_and_measured_upright(tmp_path: Path) -> None:

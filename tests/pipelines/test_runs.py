@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipelines.cli import main
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe, Run
 from pipelines.recipe_file import to_yaml
-from pipelines.runs import Registry, recipe_of
+from pipelines.runs import Registry, next_command, recipe_of
 from pipelines.storage import open_place
 from pipelines.tracking import Where
 
@@ -96,6 +97,18 @@ def test_a_run_is_gone_on_with_by_its_own_recipe(registry: Registry, storage: Pa
     assert recipe_of(registry.run("second")) == recipe(storage, "second", 0.0)
     with pytest.raises(DataError, match="trial"):
         recipe_of(registry.run("trial"))
+
+
+def test_what_goes_on_with_a_run_is_named(registry: Registry, storage: Path) -> None:
+    run = registry.run("second")
+    there = Where(storage=str(storage))
+    assert next_command(run, there) == f"droppos resume second --storage {storage}"
+    secret = Where(uri="https://me:word@mlflow.example")
+    assert next_command(run, secret) == "droppos resume second"
+    search = replace(run, tags={"command": "droppos search ratios.yaml --run.name 'a b'"})
+    assert next_command(search, there).endswith("ratios.yaml --run.name 'a b' --resume")
+    tuned = replace(run, tags={"command": "droppos finetune runs/vit --resume"})
+    assert next_command(tuned, there) == tuned.tags["command"]
 
 
 def test_the_terminal_shows_them(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from pipelines.pretrain import plan
 from pipelines.proposals import Proposals, scheduler_of, source_of
 from pipelines.recipe import Data, Measure, Recipe, Run, Search
 from pipelines.recipe_file import to_yaml
-from pipelines.search import begin, best_recipe, check, search, shared_tracking
+from pipelines.search import RECORD, best_recipe, check, ready, search, shared_tracking
 from pipelines.search_screen import SearchScreen
 from pipelines.space import Point
 from pipelines.storage import open_place
@@ -216,20 +216,21 @@ def test_another_patch_grid_is_another_figure(tiny: Recipe) -> None:
 
 
 def test_a_search_is_gone_on_with_only_as_it_was_begun(tiny: Recipe) -> None:
-    schedule, home = plan(tiny), open_place(tiny.home)
-    begin(home, tiny, schedule, "knn", resume=True)
-    begin(home, changed(tiny, "search", trials=9, max_concurrent=1), schedule, "knn", resume=True)
+    record = open_place(tiny.home) / RECORD
+    _, _, fixed = ready(tiny, resume=True)
+    assert not record.exists()
+    record.write_bytes(json.dumps(fixed).encode())
+    ready(changed(tiny, "search", trials=9, max_concurrent=1), resume=True)
     with pytest.raises(ConfigError, match=r"optim\.epochs: 1 there, 2 now"):
-        begin(home, changed(tiny, "optim", epochs=2), schedule, "knn", resume=True)
+        ready(changed(tiny, "optim", epochs=2), resume=True)
     with pytest.raises(ConfigError, match="already has a search; add --resume"):
-        begin(home, tiny, schedule, "knn", resume=False)
+        ready(tiny, resume=False)
     # One that an older droppos began, which did not know a field, goes on.
-    record = json.loads((home / "search.json").read_bytes())
-    del record["method.guide"]
-    (home / "search.json").write_bytes(json.dumps(record).encode())
+    del fixed["method.guide"]
+    record.write_bytes(json.dumps(fixed).encode())
     with pytest.raises(ConfigError, match=r"method\.guide: 'picture' there, 'student' now"):
-        begin(home, changed(tiny, "method", guide="student"), schedule, "knn", resume=True)
-    begin(home, tiny, schedule, "knn", resume=True)
+        ready(changed(tiny, "method", guide="student"), resume=True)
+    ready(tiny, resume=True)
 
 
 @pytest.mark.parametrize(
