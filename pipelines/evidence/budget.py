@@ -10,15 +10,11 @@ from droppos.config import Model
 from droppos.flops import FORWARD_BACKWARD, blocks, linear, step_flops
 from droppos.measure.finetune_recipe import Finetune
 from pipelines.evidence.arms import Arm
+from pipelines.evidence.recipes import changed
 from pipelines.recipe import Recipe
 
 TRAIN = 50_000
 """Pictures of an epoch."""
-
-
-def changed(recipe: Recipe, arm: Arm) -> Recipe:
-    """Give the recipe of an arm, for the recipe's own epochs."""
-    return replace(recipe, method=replace(recipe.method, **dict(arm.method)))
 
 
 def at_budget(recipe: Recipe, arm: Arm, budget: int) -> Recipe:

@@ -8,8 +8,7 @@ from typing import Any
 from droppos.config import Optim
 from droppos.measure.finetune_recipe import Finetune
 from pipelines.evidence.arms import BY_NAME, Arm
-from pipelines.evidence.budget import changed
-from pipelines.evidence.recipes import load_recipe
+from pipelines.evidence.recipes import changed, load_recipe
 from pipelines.recipe import Recipe
 
 VERSION = 2

@@ -15,7 +15,6 @@ from pipelines.evidence.arms import ARMS, BY_NAME, FIGURES, figures_of
 from pipelines.evidence.budget import (
     TRAIN,
     at_budget,
-    changed,
     supervised_at_budget,
     supervised_flops,
 )
@@ -23,7 +22,7 @@ from pipelines.evidence.outlook import outlooks
 from pipelines.evidence.page import compared, curve, differences, fill, gains, line, outlook
 from pipelines.evidence.pictures import draw
 from pipelines.evidence.protocol import FINETUNE, digest
-from pipelines.evidence.recipes import load_recipe
+from pipelines.evidence.recipes import changed, load_recipe
 from pipelines.evidence.results import Key, Row, estimate, known_rows, read_rows, write_rows
 from pipelines.evidence.study import Study
 from pipelines.evidence.work import RESULTS
