@@ -69,9 +69,9 @@ def connect(recipe: Recipe, at_once: int = 1, *, shared_decoding: bool = False) 
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus and not on_gpu and recipe.compute.device == "auto":
         _log.warning(
-            "training on CPUs: %d GPUs are too few for %d workers; lower run.workers to %d, or say "
-            "compute.device cpu",
-            *(gpus, min(recipe.sizes), gpus),
+            "training on CPUs: %d GPUs are too few for %d workers; lower run.workers, and "
+            "run.min_workers with it, to at most as many, or say compute.device cpu",
+            *(gpus, min(recipe.sizes)),
         )
     demand = Demand.of(recipe, gpu=on_gpu, shared_decoding=shared_decoding)
     return solve(read_cluster(), demand, at_once)

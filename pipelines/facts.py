@@ -141,7 +141,16 @@ def data_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Iter
 
 
 def classes_apart(one: Sequence[str] | None, other: Sequence[str] | None) -> tuple[str, str]:
-    """Count the classes of two data sets, and name the first of each that the other lacks."""
+    """Count the classes of two data sets, and name the first of each that the other lacks.
+
+    Where only their order differs, the first place where it does is named.
+    """
+    if one and other and set(one) == set(other) and list(one) != list(other):
+        place = [ours == theirs for ours, theirs in zip(one, other, strict=True)].index(False)
+        return (
+            f"{len(one)} (at {place} {one[place]!r})",
+            f"{len(other)} (at {place} {other[place]!r})",
+        )
 
     def told(own: Sequence[str] | None, beside: Sequence[str] | None) -> str:
         if own is None:

@@ -188,8 +188,10 @@ def facts_of(run: "MlflowRun") -> RunFacts:
 def next_command(run: RunFacts, where: Where) -> str:
     """Say what goes on with a run; only a pre-training keeps its whole recipe in its folder."""
     command = run.tags.get("command", "")
-    words = shlex.split(command)
+    words = command.split()
     if words[1:2] in (["search"], ["finetune"]):
+        if words[0] != "droppos":  # a launched job's, in a folder that went with the job
+            return f"droppos launch RECIPE --job {words[1]} --resume"
         return command if "--resume" in words else f"{command} --resume"
     flags = [
         f"--{name} {shlex.quote(value)}"
@@ -211,8 +213,9 @@ def recipe_of(run: RunFacts) -> Recipe:
     kept = open_place(run.home) / RECIPE
     if not kept.exists():
         raise DataError(
-            f"run {run.name} has no {kept}, so it is no pre-training; a search or a fine-tuning "
-            f"goes on by its own command and --resume, which `droppos runs {run.name}` shows"
+            f"run {run.name} has no {kept}: either its folder is not to be seen from this machine, "
+            "or it is a search or a fine-tuning, which goes on by its own command and --resume "
+            f"(`droppos runs {run.name}` names it)"
         )
     try:
         return from_dict(yaml.safe_load(kept.read_bytes()))

@@ -32,8 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Count the processes of `-n auto`: some more than CPUs, for many tests wait for a server."""
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Count the processes of `-n auto`: more than a few CPUs, for many tests wait for a server."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # xdist's own hook reads it
     return min(8, 3 * (os.cpu_count() or 1) // 2)
 
 

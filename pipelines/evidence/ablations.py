@@ -7,7 +7,7 @@ where it leans, and not how another seed would fall.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import hypot
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,7 @@ def ablate(data: Cifar, folder: Path, out: Path, say: Callable[[str], None]) -> 
     recipe = replace(
         recipe,
         data=replace(recipe.data, path=data.train, holdout=data.test),
-        # By its digest: what was searched under another recipe is another search.
-        run=replace(recipe.run, storage=str(folder), name=f"{recipe.run.name}-{protocol()}"),
+        run=replace(recipe.run, storage=str(folder), name=f"{recipe.run.name}-{_searched(recipe)}"),
     )
 
     def on_event(event: Mapping[str, Any]) -> None:
@@ -115,6 +114,14 @@ def protocol() -> str:
     """Hash what all trials share: those of another digest are not compared with these."""
     recipe = load_recipe(RECIPE)
     return digest_of(training(recipe), measuring(recipe))
+
+
+def _searched(recipe: Recipe) -> str:
+    """Hash all that a search is refused for when it has changed: then it is another search."""
+    search = recipe.search
+    return digest_of(
+        training(recipe), asdict(recipe.measure), search.space, search.algorithm, search.objective
+    )
 
 
 def missing(out: Path) -> int:

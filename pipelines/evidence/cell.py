@@ -155,7 +155,7 @@ class Cell:
         if kind == "supervised":
             return self._supervised(), None
         own = at_budget(recipe, name.about, name.budget)
-        run = replace(own.run, name="run", storage=str(self._folder), seed=name.seed)
+        run = replace(own.run, name=run_name(name.arm), storage=str(self._folder), seed=name.seed)
         own = replace(own, run=run, data=replace(own.data, path=self._data.train))
         flops = step_flops(own.model, own.method)
         self.epochs, self.gflops = own.optim.epochs, own.optim.epochs * TRAIN * flops / 1e9
@@ -277,6 +277,11 @@ class Cell:
             device=self._device,
             on_loss=lambda step, loss: say(f"fine-tuning, step {step}: loss {loss:.4f}"),
         )
+
+
+def run_name(arm: str) -> str:
+    """Name the pre-training of an arm: one of another recipe is another run, with other weights."""
+    return f"run-{digest(arm, 'weights')}"
 
 
 def untrained(recipe: Recipe, seed: int) -> VisionTransformer:

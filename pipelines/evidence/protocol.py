@@ -36,8 +36,8 @@ FINETUNE = Finetune(
 epochs. No layer learns more slowly than another, which would hold back whoever starts from
 scratch."""
 PEAK, SCRATCH_PEAK = 1e-3, 5e-4
-"""Peak learning rates after pre-training, and from scratch: the best of those that were tried on
-training pictures (docs/evidence/rates.csv)."""
+"""Peak learning rates, after pre-training and from scratch: the best of three on training pictures
+(docs/evidence/rates.csv), the first in the mean over arms."""
 TENTH_EPOCHS = 10
 """Passes over a tenth of the pictures, with labels."""
 ALL_EPOCHS = 1
@@ -58,6 +58,10 @@ def digest(arm: str, figure: str) -> str:
     """Hash what decides a figure of an arm: rows of another digest are not compared with these.
 
     What one figure is taken by is in no other's digest, so that to change it costs that one alone.
+
+    Args:
+        arm: Its name.
+        figure: Its name, or "weights" for what decides the pre-trained weights.
     """
     about, recipe = BY_NAME[arm], changed(load_recipe(), BY_NAME[arm])
     told: list[Any] = [training(recipe)]
@@ -65,8 +69,10 @@ def digest(arm: str, figure: str) -> str:
         told.append(LOCATED)
     if figure == "position":
         told.append(measuring(recipe))
-    if figure in {"tenth", "all"} or about.kind == "supervised":
-        told.append([asdict(finetuning(about)), TENTH_EPOCHS, ALL_EPOCHS])
+    if figure == "tenth":
+        told.append([asdict(finetuning(about)), TENTH_EPOCHS])
+    elif figure == "all" or about.kind == "supervised":
+        told.append([asdict(finetuning(about)), ALL_EPOCHS])
     return digest_of(*told)
 
 
@@ -74,8 +80,9 @@ def training(recipe: Recipe) -> list[Any]:
     """List what decides a training; who trains it, where, and what it logs does not."""
     data = recipe.data
     sections = (recipe.model, recipe.method, recipe.optim)
-    read = [recipe.compute.precision, data.crop_scale, data.flip, data.window]
-    return [*(asdict(section) for section in sections), *read]
+    compute = [recipe.compute.precision, recipe.compute.guide_precision]
+    read = [data.crop_scale, data.flip, data.scaled_decoding, data.window]
+    return [*(asdict(section) for section in sections), *compute, *read]
 
 
 def measuring(recipe: Recipe) -> list[Any]:

@@ -101,6 +101,7 @@ def work(
         DataError: If the CSV cannot be read.
     """
     cells, waiting = waiting, list(waiting)
+    known_as = {str(cell.name): cell for cell in cells}
     rows = _collect(out, folder, cells, say)
     at_once = study.at_once or len(os.sched_getaffinity(0))
     end = float("inf") if study.minutes is None else time.monotonic() + 60 * study.minutes
@@ -113,13 +114,13 @@ def work(
                 say(f"{cell.name}: {', '.join(cell.missing(rows))}")
                 working[str(cell.name)] = _start(cell, rows, data, folder)
             time.sleep(POLL_S)
+            ended = [name for name, process in working.items() if process.poll() is not None]
             rows = _collect(out, folder, cells, say)
-            for name, process in list(working.items()):
-                if process.poll() is not None:
-                    del working[name]
-                    if process.returncode:
-                        failed.append(_why(name, process.returncode, folder))
-                        _log.warning("%s; the others go on", failed[-1])
+            for name in ended:
+                code = working.pop(name).returncode
+                if code or known_as[name].missing(rows):
+                    failed.append(_why(name, code, folder))
+                    _log.warning("%s; the others go on", failed[-1])
     finally:
         for process in working.values():
             process.send_signal(signal.SIGTERM)
@@ -150,6 +151,11 @@ def _start(
 
 def _why(name: str, code: int, folder: Path) -> str:
     log = _folder(folder, Name.parse(name)) / "log"
+    if code == 0:
+        return (
+            f"cell {name} took figures of another recipe or protocol than the study's: was a file "
+            "edited under it?"
+        )
     if code < 0:
         killed = signal.Signals(-code).name
         hint = ": was memory short? Try a lower --at-once" if killed == "SIGKILL" else ""

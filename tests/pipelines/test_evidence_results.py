@@ -106,18 +106,19 @@ def test_rows_of_another_protocol_do_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "figures"),
     [
-        ("VERSION", -1, {"knn", "location", "tenth"}),
+        ("VERSION", -1, {"weights", "knn", "location", "tenth", "all"}),
         ("LOCATED", 7, {"location"}),
         ("TENTH_EPOCHS", 3, {"tenth"}),
-        ("FINETUNE", Finetune(), {"tenth"}),
-        ("PEAK", 1.0, {"tenth"}),
+        ("ALL_EPOCHS", 3, {"all"}),
+        ("FINETUNE", Finetune(), {"tenth", "all"}),
+        ("PEAK", 1.0, {"tenth", "all"}),
         ("SCRATCH_PEAK", 1.0, set()),
     ],
 )
 def test_what_decides_a_figure_decides_no_other(
     name: str, value: Any, figures: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = ("knn", "location", "tenth")
+    shown = ("weights", "knn", "location", "tenth", "all")
     before = {figure: digest("paper", figure) for figure in shown}
     monkeypatch.setattr(protocol, name, value)
     assert {figure for figure in shown if digest("paper", figure) != before[figure]} == figures
@@ -138,9 +139,13 @@ def test_a_recipe_may_log_and_wait_otherwise(monkeypatch: pytest.MonkeyPatch) ->
     idle = replace(recipe, run=replace(recipe.run, log_every=7))
     monkeypatch.setattr(protocol, "load_recipe", lambda: idle)
     assert digest("paper", "position") == before
-    other = replace(recipe, optim=replace(recipe.optim, warmup_epochs=7))
-    monkeypatch.setattr(protocol, "load_recipe", lambda: other)
-    assert digest("paper", "position") != before
+    for other in (
+        replace(recipe, optim=replace(recipe.optim, warmup_epochs=7)),
+        replace(recipe, compute=replace(recipe.compute, guide_precision="bf16")),
+        replace(recipe, data=replace(recipe.data, flip=False)),
+    ):
+        monkeypatch.setattr(protocol, "load_recipe", lambda other=other: other)
+        assert digest("paper", "position") != before
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"knn": {"arm": "paper"}}', '{"knn": 1}'])

@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 
 from droppos.errors import ConfigError, TrainingError
+from pipelines.evidence import protocol, rates
 from pipelines.evidence.cifar import Cifar
 from pipelines.evidence.flow import evidence
 from pipelines.evidence.protocol import digest
+from pipelines.evidence.rates import others
 from pipelines.evidence.results import Row, read_rows, write_rows
 from pipelines.evidence.study import Study
 from pipelines.evidence.work import RESULTS, known, only_study, work
+from pipelines.holdout import load_pictures
+from pipelines.prepare import prepare
 from tests.pipelines.cifar_like import prepare_like
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +76,37 @@ def test_a_cell_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
     study = Study(budget=1, seeds=1, curve=(), only=("random/0/0",))
     with pytest.raises(TrainingError, match=r"cell random/0/0 failed .*none.* its log is .*log"):
         work(study, study.cells(), nowhere, tmp_path, tmp_path / "out", lambda text: None)
+
+
+@pytest.mark.slow
+def test_a_cell_of_another_recipe_is_told(folder: Path, tmp_path: Path) -> None:
+    """Its process reads a file that was edited since the study began."""
+    data = Cifar(*(str(folder / "cifar" / "data-2" / name) for name in ("train", "tenth", "test")))
+    study = Study(budget=1, seeds=1, curve=(), only=("raw/0/0",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "VERSION", -1)
+        with pytest.raises(TrainingError, match="raw/0/0 took figures of another recipe"):
+            work(study, study.cells(), data, tmp_path, tmp_path / "out", lambda text: None)
+
+
+def test_rates_are_asked_of_pictures_that_nothing_was_learnt_from(
+    photographs: Path, tmp_path: Path
+) -> None:
+    """A picture has other names in the tenth than among all."""
+    for number, picture in enumerate(sorted(photographs.glob("*/0*.jpg"))):
+        named = tmp_path / "few" / picture.parent.name / f"{number:05d}.jpg"
+        named.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, named)
+    for source, name in ((photographs, "train"), (tmp_path / "few", "tenth")):
+        prepare(str(source), str(tmp_path / name))
+    data = Cifar(str(tmp_path / "train"), str(tmp_path / "tenth"), "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "EVERY", 1)
+        pixels, labels = others(data, (32, 32))
+    assert len(pixels) == len(labels) == 12  # two of twelve of each class
+    assert sorted(labels.tolist()) == sorted([*range(6)] * 2)
+    known = {each.numpy().tobytes() for each in load_pictures(data.tenth, (32, 32)).pixels}
+    assert not known & {each.numpy().tobytes() for each in pixels}
 
 
 def test_a_folder_has_one_study(tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ def test_the_same_run_goes_on_wherever_its_data_moved_to(tmp_path: Path) -> None
         ),
         (replace(DATA, classes=None), "classes 2 ('cat' only there) in the checkpoint, none now"),
         (
+            replace(DATA, classes=("dog", "cat")),
+            "classes 2 (at 0 'cat') in the checkpoint, 2 (at 0 'dog') now",
+        ),
+        (
             replace(DATA, classes=("cat", "dog", "owl")),
             "classes 2 in the checkpoint, 3 ('owl' only there) now",
         ),

@@ -107,6 +107,10 @@ def test_what_goes_on_with_a_run_is_named(registry: Registry, storage: Path) -> 
     assert next_command(run, secret) == "droppos resume second"
     search = replace(run, tags={"command": "droppos search ratios.yaml --run.name 'a b'"})
     assert next_command(search, there).endswith("ratios.yaml --run.name 'a b' --resume")
+    launched = replace(run, tags={"command": "cli.py search droppos-launch.yaml"})
+    assert next_command(launched, there) == "droppos launch RECIPE --job search --resume"
+    odd = replace(run, tags={"command": "droppos pretrain '--data.path s3://b/x?key=***"})
+    assert next_command(odd, there).startswith("droppos resume second")
     tuned = replace(run, tags={"command": "droppos finetune runs/vit --resume"})
     assert next_command(tuned, there) == tuned.tags["command"]
 
