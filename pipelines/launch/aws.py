@@ -60,7 +60,7 @@ class Aws:
 
     # --- before it starts -------------------------------------------------------------------
 
-    def looks(self, recipe: Recipe) -> Sequence[Look]:
+    def looks(self, recipe: Recipe, at_once: int = 1) -> Sequence[Look]:
         """List what has to be right."""
         account = self._account
         here = ("credentials", "region", "stack")
@@ -76,9 +76,11 @@ class Aws:
             Look("ssh", self._check_key),
             Look("token", ensure_token_file),
             Look("jobs", self._is_idle, after=("name", "cluster file", "ssh", "token")),
-            Look("recipe's fit", lambda: fit.described(self._fleet.fit(recipe))),
+            Look("recipe's fit", lambda: fit.described(self._fleet.fit(recipe, at_once))),
             Look("machine types", lambda: account.offered(self._fleet.types), after=here),
-            Look("quota", partial(self._check_quotas, recipe), after=(*here, "recipe's fit")),
+            Look(
+                "quota", partial(self._check_quotas, recipe, at_once), after=(*here, "recipe's fit")
+            ),
         ]
 
     @cached_property
@@ -163,8 +165,8 @@ class Aws:
             )
         return str(key)
 
-    def _check_quotas(self, recipe: Recipe) -> str:
-        uses = self._fleet.uses(recipe)
+    def _check_quotas(self, recipe: Recipe, at_once: int) -> str:
+        uses = self._fleet.uses(recipe, at_once)
         vcpus = self._account.vcpus([use.machine for use in uses])
         return check_quotas(self._account.client("service-quotas"), uses, vcpus)
 

@@ -42,8 +42,11 @@ class Backend(Protocol):
         """
         ...
 
-    def looks(self, recipe: Recipe) -> Sequence[Look]:
-        """List what has to be right before `up`; each one may be done in its turn."""
+    def looks(self, recipe: Recipe, at_once: int = 1) -> Sequence[Look]:
+        """List what has to be right before `up`, for so many of such runs at the same time.
+
+        Each one may be done in its turn.
+        """
         ...
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:

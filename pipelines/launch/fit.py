@@ -8,21 +8,30 @@ from pipelines.recipe import Recipe
 from pipelines.resources import Demand, Fit, FitError, solve
 
 
-def fitted(recipe: Recipe, cluster: Cluster, source: str) -> Fit:
-    """Fit a recipe into a cluster, as `droppos pretrain` does it there.
+def fitted(recipe: Recipe, cluster: Cluster, source: str, at_once: int = 1) -> Fit:
+    """Fit a recipe into a cluster, as `droppos pretrain` and `search` do it there.
 
     Args:
         recipe: The run.
         cluster: Before anything has grown.
         source: What says which machines there may be, for a person.
+        at_once: Such runs at the same time.
 
     Raises:
         Wrong: If it does not; with the one number to change.
     """
+    sharing = at_once > 1 and _may_share(recipe)
+    demand = Demand.of(recipe, gpu=recipe.compute.device == "cuda", shared_decoding=sharing)
     try:
-        return solve(cluster, Demand.of(recipe, gpu=recipe.compute.device == "cuda"))
+        return solve(cluster, demand, at_once)
     except FitError as error:
         raise Wrong(error.found, f"a recipe that fits {source}", error.way_out) from error
+
+
+def _may_share(recipe: Recipe) -> bool:
+    from pipelines.search_driver import may_share  # which loads Ray Tune: for searches alone
+
+    return may_share(recipe)
 
 
 def described(fit: Fit) -> str:

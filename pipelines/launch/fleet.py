@@ -64,20 +64,20 @@ class Fleet:
         """EC2's types, each once."""
         return sorted({group.machine for group in self.groups})
 
-    def fit(self, recipe: Recipe) -> Fit:
-        """Fit a recipe into it.
+    def fit(self, recipe: Recipe, at_once: int = 1) -> Fit:
+        """Fit a recipe into it, so many times at once.
 
         Raises:
             Wrong: If it does not; with the one number to change.
         """
-        return fitted(recipe, self.cluster, "the cluster's file")
+        return fitted(recipe, self.cluster, "the cluster's file", at_once)
 
-    def uses(self, recipe: Recipe) -> list[Use]:
+    def uses(self, recipe: Recipe, at_once: int = 1) -> list[Use]:
         """Tell of each kind how many there may be, and how many the recipe needs.
 
         What falls back to on demand may be there in any mixture; that it is needed cannot be said.
         """
-        added = self.fit(recipe).added
+        added = self.fit(recipe, at_once).added
         uses = [
             Use(
                 group.machine,

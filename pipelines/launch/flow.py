@@ -157,7 +157,7 @@ def _looked(
         Look("secrets", partial(request.check_secrets, recipe)),
         Look("places", partial(request.check_places, recipe, remote=remote, job=asked.job)),
         Look("working directory", _wrongly(pack, "put what is not needed into .gitignore")),
-        *backend.looks(recipe),
+        *backend.looks(recipe, asked.at_once),
         Look("run", partial(request.check_run, asked, remote=remote), after=("places",)),
         *_of_search(asked, remote),
         Look("MLflow", lambda: request.check_tracking(recipe, backend.job_env(), remote=remote)),

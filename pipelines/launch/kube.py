@@ -62,7 +62,7 @@ class Kube:
 
     # --- before it starts -------------------------------------------------------------------
 
-    def looks(self, recipe: Recipe) -> Sequence[Look]:
+    def looks(self, recipe: Recipe, at_once: int = 1) -> Sequence[Look]:
         """List what has to be right."""
         there = ("kubectl", "Kubernetes")
         return [
@@ -74,7 +74,11 @@ class Kube:
             Look("name", self._is_free, after=(*there, "KubeRay", "manifest")),
             Look("jobs", self._is_idle, after=("name",)),
             Look("data", partial(check_data, recipe), after=("places",)),
-            Look("recipe's fit", lambda: fit.described(self._fit(recipe)), after=("manifest",)),
+            Look(
+                "recipe's fit",
+                lambda: fit.described(self._fit(recipe, at_once)),
+                after=("manifest",),
+            ),
         ]
 
     @cached_property
@@ -150,8 +154,8 @@ class Kube:
         done = self._run("auth", "can-i", verb, CLUSTERS)
         return done.stdout.strip() == "yes"
 
-    def _fit(self, recipe: Recipe) -> Fit:
-        return fit.fitted(recipe, self._manifest.cluster, "the manifest")
+    def _fit(self, recipe: Recipe, at_once: int) -> Fit:
+        return fit.fitted(recipe, self._manifest.cluster, "the manifest", at_once)
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
         """Say cuda where the recipe says auto and GPUs come from zero."""

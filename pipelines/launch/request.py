@@ -32,6 +32,11 @@ class Request:
     allow_changes: bool = False
 
     @property
+    def at_once(self) -> int:
+        """Runs that the job has at the same time."""
+        return self.recipe.search.max_concurrent if self.job == "search" else 1
+
+    @property
     def entrypoint(self) -> str:
         """The job's command; it replaces the shell, which would not pass SIGTERM on."""
         command = ["python", "-m", "pipelines.cli", self.job, FILE]

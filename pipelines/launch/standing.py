@@ -43,7 +43,7 @@ class Standing:
         """Nothing beside its address."""
         return {}
 
-    def looks(self, recipe: Recipe) -> Sequence[Look]:
+    def looks(self, recipe: Recipe, at_once: int = 1) -> Sequence[Look]:
         """See whether it lets us in, and whether the data are there."""
         return [
             Look("jobs API", self._answers),

@@ -319,7 +319,7 @@ class Machines:
     def place(self) -> Mapping[str, str]:
         return {"account": "1", "region": "r"}
 
-    def looks(self, recipe: Recipe) -> Sequence[Look]:
+    def looks(self, recipe: Recipe, at_once: int = 1) -> Sequence[Look]:
         return [Look("machines", lambda: "some")]
 
     def adapted(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -641,7 +641,7 @@ def test_without_a_terminal_and_without_yes_nothing_starts(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(clone)
-    monkeypatch.setattr(Standing, "looks", lambda self, recipe: [])
+    monkeypatch.setattr(Standing, "looks", lambda self, recipe, at_once: [])
     command = ["launch", "demo", "--on", "http://127.0.0.1:9", "--data.path", "/d"]
     with pytest.raises(SystemExit) as ended:
         main(command)

@@ -33,7 +33,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("MLFLOW_TRACKING_URI", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Standing, "looks", lambda self, recipe: [])
+    monkeypatch.setattr(Standing, "looks", lambda self, recipe, at_once: [])
     monkeypatch.setattr(jobs, "RETRY_S", 0.05)
     monkeypatch.setattr(recall, "AGAIN_S", 0.02)
     monkeypatch.setattr(recall, "ARRIVE_S", 0.3)

@@ -17,7 +17,7 @@ from pipelines.launch.check import Check, Look, Wrong, look
 from pipelines.launch.errors import LaunchError
 from pipelines.launch.kube import Kube
 from pipelines.launch.record import Record, begin
-from pipelines.recipe import Data, Recipe, Run
+from pipelines.recipe import Data, Recipe, Run, Search
 from tests.jobs_server import JobsApi
 from tests.kube_api import KubeApi, kube_api
 
@@ -91,9 +91,9 @@ def backend(source: Path, **changes: Any) -> Kube:
     return Kube(record)
 
 
-def looked(kube: Kube, recipe: Recipe = RECIPE) -> dict[str, Check]:
+def looked(kube: Kube, recipe: Recipe = RECIPE, at_once: int = 1) -> dict[str, Check]:
     places = Look("places", lambda: "all in s3")
-    return {check.what: check for check in look([places, *kube.looks(recipe)])}
+    return {check.what: check for check in look([places, *kube.looks(recipe, at_once)])}
 
 
 def test_all_is_well_where_kuberay_is_and_we_may(api: KubeApi, source: Path) -> None:
@@ -102,6 +102,16 @@ def test_all_is_well_where_kuberay_is_and_we_may(api: KubeApi, source: Path) -> 
     assert checks["Kubernetes"].found == "v1.32.4"
     assert "registry.local/droppos:v1" in checks["manifest"].found
     assert "needs 8 x gpu" in checks["recipe's fit"].found
+
+
+def test_trials_that_fit_one_by_one_and_not_together_are_refused(
+    api: KubeApi, source: Path
+) -> None:
+    small = replace(RECIPE, run=replace(RECIPE.run, workers=2))
+    search = replace(small, search=Search(space=("method.sigma=grid(0, 1)",), algorithm="grid"))
+    assert looked(backend(source), search, 2)["recipe's fit"].state == "ok"
+    check = looked(backend(source), search, 9)["recipe's fit"]
+    assert check.state == "wrong" and "search.max_concurrent to" in check.way_out
 
 
 def test_no_kuberay_no_rights_and_no_image_are_told_together(api: KubeApi, source: Path) -> None:
