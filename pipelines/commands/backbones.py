@@ -10,6 +10,7 @@ from droppos.export import FormatName
 from droppos.measure.finetune_recipe import Finetune
 from pipelines.commands.flags import (
     EXPERIMENT,
+    BackboneName,
     FinetuneFlags,
     FinetuneRunFlags,
     MeasureFlags,
@@ -22,7 +23,7 @@ from pipelines.spread import Spread
 
 
 def export(
-    checkpoint: tyro.conf.Positional[str],
+    checkpoint: BackboneName,
     out: tyro.conf.Positional[str],
     format: FormatName = "timm",
     image_size: tuple[int, int] | None = None,
@@ -31,9 +32,7 @@ def export(
     """Write a backbone that others load, compared with the trained model before it says done.
 
     Args:
-        checkpoint: Folder of a checkpoint, of a run (its newest) or of an export to timm;
-            models:/NAME@ALIAS; a file of weights of the DropPos reference, MAE or timm; or
-            timm:NAME, which timm downloads.
+        checkpoint: As `BackboneName` says.
         out: Folder to write; path or s3:// URI.
         format: Whose format. torchvision and detectron2 know square pictures only; detectron2 and
             mmseg are written without those projects, and compared by mapping their names back.
@@ -49,7 +48,7 @@ def export(
 
 
 def evaluate(
-    backbone: tyro.conf.Positional[str],
+    backbone: BackboneName,
     data: tyro.conf.Positional[str],
     train: str | None = None,
     pictures: int | None = None,
@@ -63,9 +62,7 @@ def evaluate(
     """Measure a backbone: k-NN and linear probe with labels, position accuracy and rank without.
 
     Args:
-        backbone: Folder of an export to timm, of a checkpoint, or of a run; models:/NAME@ALIAS; a
-            file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm
-            downloads.
+        backbone: As `BackboneName` says.
         data: Prepared data set to measure on.
         train: Labelled data set to learn from; without it four fifths of `data`.
         pictures: Pictures to take of each data set, from all over it; all when not given.
@@ -98,7 +95,7 @@ def evaluate(
 
 
 def finetune(
-    backbone: tyro.conf.Positional[str],
+    backbone: BackboneName,
     data: tyro.conf.Positional[str],
     holdout: str,
     resume: bool = False,
@@ -110,9 +107,7 @@ def finetune(
     """Fine-tune a backbone on labelled pictures by the published recipe, and classify others.
 
     Args:
-        backbone: Folder of an export to timm, of a checkpoint, or of a run; models:/NAME@ALIAS; a
-            file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm
-            downloads.
+        backbone: As `BackboneName` says.
         data: Labelled prepared data set to train on.
         holdout: Labelled prepared data set to classify at the end.
         resume: Go on from the newest checkpoint of --storage/--name, if there is one.
@@ -142,7 +137,7 @@ def finetune(
 
 
 def look(
-    backbone: tyro.conf.Positional[str],
+    backbone: BackboneName,
     data: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path],
     track: bool = False,
@@ -153,9 +148,7 @@ def look(
     """Draw what a backbone sees and answers, and tell whether it takes shortcuts.
 
     Args:
-        backbone: Folder of an export to timm, of a checkpoint, or of a run; models:/NAME@ALIAS; a
-            file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm
-            downloads.
+        backbone: As `BackboneName` says.
         data: Prepared data set that it was not trained on.
         out: Folder of the PNGs.
         track: Write what was found of shortcuts to MLflow: to the run that made the backbone, if it

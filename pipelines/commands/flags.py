@@ -25,3 +25,11 @@ StudyFlags = Annotated[Study, tyro.conf.arg(name="")]
 WhereFlags = Annotated[Where, tyro.conf.arg(name="")]
 OnFlags = Annotated[On, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
+BackboneName = Annotated[
+    tyro.conf.Positional[str],
+    tyro.conf.arg(
+        help="Folder of an export to timm, of a checkpoint, or of a run (its newest); "
+        "models:/NAME@ALIAS; a file of weights of the DropPos reference, MAE or timm; or "
+        "timm:NAME, which timm downloads."
+    ),
+]
