@@ -101,25 +101,24 @@ def work(
         DataError: If the CSV cannot be read.
     """
     cells, waiting = waiting, list(waiting)
-    known_as = {str(cell.name): cell for cell in cells}
     rows = _collect(out, folder, cells, say)
     at_once = study.at_once or len(os.sched_getaffinity(0))
     end = float("inf") if study.minutes is None else time.monotonic() + 60 * study.minutes
-    working: dict[str, subprocess.Popen[bytes]] = {}
+    working: dict[Planned, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
     try:
         while (waiting or working) and time.monotonic() < end:
             while waiting and len(working) < at_once:
                 cell = waiting.pop(0)
                 say(f"{cell.name}: {', '.join(cell.missing(rows))}")
-                working[str(cell.name)] = _start(cell, rows, data, folder)
+                working[cell] = _start(cell, rows, data, folder)
             time.sleep(POLL_S)
-            ended = [name for name, process in working.items() if process.poll() is not None]
+            ended = [cell for cell, process in working.items() if process.poll() is not None]
             rows = _collect(out, folder, cells, say)
-            for name in ended:
-                code = working.pop(name).returncode
-                if code or known_as[name].missing(rows):
-                    failed.append(_why(name, code, folder))
+            for cell in ended:
+                code = working.pop(cell).returncode
+                if code or cell.missing(rows):
+                    failed.append(_why(cell.name, code, folder))
                     _log.warning("%s; the others go on", failed[-1])
     finally:
         for process in working.values():
@@ -149,8 +148,8 @@ def _start(
         )
 
 
-def _why(name: str, code: int, folder: Path) -> str:
-    log = _folder(folder, Name.parse(name)) / "log"
+def _why(name: Name, code: int, folder: Path) -> str:
+    log = _folder(folder, name) / "log"
     if code == 0:
         return (
             f"cell {name} took figures of another recipe or protocol than the study's: was a file "
