@@ -48,8 +48,11 @@ LOCATED = 500
 
 def finetuning(arm: Arm) -> Finetune:
     """Tell how an arm is fine-tuned; what starts from scratch has the peak rate best for that."""
-    scratch = arm.kind in {"untrained", "supervised"}
-    rate = SCRATCH_PEAK if scratch else PEAK
+    return at_peak(SCRATCH_PEAK if arm.kind in {"untrained", "supervised"} else PEAK)
+
+
+def at_peak(rate: float) -> Finetune:
+    """Give the fine-tuning a peak learning rate, at its own batch."""
     optim = replace(FINETUNE.optim, lr_per_256=rate * 256 / FINETUNE.optim.global_batch)
     return replace(FINETUNE, optim=optim)
 

@@ -9,7 +9,7 @@ them.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -27,7 +27,7 @@ from pipelines.evidence.budget import lasting
 from pipelines.evidence.cell import run_name, untrained
 from pipelines.evidence.cifar import Cifar, cifar
 from pipelines.evidence.here import finetune_here
-from pipelines.evidence.protocol import FINETUNE, TENTH_EPOCHS
+from pipelines.evidence.protocol import TENTH_EPOCHS, at_peak
 from pipelines.evidence.recipes import load_recipe
 from pipelines.evidence.tables import read_table, write_table
 from pipelines.holdout import load_pictures
@@ -62,15 +62,14 @@ def rated(name: Name, rate: float, folder: Path, tenth: str, asked: Asked) -> Ra
     Raises:
         DataError: If there is no checkpoint of it.
     """
-    recipe, optim = load_recipe(), FINETUNE.optim
-    own = replace(optim, lr_per_256=rate * 256 / optim.global_batch)
+    recipe = load_recipe()
     start = perf_counter()
     done = finetune_here(
         starting(name, folder),
         recipe.model,
         tenth,
         asked,
-        lasting(replace(FINETUNE, optim=own), TENTH_EPOCHS),
+        lasting(at_peak(rate), TENTH_EPOCHS),
         seed=name.seed,
         device=resolve_device(recipe.compute),
     )
