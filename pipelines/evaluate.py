@@ -22,7 +22,7 @@ from pipelines.backbone import Backbone, open_backbone
 from pipelines.extraction import Extracted, extract
 from pipelines.facts import classes_apart
 from pipelines.holdout import Holdout, in_known_share, load_pictures
-from pipelines.recipe import Measure, Tracking
+from pipelines.recipe import MeasureProtocol, Tracking
 from pipelines.scores import track_figures
 from pipelines.spread import Spread
 from pipelines.storage import open_place
@@ -88,7 +88,7 @@ def evaluate(
     data: str,
     *,
     train: str | None = None,
-    measure: Measure,
+    measure: MeasureProtocol,
     limit: int | None = None,
     probe: Solver = "auto",
     spread: Spread = Spread(),  # noqa: B008 - frozen
@@ -189,7 +189,7 @@ def device(spread: Spread) -> torch.device:
 
 
 def _positions(
-    trained: Backbone, data: str, measure: Measure, device: torch.device
+    trained: Backbone, data: str, measure: MeasureProtocol, device: torch.device
 ) -> PositionReport | None:
     """Ask for positions just as a run does while it trains: of the same pictures."""
     if trained.droppos is None:

@@ -24,7 +24,7 @@ from droppos.measure.position import (
 )
 from droppos.model import DropPos
 from pipelines.holdout import Pictures, protocol, spread
-from pipelines.recipe import Measure
+from pipelines.recipe import MeasureProtocol
 
 ROWS = 4
 """Photographs of the reassembly, and of attention."""
@@ -36,7 +36,7 @@ History = Callable[[str], Sequence[tuple[int, float]]]
 
 
 def draw_gallery(
-    model: DropPos, measure: Measure, pictures: Pictures, history: History, folder: Path
+    model: DropPos, measure: MeasureProtocol, pictures: Pictures, history: History, folder: Path
 ) -> tuple[PositionReport, list[Path]]:
     """Draw a run: its answers to held-out pictures, what its encoder sees in them, its curves.
 
@@ -55,7 +55,7 @@ def draw_gallery(
 
 
 def draw_answers(
-    model: DropPos, measure: Measure, pictures: Pictures, folder: Path
+    model: DropPos, measure: MeasureProtocol, pictures: Pictures, folder: Path
 ) -> tuple[PositionReport, list[Path]]:
     """Ask the model for positions on held-out pictures, and draw its answers.
 

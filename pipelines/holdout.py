@@ -33,7 +33,7 @@ from droppos.parallel import precision, unwrap
 from droppos.pictures import center_crop
 from pipelines.backbone import from_checkpoint
 from pipelines.checkpoints import Saved
-from pipelines.recipe import Measure, Recipe
+from pipelines.recipe import MeasureProtocol, Recipe
 from pipelines.shards import Group, Manifest, Picture, load_manifest, read_row_group
 from pipelines.storage import Place, open_place
 
@@ -137,7 +137,7 @@ def in_known_share(keys: list[str]) -> Bool[Tensor, "P"]:
     return torch.tensor([int.from_bytes(d, "big") / 2**32 < KNOWN_SHARE for d in digests])
 
 
-def protocol(measure: Measure) -> Method:
+def protocol(measure: MeasureProtocol) -> Method:
     """Make the method that draws the protocol's masks."""
     return Method(mask_ratio=measure.mask_ratio, position_mask_ratio=measure.position_mask_ratio)
 
@@ -146,7 +146,7 @@ class Holdout:
     """Held-out pictures and what is asked of them; the same in a run and of its checkpoint."""
 
     def __init__(
-        self, measure: Measure, compute: Compute, pictures: Pictures, device: torch.device
+        self, measure: MeasureProtocol, compute: Compute, pictures: Pictures, device: torch.device
     ) -> None:
         self._measure, self._compute, self._device = measure, compute, device
         self._pictures = pictures.pixels

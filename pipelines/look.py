@@ -11,7 +11,7 @@ from droppos.model import DropPos
 from pipelines.backbone import open_backbone
 from pipelines.gallery import draw_answers, draw_sight
 from pipelines.holdout import Pictures, load_pictures, protocol
-from pipelines.recipe import Measure, Tracking
+from pipelines.recipe import MeasureProtocol, Tracking
 from pipelines.scores import track_figures
 from pipelines.storage import open_place
 
@@ -40,7 +40,7 @@ def look(
     data: str,
     out: Path,
     *,
-    measure: Measure,
+    measure: MeasureProtocol,
     heads: Heads = Heads(),  # noqa: B008 - frozen
 ) -> Look:
     """Draw what a backbone makes of a data set, and look for shortcuts.
@@ -93,7 +93,7 @@ def track(seen: Look, tracking: Tracking) -> str:
     )
 
 
-def find_shortcuts(model: DropPos, measure: Measure, pictures: Pictures) -> ShortcutReport:
+def find_shortcuts(model: DropPos, measure: MeasureProtocol, pictures: Pictures) -> ShortcutReport:
     """Look for shortcuts under the protocol.
 
     Args:

@@ -189,15 +189,13 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measure:
+class MeasureProtocol:
     """The fixed protocol by which runs are compared: held-out pictures, same masks for all.
 
     Its ratios stay what they are when method.mask_ratio is searched; otherwise an easier
     task would look like a better model.
     """
 
-    every_epochs: int = 10
-    """Epochs between two measurements on the held-out pictures; the end always has one."""
     mask_ratio: float = 0.75
     """Fraction of patches hidden while measuring, in [0, 1)."""
     position_mask_ratio: float = 0.75
@@ -207,6 +205,18 @@ class Measure:
     where their number is the same, and k-NN wants some tens of each class."""
     seed: int = 0
     """Seed of the masks."""
+
+    def __post_init__(self) -> None:
+        Method(mask_ratio=self.mask_ratio, position_mask_ratio=self.position_mask_ratio)
+        require(self.pictures > 0, "measure.pictures", self.pictures, "positive", "1024")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure(MeasureProtocol):
+    """The protocol, and when and where a run is measured by it."""
+
+    every_epochs: int = 10
+    """Epochs between two measurements on the held-out pictures; the end always has one."""
     aside: bool = False
     """Measure a checkpoint in a process of its own while training goes on, and not all workers in
     the training loop while it waits. A checkpoint is made at each such epoch; its figures come a
@@ -216,10 +226,9 @@ class Measure:
     """CPUs that are reserved for it; a GPU that is free when it begins is taken as well."""
 
     def __post_init__(self) -> None:
-        require(self.aside_cpus > 0, "measure.aside_cpus", self.aside_cpus, "positive", "1")
-        Method(mask_ratio=self.mask_ratio, position_mask_ratio=self.position_mask_ratio)
+        MeasureProtocol.__post_init__(self)  # super() does not know a class with slots
         require(self.every_epochs > 0, "measure.every_epochs", self.every_epochs, "positive", "10")
-        require(self.pictures > 0, "measure.pictures", self.pictures, "positive", "1024")
+        require(self.aside_cpus > 0, "measure.aside_cpus", self.aside_cpus, "positive", "1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

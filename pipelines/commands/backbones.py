@@ -18,7 +18,7 @@ from pipelines.commands.flags import (
 )
 from pipelines.commands.speech import announce, console
 from pipelines.finetune_run import FinetuneRun
-from pipelines.recipe import Measure, Recipe, Tracking
+from pipelines.recipe import MeasureProtocol, Recipe, Tracking
 from pipelines.spread import Spread
 
 
@@ -55,7 +55,7 @@ def evaluate(
     probe: Literal["auto", "lbfgs", "sgd", "lars"] = "auto",
     track: bool = False,
     spread: SpreadFlags = Spread(cache="droppos-runs/features"),  # noqa: B008 - frozen
-    measure: MeasureFlags = Measure(),  # noqa: B008 - frozen
+    measure: MeasureFlags = MeasureProtocol(),  # noqa: B008 - frozen
     heads: Heads = Heads(),  # noqa: B008 - frozen
     tracking: Tracking = Tracking(),  # noqa: B008 - frozen
 ) -> None:
@@ -141,7 +141,7 @@ def look(
     data: tyro.conf.Positional[str],
     out: tyro.conf.Positional[Path],
     track: bool = False,
-    measure: MeasureFlags = Measure(pictures=256),  # noqa: B008 - frozen
+    measure: MeasureFlags = MeasureProtocol(pictures=256),  # noqa: B008 - frozen
     heads: Heads = Heads(),  # noqa: B008 - frozen
     tracking: Tracking = Tracking(),  # noqa: B008 - frozen
 ) -> None:

@@ -9,14 +9,14 @@ from pipelines.evidence.study import Study
 from pipelines.finetune_run import FinetuneRun
 from pipelines.launch.on import On
 from pipelines.plan.question import Question
-from pipelines.recipe import Measure, Recipe
+from pipelines.recipe import MeasureProtocol, Recipe
 from pipelines.spread import Spread
 from pipelines.tracking import Where
 
 STORAGE, EXPERIMENT = Where().storage, Where().experiment
 
 RecipeFlags = Annotated[Recipe, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
-MeasureFlags = Annotated[Measure, tyro.conf.FlagConversionOff]
+MeasureFlags = Annotated[MeasureProtocol, tyro.conf.FlagConversionOff]
 FinetuneFlags = Annotated[Finetune, tyro.conf.arg(name="")]
 FinetuneRunFlags = Annotated[FinetuneRun, tyro.conf.arg(name="")]
 QuestionFlags = Annotated[Question, tyro.conf.arg(name="")]

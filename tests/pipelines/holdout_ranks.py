@@ -16,11 +16,11 @@ from torch.multiprocessing import start_processes  # pyright: ignore[reportPriva
 from droppos.config import Compute, Method
 from droppos.parallel import build
 from pipelines.holdout import Holdout, Pictures
-from pipelines.recipe import Measure
+from pipelines.recipe import MeasureProtocol
 from tests.droppos.ranks import MODEL, Case, groups
 
 COMPUTE = Compute(strategy="single", precision="float32", device="cpu")
-MEASURE = Measure(mask_ratio=0.25)
+MEASURE = MeasureProtocol(mask_ratio=0.25)
 PICTURES = 75
 """Three batches, the last of them short."""
 CASES = (

@@ -19,7 +19,7 @@ from pipelines import evaluate as job
 from pipelines.evaluate import Evaluation, Probe, evaluate, track
 from pipelines.holdout import choose
 from pipelines.prepare import prepare
-from pipelines.recipe import Measure, Tracking
+from pipelines.recipe import MeasureProtocol, Tracking
 from pipelines.report import evaluation_rows
 from pipelines.scores import Origin, name_in
 from pipelines.shards import load_manifest
@@ -27,7 +27,7 @@ from pipelines.spread import Spread
 from pipelines.storage import open_place
 from tests.droppos.tiny import TINY
 
-MEASURE = Measure(mask_ratio=0.25, pictures=20)
+MEASURE = MeasureProtocol(mask_ratio=0.25, pictures=20)
 
 
 @pytest.fixture(scope="module")

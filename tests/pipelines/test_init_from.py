@@ -26,7 +26,7 @@ from pipelines.facts import facts
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.pretrain import located, pretrain
-from pipelines.recipe import Data, Measure, Recipe, Run, Tracking
+from pipelines.recipe import Data, MeasureProtocol, Recipe, Run, Tracking
 from pipelines.start import RECORD, WEIGHTS, keep_start, load_start, started_from
 from pipelines.storage import Place, open_place
 from pipelines.worker import create_state
@@ -217,10 +217,12 @@ def test_a_reference_checkpoint_is_evaluated_and_exported(
     heads = Heads(encoder=4, decoder=4)
     data = str(tmp_path / "data")
     prepare(str(photographs), data)
-    measured = evaluate(str(file), data, measure=Measure(pictures=12), heads=heads, limit=40)
+    measured = evaluate(
+        str(file), data, measure=MeasureProtocol(pictures=12), heads=heads, limit=40
+    )
     assert measured.position is not None and measured.knn is not None
     report = export_checkpoint(str(file), str(tmp_path / "out"), heads=heads)
-    again = evaluate(str(report.path), data, measure=Measure(pictures=12), limit=40)
+    again = evaluate(str(report.path), data, measure=MeasureProtocol(pictures=12), limit=40)
     assert again.position is not None
     assert again.position.accuracy == measured.position.accuracy
     assert (again.knn, again.effective_rank) == (measured.knn, measured.effective_rank)
