@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Literal
 
 import numpy as np
 
-from pipelines.ranking import repeat_deviation, without_seed
+from pipelines.ranking import Repeats, Setting, repeats_of, settings_of
 from pipelines.space import Point, Space
 
 
@@ -41,16 +41,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """How far the best trial is ahead of other settings, and what to hold against that."""
+    """How far the best setting is ahead of the next, and what to hold against that.
+
+    A setting is all that was searched but run.seed, and stands at the mean over its seeds.
+    """
 
     second: Row
-    """The best of another setting, where run.seed is no setting."""
+    """The best trial of the next setting."""
     by: float
+    error: float
+    """Standard error of it for each unit of the deviation between seeds: less, of more seeds."""
+    settings: int
     spread: float
-    """Standard deviation over all finished trials: what the settings, and chance, change."""
-    repeats: float | None
-    """Standard deviation over trials of one setting: what chance alone changes. None where no
-    setting was run twice."""
+    """Standard deviation over them: what the values, and chance, change."""
+    repeats: Repeats | None
+    """What chance alone changes; None where no setting was run twice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +75,9 @@ class Findings:
     notes: Sequence[str]
     sharing: Mapping[str, float] | None
     """What a shared stream cost, in words and numbers."""
+    scheduled: bool = False
+    """Whether values changed while trials ran (population-based training): then a trial's score is
+    not that of its last ones."""
 
     def objective_of(self, row: Row) -> float | None:
         """Find what a trial is ranked by."""
@@ -90,19 +98,32 @@ class Findings:
     def winner(self) -> Row | None:
         """The best trial."""
         named = [row for row in self.rows if row.name == self.best]
-        return next(iter(named or self.finished), None)
+        settings = self.settings
+        found = named or [self.finished[setting.trials[0]] for setting in settings[:1]]
+        return next(iter(found), None)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Finished trials by their setting, the best on average first."""
+        done = self.finished
+        values = [self.objective_of(row) or 0.0 for row in done]
+        return settings_of([row.point for row in done], values)
 
     @property
     def lead(self) -> Lead | None:
-        """The best trial's lead, where two or more settings finished."""
-        done = self.finished
-        values = [self.objective_of(row) or 0.0 for row in done]
-        for row, value in zip(done, values, strict=True):
-            if without_seed(row.point) != without_seed(done[0].point):
-                spread = float(np.std(values, ddof=1))
-                repeats = repeat_deviation([row.point for row in done], values)
-                return Lead(row, values[0] - value, spread, repeats)
-        return None
+        """The best setting's lead, where two or more finished."""
+        settings = self.settings
+        if len(settings) < 2:
+            return None
+        first, second = settings[:2]
+        return Lead(
+            second=self.finished[second.trials[0]],
+            by=first.mean - second.mean,
+            error=sqrt(1 / len(first.values) + 1 / len(second.values)),
+            settings=len(settings),
+            spread=float(np.std([setting.mean for setting in settings], ddof=1)),
+            repeats=repeats_of(settings),
+        )
 
     def _ordered(self, rows: Sequence[Row]) -> list[Row]:
         def key(row: Row) -> tuple[bool, float]:

@@ -78,7 +78,9 @@ class Tpe:
         self._asked = 0
         # Another seed when it goes on: the same one would draw what was tried before.
         sampler = optuna.samplers.TPESampler(
-            seed=seed + len(table), n_startup_trials=max(3, min(10, trials // 3))
+            seed=seed + len(table),
+            n_startup_trials=max(3, min(10, trials // 3)),
+            constant_liar=True,  # or those side by side would be drawn near one another
         )
         self._search = OptunaSearch(
             OptunaSearch.convert_search_space(dict(to_tune(space))),
@@ -245,7 +247,7 @@ def scheduler_of(recipe: Recipe, table: TrialTable) -> TrialScheduler:
         stop_last_trials=False,
     )
     for record in table:
-        if record.ended:
+        if record.steps:  # those that go on, too, or the rungs would know the losers alone
             known: Any = SimpleNamespace(trial_id=record.name)
             nobody: Any = None
             asha.on_trial_add(nobody, known)

@@ -3,6 +3,8 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -16,6 +18,8 @@ FEWEST_TRUSTED = 10
 """Finished trials below which an importance is not to be trusted."""
 FEWEST_RANKED = 3
 """Trials from which on a rank correlation is told; two always agree or disagree fully."""
+DRAWN = 5000
+"""Searches over equally good settings that a lead is held against."""
 
 
 def importances(
@@ -165,18 +169,71 @@ def could_be_chance(correlation: float, trials: int) -> bool:
     return abs(correlation) < 1.96 / np.sqrt(trials - 1)
 
 
-def repeat_deviation(points: Sequence[Point], values: Sequence[float]) -> float | None:
-    """Pool the standard deviation over trials whose settings are equal but for the seed."""
-    groups: dict[tuple[tuple[str, Value], ...], list[float]] = {}
-    for point, value in zip(points, values, strict=True):
-        groups.setdefault(without_seed(point), []).append(value)
-    repeated = [group for group in groups.values() if len(group) > 1]
-    if not repeated:
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Trials whose values are equal but for the seed, by which only chance goes."""
+
+    trials: tuple[int, ...]
+    """Where they stand among all trials, the best first."""
+    values: tuple[float, ...]
+    """Objective of each."""
+
+    @property
+    def mean(self) -> float:
+        """What it is ranked by: the best of more seeds would be the luckier one."""
+        return float(np.mean(self.values))
+
+
+def settings_of(points: Sequence[Point], values: Sequence[float]) -> list[Setting]:
+    """Group trials by their setting, the best on average first.
+
+    Args:
+        points: Of finished trials.
+        values: Objective of each, larger is better.
+    """
+    groups: dict[tuple[tuple[str, Value], ...], list[int]] = {}
+    for number, point in enumerate(points):
+        groups.setdefault(_without_seed(point), []).append(number)
+    ordered = [sorted(group, key=lambda number: -values[number]) for group in groups.values()]
+    settings = [Setting(tuple(one), tuple(values[number] for number in one)) for one in ordered]
+    return sorted(settings, key=lambda setting: -setting.mean)
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """What chance alone changes, from settings that were run with several seeds."""
+
+    deviation: float
+    """Standard deviation, pooled over those settings."""
+    freedom: int
+    """Its degrees of freedom: trials less settings."""
+
+
+def repeats_of(settings: Sequence[Setting]) -> Repeats | None:
+    """Pool the standard deviation within settings; None where none was run twice."""
+    freedom = sum(len(setting.values) - 1 for setting in settings)
+    if not freedom:
         return None
-    squares = sum(float(np.var(group) * len(group)) for group in repeated)
-    return float(np.sqrt(squares / sum(len(group) - 1 for group in repeated)))
+    squares = sum(float(np.var(setting.values)) * len(setting.values) for setting in settings)
+    return Repeats(float(np.sqrt(squares / freedom)), freedom)
 
 
-def without_seed(point: Point) -> tuple[tuple[str, Value], ...]:
-    """List a trial's settings, but not what only chance goes by."""
+def chance_of_lead(ratio: float, settings: int) -> float:
+    """Tell how often the best of so many equally good settings leads by so much or more.
+
+    Args:
+        ratio: Lead of the best over the second, in standard deviations over all settings.
+        settings: How many, 2 or more. Of two the lead is 1.41 deviations, whatever it is.
+    """
+    leads = _leads_of_chance(settings)
+    return 1 - float(np.searchsorted(leads, ratio * (1 - 1e-9))) / len(leads)
+
+
+@cache
+def _leads_of_chance(settings: int) -> np.ndarray:
+    drawn = np.sort(np.random.default_rng(0).standard_normal((DRAWN, settings)), axis=1)
+    return np.sort((drawn[:, -1] - drawn[:, -2]) / drawn.std(axis=1, ddof=1))
+
+
+def _without_seed(point: Point) -> tuple[tuple[str, Value], ...]:
     return tuple(sorted((name, value) for name, value in point.items() if name != "run.seed"))

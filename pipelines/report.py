@@ -100,6 +100,9 @@ def show_outcome(console: Console, recipe: Recipe, outcome: Outcome) -> None:
 
 def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> None:
     """Tell how the trials compare, the best first, and what to do next."""
+    from pipelines.search_outcome import findings_of
+    from pipelines.verdict import verdict
+
     by = f"Trials, by {outcome.objective} on held-out pictures"
     table = Table(title=by, title_justify="left")
     fields = list(outcome.trials[0].point) if outcome.trials else []
@@ -107,7 +110,13 @@ def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> Non
     for column in ("trial", *columns, outcome.objective, "state"):
         table.add_column(column, overflow="fold")
     for trial in sorted(
-        outcome.trials, key=lambda trial: (trial.objective is None, -(trial.objective or 0))
+        outcome.trials,
+        key=lambda trial: (
+            trial is not outcome.best,
+            trial.state != "finished",  # the others were measured earlier
+            trial.objective is None,
+            -(trial.objective or 0),
+        ),
     ):
         values = [
             f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -119,6 +128,8 @@ def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> Non
     for trial in outcome.trials:
         if trial.error is not None:
             console.print(f"{escape(trial.name)}: {escape(trial.error)}", highlight=False)
+    for sentence in verdict(findings_of(recipe, outcome, None)):
+        console.print(escape(sentence), highlight=False, soft_wrap=True)
     if outcome.best is not None:
         print_table(console, "Best", [("checkpoint", outcome.best.checkpoint or "")])
     console.print(f"report: {escape(str(outcome.folder / 'report.html'))}", soft_wrap=True)

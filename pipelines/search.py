@@ -10,6 +10,7 @@ held-out pictures under one protocol for all (recipe.measure); docs/figures.md t
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipelines.ledger import Ledger
 from pipelines.order import Schedule
 from pipelines.pretrain import located, plan
 from pipelines.proposals import scheduler_of, source_of
+from pipelines.ranking import Setting, settings_of
 from pipelines.recipe import Objective, Recipe
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.search_driver import Driver
@@ -158,18 +160,16 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
     """Write table, report and best recipe: on this machine, to storage and to MLflow."""
     recipe, table = run.recipe, run.table
     finished = [record for record in table if record.state == "finished"]
-    judged = [(record.objective, record) for record in finished if record.objective is not None]
-    score, best = max(judged, key=lambda each: each[0], default=(0.0, None))
+    judged = [(record, record.objective) for record in finished if record.objective is not None]
+    settings = settings_of([record.point for record, _ in judged], [value for _, value in judged])
+    best, score = judged[settings[0].trials[0]] if settings else (None, 0.0)
     files = {TABLE_FILE: table.text(run.objective)}
     if best is not None:
         ledger.log(len(finished), {f"search/best_{run.objective}": score})
         point = {f"best.{name}": str(value) for name, value in best.point.items()}
         ledger.tag({**point, "best.trial": best.name})
-        files["best.yaml"] = (
-            f"# Best of {len(finished)} finished trials: {run.objective} {score:.4f}, "
-            f"{best.name}.\n# `droppos pretrain best.yaml` runs it anew.\n"
-            + to_yaml(best_recipe(recipe, run.schedule, best))
-        )
+        told = _told_of_best(recipe, best, run.objective, settings)
+        files["best.yaml"] = told + to_yaml(best_recipe(recipe, run.schedule, best))
     outcome = SearchOutcome(
         home=recipe.home,
         objective=run.objective,
@@ -192,6 +192,26 @@ def conclude(run: Driver, shared: Shared | None, ledger: Ledger) -> SearchOutcom
         except DataError as error:
             logger.warning("%s is here and in MLflow, but not in storage: %s", name, error)
     return outcome
+
+
+def _told_of_best(
+    recipe: Recipe, best: Record, objective: Objective, settings: Sequence[Setting]
+) -> str:
+    """Head the best trial's recipe with what it scored, and what to expect of it."""
+    first = settings[0]
+    trials = sum(len(setting.trials) for setting in settings)
+    lines = [f"Best of {trials} finished trials: {objective} {first.values[0]:.4f}, {best.name}."]
+    if len(first.trials) > 1:
+        lines.append(f"Its setting has {first.mean:.4f} on average over {len(first.trials)} seeds.")
+    if recipe.search.scheduler == "pbt":
+        lines.append(
+            "Values changed on the way, and these are the last ones: its weights, which came of "
+            f"all of them, are in {best.checkpoint}."
+        )
+    lines.append(
+        "`droppos pretrain best.yaml` runs it anew; the best of several is lucky, too: expect less."
+    )
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def best_recipe(recipe: Recipe, schedule: Schedule, best: Record) -> Recipe:

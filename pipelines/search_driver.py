@@ -38,6 +38,10 @@ DRIVER = {"CPU": 0, "memory": 1e6}
 """What Tune reserves for a trial's own process. It must be something; not a CPU, for those are
 all shared out to training and decoding."""
 
+AT_HEAD = {"node:__internal_head__": 0.001}
+"""Ray's own name for the head, there as long as the cluster is: a spot machine that goes would
+take the bell along, and nobody could end the search. A bell that starts again is rung again."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -101,7 +105,9 @@ class Driver(Callback):
         if sharing:
             # Well before a trial that waits is itself taken to hang.
             self._sharing = Sharing.start(capacity, self.recipe.run.hang_timeout_s / 4)
-        self._bell = ray.remote(num_cpus=0)(Bell).remote()
+        self._bell = (
+            ray.remote(Bell).options(num_cpus=0, resources=AT_HEAD, max_restarts=-1).remote()
+        )
         common = Common(
             recipe, self.schedule, self.objective, ledger.run_id, self._sharing, self._bell
         )

@@ -15,6 +15,7 @@ from pipelines.ranking import FEWEST_TRUSTED, importances
 from pipelines.space import Dimension, Value
 from pipelines.verdict import figure_label, setting
 
+SCHEDULED = "Values changed while trials ran, so a score is not that of a trial's last ones."
 MASK, DROP = "method.mask_ratio", "method.position_mask_ratio"
 
 
@@ -103,6 +104,8 @@ def ratios_part(findings: Findings) -> Part:
         return Part(title, f"{' and '.join(absent)} {was} not searched.")
     if not findings.finished:
         return Part(title, "No trial has finished.")
+    if findings.scheduled:
+        return Part(title, SCHEDULED)
     pair = [by_name[MASK], by_name[DROP]]
     axes = [_axis(dimension, findings.rows) for dimension in pair]
     axes[1] = replace(axes[1], label=f"{axes[1].label}\n(drop ratio)")
@@ -122,6 +125,8 @@ def ratios_part(findings: Findings) -> Part:
 def importance_part(findings: Findings) -> Part:
     """Draw which field explains the differences."""
     title = "Which field matters"
+    if findings.scheduled:
+        return Part(title, SCHEDULED)
     names = [dimension.field for dimension in findings.dimensions]
     done = [row for row in findings.finished if all(name in row.point for name in names)]
     values = [findings.objective_of(row) or 0.0 for row in done]

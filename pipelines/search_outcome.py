@@ -20,7 +20,7 @@ class SearchOutcome:
     trials: list[Record]
     """In the order in which they began."""
     best: Record | None
-    """The finished one with the highest objective."""
+    """The best of the setting that is best on average over its seeds; of finished ones."""
     folder: Path
     """Where report.html, trials.json and best.yaml are, on this machine."""
     tracking_run: str
@@ -60,6 +60,12 @@ def findings_of(recipe: Recipe, outcome: SearchOutcome, best_yaml: str | None) -
         notes.append(f"The search was interrupted: {outcome.left} of its trials did not end.")
     if recipe.search.scheduler == "asha":
         notes.append("Trials that ended early were behind others at the same epoch.")
+    if recipe.search.scheduler == "pbt":
+        notes.append(
+            "Values changed while trials ran: those of a trial are its last ones, and what it "
+            "scored came of all it had, and of weights that it took over from others. A run with "
+            "the last ones from the beginning is another experiment."
+        )
     shared = outcome.shared
     return Findings(
         name=recipe.run.name,
@@ -75,6 +81,7 @@ def findings_of(recipe: Recipe, outcome: SearchOutcome, best_yaml: str | None) -
             f"{measure.position_mask_ratio:.0%} of the others dropped."
         ),
         notes=notes,
+        scheduled=recipe.search.scheduler == "pbt",
         sharing=None
         if shared is None
         else {

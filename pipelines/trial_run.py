@@ -125,7 +125,9 @@ class TrialRun(tune.Trainable):
         self._progress = Progress(common.objective, trial.optim.epochs)
         self._stop = Event()
         self._running: Future[Outcome] | None = None
-        self._adopted = False
+        # Its newest checkpoint may be another trial's, of other values, that an earlier process
+        # of this one went on from and was killed before it made one of its own.
+        self._adopted = common.recipe.search.scheduler == "pbt"
 
     def step(self) -> dict[str, Any]:
         """Tell of the next measurement, or after a second how far the run is."""

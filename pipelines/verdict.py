@@ -3,11 +3,13 @@
 from collections import Counter
 
 from droppos.draw.trials import words
+from droppos.measure.intervals import student_95
 from pipelines.findings import Findings, Lead, Row
+from pipelines.ranking import chance_of_lead
 
-LARGE, SMALL = 1.0, 0.5
-"""A lead of so many standard deviations is called large, or small. Were all settings equally good,
-the best of 10 to 100 trials would lead by 0.4 to 0.5 on average."""
+RARE, COMMON = 0.05, 0.5
+"""A lead is called large that so few searches over equally good settings would show, and small that
+so many would."""
 
 EQUAL = 1e-12
 """A spread below which objectives do not differ."""
@@ -35,10 +37,12 @@ def verdict(findings: Findings) -> list[str]:
     return [*told, _belief(findings), _counts(findings)]
 
 
-def setting(row: Row) -> str:
-    """Write a trial's values, by the fields' last names."""
+def setting(row: Row, *, seed: bool = True) -> str:
+    """Write a trial's values, by the fields' last names; without its seed, of all its setting."""
     return ", ".join(
-        f"{name.rpartition('.')[2]} {words(value)}" for name, value in row.point.items()
+        f"{name.rpartition('.')[2]} {words(value)}"
+        for name, value in row.point.items()
+        if seed or name != "run.seed"
     )
 
 
@@ -53,10 +57,16 @@ def short_names(findings: Findings) -> dict[str, str]:
 
 
 def _best(findings: Findings, best: Row) -> str:
-    value = findings.objective_of(best)
     label = figure_label(findings.objective)
-    reached = f"{label} {value:.4f}" if value is not None else f"no {label} measured"
     name = short_names(findings)[best.name]
+    first = next(iter(findings.settings), None)
+    if first is not None and len(first.values) > 1:
+        return (
+            f"Best is {setting(best, seed=False) or 'the one setting'}: {label} {first.mean:.4f}, "
+            f"the mean of {len(first.values)} seeds (trial {name} has {first.values[0]:.4f})."
+        )
+    value = findings.objective_of(best)
+    reached = f"{label} {value:.4f}" if value is not None else f"no {label} measured"
     return f"Best is {setting(best) or best.name}: {reached} (trial {name})."
 
 
@@ -69,35 +79,36 @@ def _belief(findings: Findings) -> str:
         return "Only one setting has finished, so there is nothing to compare it with."
     if lead.spread < EQUAL:
         return f"All {len(done)} finished trials have the same objective, so none is better."
-    ratio = lead.by / lead.spread
-    size = "large" if ratio >= LARGE else "small" if ratio < SMALL else "moderate"
-    behind = f"It leads the next setting, {setting(lead.second)}, by {lead.by:.4f}"
-    against = f"{ratio:.2g} of the standard deviation of finished trials ({lead.spread:.4f})"
-    return f"{behind}, which is {size}: {against}. {_chance(findings, lead)}"
+    behind = f"It leads the next setting, {setting(lead.second, seed=False)}, by {lead.by:.4f}"
+    return f"{behind}{_size(lead)}. {_chance(lead)}"
 
 
-def _chance(findings: Findings, lead: Lead) -> str:
-    best = findings.winner
-    top = None if best is None else findings.objective_of(best)
-    if lead.repeats is not None:
-        clear = lead.by > 3 * lead.repeats
-        among = "stands clear of" if clear else "is within"
-        return (
-            f"Equal settings run again differ by {lead.repeats:.4f} (standard deviation), so the "
-            f"lead {among} what chance does."
-        )
-    unknown = (
-        "No setting was run twice, so how much chance alone changes is not known; run the best "
-        "ones with other values of run.seed before you build on it."
+def _size(lead: Lead) -> str:
+    """Hold a lead against those that equally good settings would have: the best is the luckiest."""
+    if lead.settings == 2:
+        return ""  # their lead is always the same number of their deviations
+    chance = chance_of_lead(lead.by / lead.spread, lead.settings)
+    size = "large" if chance < RARE else "small" if chance > COMMON else "moderate"
+    return (
+        f", which is {size}: the best of {lead.settings} equally good settings would lead by so "
+        f"much of their spread in {chance:.0%} of searches"
     )
-    near = [
-        row
-        for row in findings.finished
-        if top is not None and top - (findings.objective_of(row) or 0) <= SMALL * lead.spread
-    ]
-    if lead.by >= SMALL * lead.spread or len(near) < 2:
-        return unknown
-    return f"{len(near)} trials lie that close to the top, the best among them. {unknown}"
+
+
+def _chance(lead: Lead) -> str:
+    if lead.repeats is None:
+        return (
+            "No setting was run twice, so how much chance alone changes is not known; run the best "
+            "ones with other values of run.seed before you build on it. The best of several is "
+            "lucky, too: expect less when it runs anew."
+        )
+    beyond = student_95(lead.repeats.freedom) * lead.repeats.deviation * lead.error
+    among = "stands clear of" if lead.by > beyond else "is within"
+    return (
+        f"Equal settings run again differ by {lead.repeats.deviation:.4f} (standard deviation), so "
+        f"the lead {among} what chance does: two equally good ones lie within {beyond:.4f} of each "
+        "other 19 times of 20."
+    )
 
 
 def _counts(findings: Findings) -> str:

@@ -8,6 +8,17 @@ from droppos.errors import DataError
 
 Z_95 = 1.959963984540054
 """Half-width of the central 95 % of a standard normal."""
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The same of Student's t, for 1 degree of freedom and more."""
+
+
+def student_95(freedom: int) -> float:
+    """Tell the half-width of the central 95 % of Student's t; beyond 9, the normal's.
+
+    Args:
+        freedom: Degrees of freedom, 1 or more.
+    """
+    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else Z_95
 
 
 def wilson(hits: float, total: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from droppos.measure.intervals import Z_95
+from droppos.measure.intervals import student_95
 from pipelines.evidence.arms import BY_NAME
 from pipelines.evidence.protocol import digest
 from pipelines.evidence.tables import read_table, write_table
@@ -56,10 +56,6 @@ class Row:
     def command(self) -> str:
         """What a person types to get it again."""
         return f"droppos evidence --only {self.arm}/{self.budget}/{self.seed} --again"
-
-
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantile of Student's t, for 1 degree of freedom and more; beyond, the normal's."""
 
 
 def read_rows(file: Path) -> dict[Key, Row]:
@@ -123,5 +119,5 @@ def estimate(values: Iterable[float]) -> Estimate | None:
         return None
     if len(known) == 1:
         return Estimate(known[0], None, 1)
-    quantile = STUDENT[len(known) - 2] if len(known) - 2 < len(STUDENT) else Z_95
-    return Estimate(mean(known), quantile * stdev(known) / sqrt(len(known)), len(known))
+    half = student_95(len(known) - 1) * stdev(known) / sqrt(len(known))
+    return Estimate(mean(known), half, len(known))

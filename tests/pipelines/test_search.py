@@ -33,7 +33,8 @@ from pipelines.search_screen import SearchScreen
 from pipelines.space import Point
 from pipelines.storage import open_place
 from pipelines.tracking import tracking_uri
-from pipelines.trials import Record, TrialTable, trial_recipe
+from pipelines.trial_run import Common, TrialRun
+from pipelines.trials import Record, State, TrialTable, trial_recipe
 
 pytestmark = [
     # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
@@ -149,20 +150,32 @@ def test_tpe_ends_when_a_space_is_drawn_out(tiny: Recipe) -> None:
     assert sorted(point["method.sigma"] for point in points) == [0, 1]  # type: ignore[type-var]
 
 
-def test_asha_knows_of_trials_that_ended_before(tiny: Recipe) -> None:
+def test_asha_knows_of_trials_that_were_measured_before(tiny: Recipe) -> None:
     tiny = changed(changed(tiny, "optim", epochs=9), "search", scheduler="asha", grace_epochs=1)
     table = TrialTable(open_place(tiny.home))
-    for number in range(4):
+    states: list[State] = ["finished", "running", "stopped", "failed"]
+    for number, state in enumerate(states):
+        skill = 0.5 if number in {1, 2} else 0.2
         table.records[str(number)] = Record(
-            number, str(number), {}, state="finished", steps=36, history=[(4, 0.5)]
+            number, str(number), {}, state=state, steps=36, history=[(4, skill)]
         )
     trial: Any = SimpleNamespace(trial_id="new")
     nobody: Any = None
     for ended, decision in ((TrialTable(open_place(tiny.home)), "CONTINUE"), (table, "STOP")):
         asha = scheduler_of(tiny, ended)
         asha.on_trial_add(nobody, trial)
-        poor = {"epoch": 1.0, "objective": 0.1}
+        poor = {"epoch": 1.0, "objective": 0.21}  # only those that were under way did better
         assert asha.on_trial_result(nobody, trial, poor) == decision
+
+
+def test_a_trial_of_a_population_goes_on_from_the_checkpoint_of_another(tiny: Recipe) -> None:
+    """It was killed after it took that over, and before it made one of its own."""
+    for scheduler, goes_on in (("none", False), ("pbt", True)):
+        searched = changed(tiny, "search", scheduler=scheduler)
+        common = Common(searched, plan(searched), "knn", "parent", None, None)
+        trial = TrialRun.__new__(TrialRun)
+        trial.setup({"number": 0, "point": {}, "name": "it"}, common)
+        assert trial._adopted == goes_on
 
 
 def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:

@@ -11,7 +11,14 @@ from matplotlib.figure import Figure
 
 from pipelines.findings import Findings, Row
 from pipelines.page import svg
-from pipelines.ranking import correlations, importances, rank_correlation, repeat_deviation
+from pipelines.ranking import (
+    chance_of_lead,
+    correlations,
+    importances,
+    rank_correlation,
+    repeats_of,
+    settings_of,
+)
 from pipelines.search_figures import (
     courses_part,
     importance_part,
@@ -236,18 +243,55 @@ def test_a_lead_is_held_against_what_chance_does() -> None:
         ]
         return " ".join(verdict(findings(rows, (MASK,))))
 
-    assert "is within what chance does" in said((0.5, 0.75, 0), (0.4, 0.75, 1), (0.45, 0.5, 0))
+    assert "is within what chance does" in said((0.5, 0.75, 0), (0.44, 0.75, 1), (0.45, 0.5, 0))
     assert "stands clear" in said((0.5, 0.75, 0), (0.499, 0.75, 1), (0.4, 0.5, 0))
-    assert "which is large" in said((0.9, 0.75, 0), (0.5, 0.5, 0), (0.5, 0.25, 0))
-    assert "which is small" in said((0.5, 0.75, 0), (0.499, 0.5, 0), (0.1, 0.25, 0))
+    # A pair is no good measure of chance: with one degree of freedom, Student's t is 12.7.
+    assert "is within" in said((0.5, 0.75, 0), (0.49, 0.75, 1), (0.4, 0.5, 0))
+    several = [(0.5 + i / 1000, 0.1 + i / 100, 0) for i in range(8)]
+    assert "which is large" in said((0.9, 0.75, 0), *several)
+    assert "which is small" in said((0.5071, 0.75, 0), *several)
+    two = said((0.5001, 0.75, 0), (0.5, 0.5, 0))  # any lead of two is 1.41 of their deviations
+    assert "which is" not in two and "No setting was run twice" in two
     assert "Only one setting has finished" in said((0.5, 0.75, 0), (0.4, 0.75, 1))
 
 
 def test_repeats_are_those_that_differ_in_the_seed_alone() -> None:
     points: list[Point] = [{"method.sigma": 1.0, "run.seed": i} for i in range(3)]
-    deviation = repeat_deviation([*points, {"method.sigma": 2.0}], [1.0, 2.0, 3.0, 9.0])
-    assert deviation == pytest.approx(1.0)
-    assert repeat_deviation(points[:1], [1.0]) is None
+    repeats = repeats_of(settings_of([*points, {"method.sigma": 2.0}], [1.0, 2.0, 3.0, 9.0]))
+    assert repeats is not None
+    assert (repeats.deviation, repeats.freedom) == (pytest.approx(1.0), 2)
+    assert repeats_of(settings_of(points[:1], [1.0])) is None
+
+
+def test_a_setting_is_as_good_as_its_seeds_are_on_average() -> None:
+    skills = {(0.0, 0): 0.60, (0.0, 1): 0.50, (1.0, 0): 0.58, (1.0, 1): 0.59}
+    rows = [
+        row(i, skill, {"method.sigma": sigma, "run.seed": seed})
+        for i, ((sigma, seed), skill) in enumerate(skills.items())
+    ]
+    found = findings(rows)
+    assert found.winner is rows[3]
+    best, belief, _ = verdict(found)
+    assert "sigma 1: position skill 0.5850, the mean of 2 seeds" in best and "0.5900" in best
+    assert "leads the next setting, sigma 0, by 0.0350" in belief
+
+
+@pytest.mark.parametrize("settings", [3, 8, 30])
+def test_equally_good_settings_lead_by_much_as_rarely_as_is_said(settings: int) -> None:
+    random = np.random.default_rng(7)
+    chances = []
+    for _ in range(400):
+        drawn = np.sort(random.normal(3.0, 0.2, settings))
+        chances.append(chance_of_lead((drawn[-1] - drawn[-2]) / drawn.std(ddof=1), settings))
+    assert np.mean(np.array(chances) < 0.05) == pytest.approx(0.05, abs=0.035)
+    assert np.mean(np.array(chances) < 0.5) == pytest.approx(0.5, abs=0.08)
+    assert chance_of_lead(0.0, settings) == 1.0 and chance_of_lead(9.0, settings) == 0.0
+
+
+def test_what_changed_on_the_way_explains_no_score() -> None:
+    found = findings(drawn_rows(12), scheduled=True)
+    for part in (importance_part(found), ratios_part(found)):
+        assert isinstance(part.drawn, str) and "changed while trials ran" in part.drawn
 
 
 def test_the_field_that_matters_is_found(capfd: pytest.CaptureFixture[str]) -> None:
