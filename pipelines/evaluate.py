@@ -59,6 +59,8 @@ class Evaluation:
     train: str | None
     """The data set that k-NN and probe learnt from; None if that was a part of ``data``."""
     pictures: int
+    blocks: int
+    """Last blocks of the encoder whose features were taken, side by side."""
     knn: Proportion | None
     """Of 20 nearest neighbours."""
     probe: Probe | None
@@ -89,6 +91,7 @@ def evaluate(
     *,
     train: str | None = None,
     measure: MeasureProtocol,
+    blocks: int = 1,
     limit: int | None = None,
     probe: Solver = "auto",
     spread: Spread = Spread(),  # noqa: B008 - frozen
@@ -102,6 +105,7 @@ def evaluate(
         train: Labelled data set for k-NN and probe to learn from; without it four fifths of
             ``data``, chosen by the hash of each picture's key.
         measure: The protocol of position accuracy; so many ``pictures`` are asked.
+        blocks: Last blocks of the encoder whose features k-NN, probe and rank have, side by side.
         limit: Pictures to take of each data set, from all over it; all when not given.
         probe: How the linear probe is fitted: lbfgs exactly, sgd or lars as the field does on a
             million pictures; auto takes the exact one where it fits into memory.
@@ -109,14 +113,20 @@ def evaluate(
         heads: Attention heads, for weights of another project that don't tell.
 
     Raises:
-        ConfigError: If workers have no room, or no picture is to be taken.
+        ConfigError: If workers have no room, no picture is to be taken, or the encoder has not so
+            many blocks.
         DataError: If backbone or data cannot be read, or their classes differ.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--pictures must be 1 or more, got {limit}; leave it out to take all")
     trained = open_backbone(backbone, heads)
+    if not 1 <= blocks <= trained.model.shape.depth:
+        raise ConfigError(
+            f"--blocks must be from 1 to the {trained.model.shape.depth} that {backbone} has, got "
+            f"{blocks}"
+        )
     size = trained.model.image_size
-    asked = extract(trained.encoder, data, size, limit=limit, spread=spread)
+    asked = extract(trained.encoder, data, size, blocks=blocks, limit=limit, spread=spread)
     notes: list[str] = []
     here = device(spread)
     position = _positions(trained, data, measure, here)
@@ -131,7 +141,9 @@ def evaluate(
         if train is None:
             known, asked_labelled = _part(asked)
         else:
-            learnt = extract(trained.encoder, train, size, limit=limit, spread=spread)
+            learnt = extract(
+                trained.encoder, train, size, blocks=blocks, limit=limit, spread=spread
+            )
             _require_same_classes(train, learnt, data, asked)
             _note_unlabelled(train, learnt, notes)
             known, asked_labelled = _Labelled.of(learnt), _Labelled.of(asked)
@@ -152,6 +164,7 @@ def evaluate(
         data=open_place(data).uri,
         train=None if train is None else open_place(train).uri,
         pictures=len(asked.keys),
+        blocks=blocks,
         knn=knn,
         probe=found,
         position=position,
@@ -170,6 +183,7 @@ def track(evaluation: Evaluation, tracking: Tracking) -> str:
     facts = {  # none is written, too: an earlier evaluation's tag would stand
         "pictures": str(evaluation.pictures),
         "train": evaluation.train or "none",
+        "blocks": str(evaluation.blocks),
         "probe": "none" if evaluation.probe is None else evaluation.probe.solver,
     }
     return track_figures(

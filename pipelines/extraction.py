@@ -66,7 +66,7 @@ class Extracted:
     """What is known of the pictures of a data set, in its order."""
 
     features: Float[Tensor, "P D"]
-    """Means of the patch tokens after the last norm, on the CPU."""
+    """Means of the patch tokens after the last norm, on the CPU; `extract_features`."""
     keys: list[str]
     labels: Int[Tensor, " P"] | None
     """Class of each picture, -1 for one without; None where no picture has any."""
@@ -78,6 +78,7 @@ def extract(
     uri: str,
     size: tuple[int, int],
     *,
+    blocks: int = 1,
     limit: int | None = None,
     spread: Spread = Spread(),  # noqa: B008 - frozen
 ) -> Extracted:
@@ -87,11 +88,12 @@ def extract(
         encoder: On the CPU, in eval mode.
         uri: The data set.
         size: Height and width of the encoder's pictures, in pixels.
+        blocks: Last blocks of the encoder whose means are put side by side.
         limit: Pictures to take, from row groups all over the data set; all when not given.
         spread: Who takes them, and where they are kept.
 
     Raises:
-        ConfigError: If so many workers have no room.
+        ConfigError: If so many workers have no room, or the encoder has not so many blocks.
         DataError: If there are no pictures, or one that was good when prepared is no longer.
         TrainingError: If workers are lost again and again.
     """
@@ -102,11 +104,12 @@ def extract(
         raise DataError(f"{uri} holds no picture; prepare a folder that has some")
     kept = None
     if spread.cache is not None:
-        kept = open_place(spread.cache) / _digest(encoder, manifest, size, limit)[:16]
+        kept = open_place(spread.cache) / _digest(encoder, manifest, size, blocks, limit)[:16]
     found = {} if kept is None else _read_kept(kept, pieces)
     left = {number: piece for number, piece in enumerate(pieces) if number not in found}
     if left:
-        with _extractors(encoder, place, manifest, size, spread, len(left)) as extractors:
+        task = _Task(encoder, place, manifest, size, blocks)
+        with _extractors(task, spread, len(left)) as extractors:
             for number, columns in extractors.take(left):
                 if kept is not None:
                     _write(kept / _name(number), columns)
@@ -136,11 +139,15 @@ def _joined(parts: Sequence[Columns], manifest: Manifest) -> Extracted:
 
 
 def _digest(
-    encoder: VisionTransformer, manifest: Manifest, size: tuple[int, int], limit: int | None
+    encoder: VisionTransformer,
+    manifest: Manifest,
+    size: tuple[int, int],
+    blocks: int,
+    limit: int | None,
 ) -> str:
     """Hash all that decides the features, and the way they are parted."""
     heads = heads_of(encoder)  # weights of another project don't tell them
-    told = [FORMAT, manifest.digest, size, limit, PIECE, heads]
+    told = [FORMAT, manifest.digest, size, blocks, limit, PIECE, heads]
     digest = hashlib.sha256(json.dumps(told).encode())
     for name, value in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -195,28 +202,32 @@ def decode(
     return rows, torch.from_numpy(np.stack(list(crops)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What features are taken of, and by what."""
+
+    encoder: VisionTransformer
+    place: Place
+    manifest: Manifest
+    size: tuple[int, int]
+    blocks: int
+
+
 class _Extractor:
     """Takes features, in the process and on the device where it was made."""
 
-    def __init__(
-        self,
-        encoder: VisionTransformer,
-        place: Place,
-        manifest: Manifest,
-        size: tuple[int, int],
-        device: str,
-        cpus: int,
-    ) -> None:
-        self._encoder = encoder.to(device)
-        self._place, self._manifest, self._size = place, manifest, size
+    def __init__(self, task: _Task, device: str, cpus: int) -> None:
+        self._task = task
+        self._encoder = task.encoder.to(device)
         self._decoders = ThreadPoolExecutor(cpus, thread_name_prefix="decode")
 
     def part(self, piece: Piece) -> Columns:
         """Read, decode and encode one piece."""
-        rows, pixels = decode(self._place, self._manifest, piece, self._size, self._decoders)
+        task = self._task
+        rows, pixels = decode(task.place, task.manifest, piece, task.size, self._decoders)
         labels = [-1 if row.label is None else row.label for row in rows]
         return {
-            "features": extract_features(self._encoder, pixels).numpy(),
+            "features": extract_features(self._encoder, pixels, blocks=task.blocks).numpy(),
             "keys": np.array([row.key for row in rows]),
             "labels": np.array(labels, dtype=np.int64),
         }
@@ -230,19 +241,17 @@ class _Extractor:
 class _Worker(_Extractor):
     """The same, in a process of Ray's."""
 
-    def __init__(self, held: Sequence[Any], size: tuple[int, int], device: str, cpus: int) -> None:
+    def __init__(self, held: Sequence[Any], device: str, cpus: int) -> None:
         """Fetch encoder and data set.
 
         Args:
-            held: A reference to both, in a list: Ray would fetch it as an argument only once, and
-                warns that an actor may not restart.
-            size: As of `_Extractor`.
-            device: As of it.
+            held: A reference to the task, in a list: Ray would fetch it as an argument only once,
+                and warns that an actor may not restart.
+            device: As of `_Extractor`.
             cpus: As of it.
         """
         torch.set_num_threads(cpus)
-        encoder, place, manifest = ray.get(held[0])
-        super().__init__(encoder, place, manifest, size, device, cpus)
+        super().__init__(ray.get(held[0]), device, cpus)
 
 
 class _Crew:
@@ -274,31 +283,24 @@ class _Crew:
 
 
 @contextmanager
-def _extractors(
-    encoder: VisionTransformer,
-    place: Place,
-    manifest: Manifest,
-    size: tuple[int, int],
-    spread: Spread,
-    pieces: int,
-) -> Iterator[_Extractor | _Crew]:
+def _extractors(task: _Task, spread: Spread, pieces: int) -> Iterator[_Extractor | _Crew]:
     """Make what takes features; a cluster that was joined or started for it is left after."""
     if spread.workers is None and not standing_address():
         cpus = spread.cpus_per_worker or os.cpu_count() or 1
         try:
-            yield _Extractor(encoder, place, manifest, size, _own_device(spread), cpus)
+            yield _Extractor(task, _own_device(spread), cpus)
         finally:
-            encoder.cpu()
+            task.encoder.cpu()
         return
     joined = not ray.is_initialized()
     if joined and standing_address():
         join_standing()
     elif joined:
-        pixels = 3 * prod(size) * PIECE
+        pixels = 3 * prod(task.size) * PIECE
         start_private((spread.workers or 1) * (spread.cpus_per_worker or 1), held=pixels)
     try:
         workers, cpus, gpu = _room(spread, pieces)
-        held = [ray.put((encoder, place, manifest))]
+        held = [ray.put(task)]
         actor = ray.remote(_Worker).options(
             num_cpus=cpus,
             num_gpus=int(gpu),
@@ -308,7 +310,7 @@ def _extractors(
             scheduling_strategy="SPREAD",
         )
         device = "cuda" if gpu else "cpu"
-        yield _Crew([actor.remote(held, size, device, cpus) for _ in range(workers)])
+        yield _Crew([actor.remote(held, device, cpus) for _ in range(workers)])
     finally:
         if joined:
             ray.shutdown()

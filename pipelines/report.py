@@ -176,6 +176,9 @@ def show_finetuned(console: Console, done: Finetuned) -> None:
 def evaluation_rows(evaluation: Evaluation) -> list[Row]:
     """Write the figures, accuracies with their 95 % interval."""
     rows = [("pictures", f"{evaluation.pictures:,}")]
+    if evaluation.blocks > 1:
+        told = f"of the last {evaluation.blocks} blocks, {evaluation.width} channels"
+        rows.append(("features", told))
     if evaluation.position is not None:
         position = evaluation.position
         times = position.accuracy.value / position.chance

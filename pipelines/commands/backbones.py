@@ -52,6 +52,7 @@ def evaluate(
     data: tyro.conf.Positional[str],
     train: str | None = None,
     pictures: int | None = None,
+    blocks: int = 1,
     probe: Literal["auto", "lbfgs", "sgd", "lars"] = "auto",
     track: bool = False,
     spread: SpreadFlags = Spread(cache="droppos-runs/features"),  # noqa: B008 - frozen
@@ -66,6 +67,8 @@ def evaluate(
         data: Prepared data set to measure on.
         train: Labelled data set to learn from; without it four fifths of `data`.
         pictures: Pictures to take of each data set, from all over it; all when not given.
+        blocks: Last blocks of the encoder that k-NN, probe and rank look at, side by side: what the
+            last one holds serves the pre-training's own task first.
         probe: How the linear probe is fitted. lbfgs: exactly, in memory. sgd, lars: over a grid of
             rates, as the field does on a million pictures. auto: lbfgs where it fits.
         track: Write the figures to MLflow: to the run that made the backbone, if it is known.
@@ -84,6 +87,7 @@ def evaluate(
             data,
             train=train,
             measure=measure,
+            blocks=blocks,
             limit=pictures,
             probe=probe,
             spread=spread,

@@ -43,6 +43,7 @@ BY_NAME = {arm.name: arm for arm in ARMS}
 FIGURES = {
     "knn": "20 nearest neighbours",
     "linear": "linear probe",
+    "blocks": "linear probe, all blocks",
     "tenth": "fine-tuned, 10 % of labels",
     "all": "fine-tuned, all labels",
     "position": "position skill, own head",
@@ -106,6 +107,6 @@ def figures_of(arm: Arm, curve: bool = False) -> list[str]:
     if kind == "pixels":
         return ["knn", "knn_1_l2", "linear", "location"]
     own = kind == "pre-trained" and arm.name != "pixels"
-    figures = ["knn", "linear", "rank", "location", *(["position"] if own else [])]
+    figures = ["knn", "linear", "blocks", "rank", "location", *(["position"] if own else [])]
     figures += ["tenth"] if curve else ["tenth", "all"]
     return figures

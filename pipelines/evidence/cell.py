@@ -93,7 +93,8 @@ class Cell:
         takers: dict[str, Callable[[], Proportion | Value | float]] = {
             "knn": self._knn,
             "knn_1_l2": self._nearest_by_distance,
-            "linear": self._linear,
+            "linear": lambda: self._probed(*self._features),
+            "blocks": lambda: self._probed(*self._blocks),
             "rank": lambda: effective_rank(self._features[1]),
             "location": self._location,
             "position": self._position,
@@ -215,10 +216,18 @@ class Cell:
         (known, _), (asked, _) = self._pictures
         if self.name.about.kind == "pixels":
             return known.flatten(1).float() / 255, asked.flatten(1).float() / 255
-        return self._patch_means(known), self._patch_means(asked)
+        width = self.encoder.num_features
+        return self._blocks[0][:, -width:], self._blocks[1][:, -width:]
 
-    def _patch_means(self, pictures: Tensor) -> Tensor:
-        return extract_features(self.encoder, pictures, batch=250)
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, Tensor]:
+        """The same of all blocks side by side, the last one last."""
+        (known, _), (asked, _) = self._pictures
+        blocks = len(self.encoder.blocks)
+        return (
+            extract_features(self.encoder, known, blocks=blocks, batch=250),
+            extract_features(self.encoder, asked, blocks=blocks, batch=250),
+        )
 
     def _labels(self) -> tuple[Tensor, Tensor]:
         (_, known), (_, asked) = self._pictures
@@ -233,8 +242,8 @@ class Cell:
         nearest = torch.cat([torch.cdist(part, known).argmin(1) for part in asked.split(200)])
         return Proportion(int((labels[nearest] == truth).sum()), len(truth))
 
-    def _linear(self) -> Proportion:
-        (known, asked), (labels, truth) = self._features, self._labels()
+    def _probed(self, known: Tensor, asked: Tensor) -> Proportion:
+        labels, truth = self._labels()
         return linear_probe(known, labels, asked, truth).accuracy
 
     def _location(self) -> float:

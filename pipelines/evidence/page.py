@@ -20,7 +20,7 @@ from pipelines.evidence.tables import replace_file
 
 SCRATCH = {"random": "the same from scratch", "supervised": "as much computing from scratch"}
 """What pre-training is held against: the same fine-tuning, and the same computing in all."""
-SHARES = ("knn", "linear", "tenth", "all", "position", "location")
+SHARES = ("knn", "linear", "blocks", "tenth", "all", "position", "location")
 """Figures that are shares, shown in percent."""
 UNKNOWN = "?"
 
@@ -62,7 +62,7 @@ def compared(study: Study, rows: Mapping[Key, Row]) -> str:
 def differences(study: Study, rows: Mapping[Key, Row]) -> str:
     """Write the table of what DropPos (paper) has over each other arm, seed by seed."""
     known = Known(rows)
-    shown = ("knn", "linear", "tenth", "all", "location")
+    shown = ("knn", "linear", "blocks", "tenth", "all", "location")
     lines = [_row(["DropPos (paper) less", *(FIGURES[figure] for figure in shown), "seeds"])]
     lines.append(_row(["---"] + ["---:"] * (len(shown) + 1)))
     for arm in ARMS:
@@ -79,7 +79,7 @@ def differences(study: Study, rows: Mapping[Key, Row]) -> str:
 def curve(study: Study, rows: Mapping[Key, Row]) -> str:
     """Write the table of what more computing gives."""
     known = Known(rows)
-    shown = ("knn", "linear", "tenth", "position", "location", "rank")
+    shown = ("knn", "linear", "blocks", "tenth", "position", "location", "rank")
     lines = [_row(["", "budget", *(FIGURES[f] for f in shown), "epochs", "TFLOP", "seeds"])]
     lines.append(_row(["---", "---:"] + ["---:"] * (len(shown) + 3)))
     for name in study.curve_arms:

@@ -19,11 +19,13 @@ def draw(study: Study, rows: Mapping[Key, Row], out: Path) -> list[Path]:
     known = Known(rows)
     drawn = []
     if panels := [
-        p for f in ("knn", "linear", "tenth", "location") if (p := _bars(study, known, f))
+        p for f in ("knn", "linear", "blocks", "tenth", "location") if (p := _bars(study, known, f))
     ]:
         drawn.append(out / "compared.png")
         draw_bars(panels, drawn[-1])
-    if panels := [p for f in ("knn", "linear", "tenth") if (p := _course(study, known, f))]:
+    if panels := [
+        p for f in ("knn", "linear", "blocks", "tenth") if (p := _course(study, known, f))
+    ]:
         drawn.append(out / "curve.png")
         draw_courses(panels, drawn[-1])
     return drawn

@@ -7,7 +7,7 @@ from torch import Tensor
 import droppos.measure.knn as knn
 from droppos.config import Method, Model
 from droppos.encoder import build_encoder
-from droppos.errors import DataError
+from droppos.errors import ConfigError, DataError
 from droppos.measure.features import extract_features, patch_mean
 from droppos.measure.knn import can_leave_one_out, knn_accuracy, knn_leave_one_out
 from droppos.measure.probe import linear_probe
@@ -172,6 +172,20 @@ def test_a_model_in_training_sees_a_whole_picture_as_its_backbone_does() -> None
         tokens = droppos.encode_whole(normalise(pictures))
     features = extract_features(droppos.encoder, pictures)
     torch.testing.assert_close(patch_mean(tokens), features)
+
+
+def test_features_of_several_blocks_stand_side_by_side_the_last_one_last() -> None:
+    model = Model(image_size=(32, 48), patch_size=16, width=16, depth=3, heads=2)
+    encoder = build_encoder(model)
+    pictures = torch.randint(256, (5, 32, 48, 3), dtype=torch.uint8)
+    last, two, three = (extract_features(encoder, pictures, blocks=n) for n in (1, 2, 3))
+    assert three.shape == (5, 48)
+    torch.testing.assert_close(three[:, 16:], two)
+    torch.testing.assert_close(two[:, 16:], last)
+    del encoder.blocks[2]  # what was the second of three is the last now
+    torch.testing.assert_close(extract_features(encoder, pictures), two[:, :16])
+    with pytest.raises(ConfigError, match="from 1 to the 2 that the encoder has, got 3"):
+        extract_features(encoder, pictures, blocks=3)
 
 
 def test_no_pictures_have_no_features() -> None:

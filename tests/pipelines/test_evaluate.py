@@ -16,6 +16,7 @@ from droppos.measure.intervals import Proportion
 from droppos.model import DropPos
 from droppos.trained import Trained
 from pipelines import evaluate as job
+from pipelines.backbone import open_backbone
 from pipelines.evaluate import Evaluation, Probe, evaluate, track
 from pipelines.holdout import choose
 from pipelines.prepare import prepare
@@ -73,6 +74,16 @@ def test_another_data_set_to_learn_from_labels_all_pictures(backbone: str, data:
     found = evaluate(backbone, data, train=data, measure=MEASURE)
     assert found.knn is not None and found.knn.total == 72
     assert found.train == open_place(data).uri
+
+
+def test_features_are_of_as_many_blocks_as_are_asked_for(backbone: str, data: str) -> None:
+    depth = open_backbone(backbone).model.shape.depth
+    one, all_of_them = (evaluate(backbone, data, measure=MEASURE, blocks=n) for n in (1, depth))
+    assert depth > 1 and all_of_them.width == depth * one.width
+    assert "features" not in dict(evaluation_rows(one))
+    assert dict(evaluation_rows(all_of_them))["features"].startswith(f"of the last {depth} blocks")
+    with pytest.raises(ConfigError, match=rf"--blocks must be from 1 to the {depth} that"):
+        evaluate(backbone, data, measure=MEASURE, blocks=depth + 1)
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "sgd", "lars"])
@@ -166,7 +177,7 @@ def test_no_picture_at_all_is_refused(backbone: str, data: str, limit: int) -> N
 
 def test_five_classes_have_no_first_five() -> None:
     probe = Probe(Proportion(3, 4), None, "lbfgs, l2 1")
-    found = Evaluation("b", "d", None, 4, None, probe, None, 1.0, 2)
+    found = Evaluation("b", "d", None, 4, 1, None, probe, None, 1.0, 2)
     assert not any("top_5" in name for name in found.metrics())
     assert len(evaluation_rows(found)) == 3
 

@@ -222,7 +222,7 @@ def test_arms_are_compared_seed_by_seed() -> None:
         row("raw", 0, 0, "knn", 0.4),
     )
     table = differences(Study(curve=()), rows)
-    assert "| masked autoencoding alone | +20.0 ± 0.0 points | ? | ? | ? | ? | 2 |" in table
+    assert "| masked autoencoding alone | +20.0 ± 0.0 points | ? | ? | ? | ? | ? | 2 |" in table
     assert "| raw pixels | +20.0 ± 24.8 points |" in table
     assert "DropPos (paper) | " not in table.replace("DropPos (paper) less", "")
 
