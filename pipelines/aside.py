@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from droppos.errors import DataError, DropposError
+from pipelines import history
 from pipelines.checkpoints import Saved
 from pipelines.cluster import result_of
 from pipelines.order import Schedule
@@ -134,4 +135,6 @@ def _measure(recipe: Recipe, saved: Saved, device: str) -> dict[str, float]:
     from pipelines.holdout import measure_checkpoint
 
     torch.set_num_threads(recipe.measure.aside_cpus)
-    return measure_checkpoint(recipe, saved, device=device, probe=True)
+    figures = measure_checkpoint(recipe, saved, device=device, probe=True)
+    history.keep_aside(saved.home, saved.step, figures)
+    return figures

@@ -14,6 +14,8 @@ overwrites the file: the newest has been started by somebody who wanted it.
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -21,7 +23,7 @@ from uuid import uuid4
 import torch
 import torch.distributed as dist
 
-from droppos.errors import TrainingError
+from droppos.errors import DropposError, TrainingError
 from pipelines.storage import Place
 
 FILE = "attempt.json"
@@ -81,6 +83,36 @@ def claim_for_driver(home: Place) -> str:
     attempt = Attempt(home, uuid4().hex[:8])
     attempt.claim()
     return attempt.driver
+
+
+@dataclass(slots=True)
+class Taken:
+    """A run that a driver has taken over, and may give back."""
+
+    driver: str
+    """The driver's name, for its groups."""
+    begun: bool = False
+    """Whether it trains: then it is the one in the right, whatever becomes of it."""
+
+
+@contextmanager
+def taken_over(home: Place) -> Iterator[Taken]:
+    """Take a run over for a driver that still has to find out whether it can train.
+
+    One that ends before it has begun gives the run back: else whoever trains now would end at the
+    next checkpoint, and nobody would train.
+    """
+    file = home / FILE
+    before = file.read_bytes() if file.exists() else None
+    taken = Taken(claim_for_driver(home))
+    try:
+        yield taken
+    except BaseException:
+        if before is not None and not taken.begun:
+            with suppress(DropposError):  # why it ends is the news
+                Attempt(home, taken.driver).check()
+                file.write_bytes(before)
+        raise
 
 
 def claim_for_group(home: Place, driver: str, device: torch.device) -> Attempt:

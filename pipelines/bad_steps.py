@@ -30,10 +30,12 @@ class BadSteps:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._unread: list[tuple[int, Tensor]] = []
+        self._noted = 0
         self.steps: list[int] = []
 
     def note(self, step: int, skipped: Tensor) -> None:
         """Take note of a step; waits for no device."""
+        self._noted += 1
         self._unread.append((step, skipped))
 
     def read(self) -> list[int]:
@@ -52,8 +54,14 @@ class BadSteps:
         return len(self.steps) > self._limit
 
     def forgive(self) -> None:
-        """Begin anew: a checkpoint is made, and it is good."""
-        self.steps.clear()
+        """Begin anew, all steps being read: a checkpoint is made, and it is good.
+
+        Not if no step since the last one was: with checkpoints more often than the limit, a run
+        whose every gradient is NaN would be forgiven to its end.
+        """
+        if len(self.steps) < self._noted:
+            self.steps.clear()
+            self._noted = 0
 
     def refuse(self) -> None:
         """Raise what the driver is to know, if there are too many.

@@ -14,6 +14,7 @@ Imports no torch.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -110,6 +111,12 @@ def read(home: Place, step: int, sha256: str) -> Link:
             f"the run was up to step {step} cannot be shown"
         )
     return Link.of(text)
+
+
+def steps(home: Place) -> set[int]:
+    """List the steps that have a link."""
+    names = (home / FOLDER).children()
+    return {int(found[1]) for name in names if (found := re.match(r"step-(\d+)\.", name))}
 
 
 def walk(home: Place, link: Link) -> Iterator[Link]:

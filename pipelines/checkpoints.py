@@ -40,7 +40,7 @@ DAMAGED = "damaged.json"
 """What complete.json is renamed to when a file is not what was written."""
 FORMAT = "droppos-checkpoint/1"
 
-COPIED_AT_ONCE = 8 * 2**20
+COPIED_AT_ONCE = HASHED_AT_ONCE = 8 * 2**20
 """Bytes."""
 
 _log = logging.getLogger(__name__)
@@ -228,6 +228,37 @@ def set_aside(saved: Saved, why: str) -> None:
     (saved.place / DAMAGED).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
     (saved.place / COMPLETE).delete()
     _log.warning("checkpoint %s is damaged and counts no more: %s", saved.place, why)
+
+
+def hashed(place: Place) -> FileRecord:
+    """Give size and hash of a file.
+
+    Raises:
+        DataError: If it is missing.
+        StorageError: If storage refuses.
+    """
+
+    def work(source: Any) -> FileRecord:
+        found, size = hashlib.sha256(), 0
+        while piece := source.read(HASHED_AT_ONCE):
+            found.update(piece)
+            size += len(piece)
+        return FileRecord(size, found.hexdigest())
+
+    return place.read(work)
+
+
+def lost(home: Place) -> int | None:
+    """Find the newest checkpoint that counted once and is gone, or damaged, if there is one.
+
+    One that was cut short when it was about to count is none.
+    """
+    there = {place.name: place for place in _folders(home)}
+    for step in sorted(chain.steps(home), reverse=True):
+        place = there.get(f"step-{step:08d}")
+        if place is None or DAMAGED in place.children():
+            return step
+    return None
 
 
 def _folders(home: Place) -> list[Place]:

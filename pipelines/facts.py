@@ -7,11 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from droppos.errors import ConfigError
-from pipelines.checkpoints import Saved, require_recipe
+from pipelines.checkpoints import Saved, lost, require_recipe
 from pipelines.order import VERSION, Schedule
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten
 from pipelines.shards import Manifest
+from pipelines.storage import open_place
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,12 @@ def check_resume(
         ConfigError: Naming the run or each difference, and the way out.
     """
     if saved is None:
+        if (step := lost(open_place(recipe.home))) is not None:
+            raise ConfigError(
+                f"run {recipe.home} had a checkpoint at step {step}, and none that counts is left: "
+                "it was deleted, or found damaged; restore it, or choose another run.name (or "
+                "delete the run's folder) to begin anew"
+            )
         return
     if "finetune" in saved.record:
         raise ConfigError(

@@ -30,6 +30,7 @@ from pipelines import checkpoints
 from pipelines.attempt import claim_for_driver
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
+from pipelines.background import in_background
 from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
 from pipelines.crew import worker_resources
 from pipelines.events import Events
@@ -47,7 +48,7 @@ from pipelines.shards import Manifest, load_manifest, read_row_group
 from pipelines.skipped import Skipped
 from pipelines.source import Remaining, data_config
 from pipelines.storage import Place, open_place
-from pipelines.supervisor import POLL_S, cause_of, in_background
+from pipelines.supervisor import POLL_S, cause_of
 from pipelines.windows import read_window
 
 _log = logging.getLogger(__name__)

@@ -4,6 +4,9 @@
         metrics from step 0 on, up to the checkpoint of step 1000, one step a line; written by group
         4f0c2a9e before that checkpoint counts, and never deleted
 
+    HOME/history/aside-00001000.jsonl
+        the same of a checkpoint that was measured while training went on
+
 MLflow shows them; here is what it is made whole from when its server, or the driver with what it
 had not sent, was away. :mod:`pipelines.beside` has the way they are written.
 
@@ -11,6 +14,8 @@ Imports no torch.
 """
 
 import json
+import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -51,6 +56,16 @@ class HistoryWriter(Beside[Logged]):
         return row
 
 
+def keep_aside(home: Place, step: int, values: Mapping[str, float]) -> None:
+    """Keep what a checkpoint came to that was measured after it was made.
+
+    Raises:
+        DataError: If storage refuses.
+    """
+    rows = [Logged(step, now_ms(), values)]
+    (home / FOLDER / f"aside-{step:08d}.jsonl").write_bytes(_lines(rows))
+
+
 def _lines(rows: Sequence[Logged]) -> bytes:
     return "".join(json.dumps(row._asdict()) + "\n" for row in rows).encode()
 
@@ -66,13 +81,29 @@ def read(home: Place, stop_step: int, start_step: int = 0) -> Iterator[Logged]:
     Raises:
         DataError: If storage refuses, or a file is damaged.
     """
+    aside = deque((step, place) for step, place in _aside(home) if start_step <= step <= stop_step)
     for file in steps_files(home / FOLDER):
         if start_step <= file.end <= stop_step:
-            try:
-                for line in file.place.read_bytes().splitlines():
-                    yield Logged(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{file.place} is damaged: {error!r}; was it changed?") from error
+            yield from _rows(file.place)
+            while aside and aside[0][0] <= file.end:  # each after the checkpoint it is of
+                yield from _rows(aside.popleft()[1])
+    for _, place in aside:
+        yield from _rows(place)
+
+
+def _aside(home: Place) -> list[tuple[int, Place]]:
+    """Find what was measured aside, by the step it is of."""
+    folder = home / FOLDER
+    found = (re.fullmatch(r"aside-(\d+)\.jsonl", name) for name in folder.children())
+    return sorted((int(name[1]), folder / name[0]) for name in found if name)
+
+
+def _rows(place: Place) -> Iterator[Logged]:
+    try:
+        for line in place.read_bytes().splitlines():
+            yield Logged(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{place} is damaged: {error!r}; was it changed?") from error
 
 
 def bring(source: Place, step: int, target: Place) -> None:
@@ -86,6 +117,11 @@ def bring(source: Place, step: int, target: Place) -> None:
     for file in steps_files(source / FOLDER):
         if file.end <= step:
             (target / FOLDER / file.place.name).write_bytes(file.place.read_bytes())
+    for _, place in _aside(target):
+        place.delete()
+    for measured, place in _aside(source):
+        if measured <= step:
+            (target / FOLDER / place.name).write_bytes(place.read_bytes())
 
 
 def curves(home: Place, stop_step: int) -> dict[str, list[tuple[int, float]]]:

@@ -17,6 +17,12 @@ def told(event: Mapping[str, Any]) -> str | None:
             return f"{event['why']}: the workers leave after a checkpoint"
         case "waiting":
             return f"{event['fit']} workers fit the cluster now, {event['workers']} are needed"
+        case "unstarted":
+            return (
+                f"no worker was heard of for {event['seconds']:.0f} s: {event['workers']} are to "
+                f"start, and {event['fit']} fit the nodes that are there now; Ray waits for the "
+                "others, or starts again workers that end at once (their logs are in Ray's folder)"
+            )
         case "stall":
             return event["error"]
         case "hang":

@@ -45,7 +45,7 @@ from torch.futures import Future
 from droppos.errors import TrainingError
 from pipelines.checkpoints import INDEX, FileRecord
 from pipelines.state_index import DTYPE_NAMES, Chunk, Index
-from pipelines.storage import Place, explained
+from pipelines.storage import Place
 
 
 class DamagedError(TrainingError):
@@ -232,10 +232,11 @@ class PartReader(StorageReader):
     def _read_part(
         self, file: str, wanted: Mapping[Chunk, list[ReadItem]], planner: LoadPlanner
     ) -> None:
-        place = self.place / file
-        digest = hashlib.sha256()
-        position = 0
-        with explained(place, "read"), place.open_input() as source:
+        """Copy and hash a file; both again where storage fails in passing."""
+
+        def work(source: pa.NativeFile) -> str:
+            digest = hashlib.sha256()
+            position = 0
             self._check(file, source.size(), None)
             stream = pa.BufferedInputStream(source, _BLOCK)
             for chunk in sorted(wanted, key=lambda chunk: chunk.start):
@@ -250,7 +251,10 @@ class PartReader(StorageReader):
                 for item in wanted[chunk]:
                     _copy(shard, item, planner)
             _skim(stream, self.files[file].bytes - position, digest)
-        self._check(file, self.files[file].bytes, digest.hexdigest())
+            return digest.hexdigest()
+
+        found = (self.place / file).read(work)
+        self._check(file, self.files[file].bytes, found)
 
     def _check(self, file: str, size: int, sha256: str | None) -> None:
         expected = self.files[file]

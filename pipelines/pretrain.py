@@ -13,7 +13,7 @@ from pathlib import Path
 from droppos.errors import ConfigError, DataError, DropposError
 from pipelines import checkpoints, history
 from pipelines.aside import Aside
-from pipelines.attempt import claim_for_driver
+from pipelines.attempt import taken_over
 from pipelines.backbone import from_checkpoint
 from pipelines.cluster import connect, gpu_workers
 from pipelines.facts import check_resume
@@ -103,12 +103,14 @@ def pretrain(
     if saved is None:
         started = keep_start(recipe, home)
         (home / PASSED_FILE).delete()  # of an earlier try, that another learning rate may mend
-    (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())
     connect(recipe)
-    driver = claim_for_driver(home)  # before the ledger does: who trains and who logs are one
-    with Ledger.open(
-        recipe, schedule.manifest.digest, resume=resume, parent_run=parent_run
-    ) as ledger:
+    (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())  # of a run that fits here
+    with (
+        taken_over(home) as taken,  # before the ledger does: who trains and who logs are one
+        Ledger.open(
+            recipe, schedule.manifest.digest, resume=resume, parent_run=parent_run
+        ) as ledger,
+    ):
         skipped = Skipped(
             home,
             schedule.manifest.rows,
@@ -143,11 +145,12 @@ def pretrain(
                 sized,
                 schedule,
                 heard,
-                driver=driver,
+                driver=taken.driver,
                 on_gpu=on_gpu,
                 stop=stop,
                 sharing=sharing,
             )
+            taken.begun = True
             try:
                 supervisor.run()
             finally:

@@ -21,7 +21,7 @@ from typing import Any
 from droppos.errors import DataError, StorageError
 from pipelines import chain, checkpoints
 from pipelines.chain import PREVIOUS, Link
-from pipelines.checkpoints import COMPLETE, Saved, require_recipe
+from pipelines.checkpoints import COMPLETE, Saved, hashed, require_recipe
 from pipelines.ledger import pointer
 from pipelines.likeness import differing_weights
 from pipelines.recipe_file import flatten
@@ -31,8 +31,6 @@ from pipelines.storage import Place, open_place
 from pipelines.tracking import Where
 
 FORMAT = "droppos-receipt/1"
-HASH_BYTES = 8 * 2**20
-"""Bytes of a file that are read at once."""
 
 Receipt = dict[str, Any]
 
@@ -138,25 +136,7 @@ def _exported(saved: Saved, folder: Place) -> Receipt:
             f"{f', and {len(differing) - 1} more' if len(differing) > 1 else ''}; name the "
             "checkpoint it was made of, or export again"
         )
-    return {file.name: hashed(folder / file.name) for file in folder.files()}
-
-
-def hashed(place: Place) -> dict[str, Any]:
-    """Give size and hash of a file.
-
-    Raises:
-        DataError: If it is missing.
-        StorageError: If storage refuses.
-    """
-
-    def work(source: Any) -> dict[str, Any]:
-        found, size = hashlib.sha256(), 0
-        while piece := source.read(HASH_BYTES):
-            found.update(piece)
-            size += len(piece)
-        return {"bytes": size, "sha256": found.hexdigest()}
-
-    return place.read(work)
+    return {file.name: hashed(folder / file.name)._asdict() for file in folder.files()}
 
 
 def shown(value: Any) -> Any:

@@ -7,9 +7,9 @@ from droppos.errors import DropposError, StorageError
 from droppos.export.timm_vit import WEIGHTS
 from pipelines import checkpoints
 from pipelines.check import Check
-from pipelines.checkpoints import COMPLETE, DAMAGED
+from pipelines.checkpoints import COMPLETE, DAMAGED, hashed
 from pipelines.likeness import differing_weights
-from pipelines.receipt import Receipt, hashed
+from pipelines.receipt import Receipt
 from pipelines.storage import Place, open_place
 
 
@@ -107,7 +107,7 @@ def _differing(
 ) -> Iterator[Check]:
     """Hash files again, and name those that are others, each by what differs first."""
     for name, file in expected.items():
-        found = hashed(folder / name) if name in there else {}
+        found = hashed(folder / name)._asdict() if name in there else {}
         for key, value in file.items():
             if found.get(key) != value:
                 told = f"{key}: expected {value}, found {found.get(key, 'no file')}"

@@ -34,9 +34,15 @@ _PASSING = re.compile(
     r"HTTP status (408|429|500|502|503|504|509)\b"
     r"|AWS Error (SLOW_DOWN|SlowDown|THROTTLING|REQUEST_LIMIT_EXCEEDED|INTERNAL_FAILURE"
     r"|InternalError|SERVICE_UNAVAILABLE|ServiceUnavailable|NETWORK_CONNECTION|REQUEST_TIMEOUT)\b"
+    r"|\(RequestTimeout\)"  # S3's own, of a connection that was silent: HTTP status 400
 )
-_WRONG = re.compile(r"curlCode: (1|3|35|51|58|59|60|77|83|90|91)\b|SSL validation failed")
-"""Addresses and certificates, which pyarrow counts as the network too."""
+_WRONG = re.compile(
+    r"curlCode: (1|3|51|58|59|60|77|83|90|91)\b"
+    # A handshake that was cut (35, or EOF) is the network's.
+    r"|SSL validation failed.*(CERTIFICATE_VERIFY_FAILED|[Hh]ostname|WRONG_VERSION_NUMBER)",
+    re.DOTALL,
+)
+"""Addresses and certificates, which pyarrow and boto3 count as the network too."""
 
 _log = logging.getLogger(__name__)
 _lock = Lock()

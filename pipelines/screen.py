@@ -58,6 +58,8 @@ class Screen:
             case "plan":
                 self._step, self._steps = event["step"], event["steps"]
             case "started":
+                if not self._console.is_terminal and event["rank"] == 0:
+                    self.say(f"{event['workers']} workers begin at step {event['step']:,}")
                 self._step = event["step"]
                 self._activity = "waiting for the first pictures"
                 self._pace = TimeLeft()
@@ -71,6 +73,8 @@ class Screen:
                 self._skipped |= event["problems"].keys()
             case "group":
                 self._activity = f"starting {event['workers']} workers"
+                if not self._console.is_terminal:
+                    self.say(self._activity)
             case "checkpoint":
                 if not self._console.is_terminal:
                     self.say(f"checkpoint at step {event['step']}: {event['saved'].uri}")

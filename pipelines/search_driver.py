@@ -17,6 +17,7 @@ from ray.tune import Callback, FailureConfig, TuneConfig, Tuner
 
 from droppos.errors import DataError
 from pipelines.attempt import Attempt, SupersededError, claim_for_driver
+from pipelines.background import STOP_SIGNALS
 from pipelines.bell import Bell
 from pipelines.cluster import buffer_mb_of, connect
 from pipelines.heard import OnEvent
@@ -30,7 +31,6 @@ from pipelines.secrets import redact
 from pipelines.sharing import Shared, Sharing
 from pipelines.space import read_space
 from pipelines.storage import open_place
-from pipelines.supervisor import STOP_SIGNALS
 from pipelines.trial_run import Common, TrialRun
 from pipelines.trials import Record, TrialTable
 

@@ -305,6 +305,11 @@ def explained(place: Place, verb: str) -> Iterator[None]:
         ) from error
 
 
+def will_pass(error: StorageError) -> bool:
+    """Tell whether storage was away, throttled or silent, and did not refuse."""
+    return isinstance(error.__cause__, OSError) and is_passing(error.__cause__)
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a file beside ``path``, and rename it if the block ends well."""

@@ -7,15 +7,15 @@ next is decided here, since only here it is known what a checkpoint and a global
 """
 
 import logging
+import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from time import monotonic, sleep
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -23,9 +23,10 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from droppos.errors import ConfigError, DropposError, TrainingError
+from droppos.errors import ConfigError, DropposError, StorageError, TrainingError
 from pipelines import checkpoints
 from pipelines.attempt import SupersededError
+from pipelines.background import in_background, stop_on_signal
 from pipelines.cluster import decode_tasks_of, group_share
 from pipelines.crew import (
     Advice,
@@ -38,6 +39,7 @@ from pipelines.crew import (
     worker_resources,
 )
 from pipelines.events import Events, Wish
+from pipelines.group import Group
 from pipelines.heard import Heard
 from pipelines.job import Job
 from pipelines.order import Schedule
@@ -47,7 +49,7 @@ from pipelines.provenance import origin
 from pipelines.recipe import Recipe
 from pipelines.sharing import Sharing
 from pipelines.source import Remaining, data_config
-from pipelines.storage import open_place
+from pipelines.storage import open_place, will_pass
 from pipelines.terminate import ListeningTorch
 from pipelines.worker import train_worker
 
@@ -62,81 +64,18 @@ KILL_EVERY_S = 30.0
 """Seconds after which workers that hang are sent SIGKILL again."""
 FEWER_S = 120.0
 """Seconds for which a size that could not start is not tried again."""
+AWAY_S = 3600.0
+"""Seconds for which storage may be away between two groups; each time it is asked it has
+`retries.PATIENCE` besides."""
+AGAIN_S = 10.0
+"""Seconds until it is asked again."""
+UNSTARTED_S, UNSTARTED_AGAIN_S = 60.0, 600.0
+"""Seconds without a word of any worker after which that is told, and told again."""
+ELASTIC_START_S = 240
+"""Seconds in which a group has to start on nodes that are there; else a smaller one is tried. What
+a cluster's image sets for nodes that have yet to come is longer."""
 START_S = 60.0
 """Seconds after a request to stop in which workers may still start, and save a checkpoint."""
-STALL_S = 30.0
-"""Seconds without any progress after which it is told, if that is less than a quarter of
-run.hang_timeout_s."""
-
-Result = TypeVar("Result")
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Group:
-    """What the driver knows of the workers that are running, from what they say."""
-
-    def __init__(self, hang_timeout_s: float, now: Callable[[], float] = monotonic) -> None:
-        self._hang_timeout_s = hang_timeout_s
-        self._now = now
-        self._moved = now()
-        self._doing: dict[int, tuple[str, int]] = {}
-        self._heard: dict[int, float] = {}
-        self.processes: dict[int, tuple[str, int]] = {}
-        """Node and process of each rank."""
-        self.started = False
-        """Whether a worker has begun to train."""
-        self.stalled = False
-        """Whether nobody has got on for a while."""
-        self.gave_up: str | None = None
-        """Why the workers ended, all at once, where starting them again would not help."""
-        self.bad_steps: list[int] = []
-        """Steps to be passed over, if that is why."""
-
-    @property
-    def nodes(self) -> set[str]:
-        """Where the workers are."""
-        return {node for node, _ in self.processes.values()}
-
-    def event(self, event: Mapping[str, Any]) -> None:
-        """Take one event."""
-        match event["kind"]:
-            case "started":
-                self.started = True
-                self._moved = self._now()
-            case "beat":
-                # From the first on, so that one that freezes before it has started is found, too.
-                self.processes[event["rank"]] = (event["node"], event["pid"])
-                doing = (event["doing"], event["step"])
-                if self._doing.get(event["rank"]) != doing:
-                    self._moved = self._now()
-                self._doing[event["rank"]] = doing
-                self._heard[event["rank"]] = self._now()
-            case "gave_up":
-                self.gave_up = event["error"]
-                self.bad_steps = event["bad_steps"]
-
-    @property
-    def hangs(self) -> str:
-        """Describe who hangs and where; empty while somebody gets on, or nobody has begun."""
-        return self._still(self._hang_timeout_s)
-
-    @property
-    def stalls(self) -> str:
-        """Describe the same, when it is too early to call it a hang."""
-        return self._still(min(STALL_S, self._hang_timeout_s / 4))
-
-    def _still(self, longest_s: float) -> str:
-        now = self._now()
-        if not self._doing or now - self._moved < longest_s:
-            return ""
-        silent = [rank for rank, at in self._heard.items() if now - at > max(20, longest_s / 2)]
-        doing = ", ".join(
-            f"worker {rank} {what} at step {step}"
-            for rank, (what, step) in sorted(self._doing.items())
-        )
-        mute = f"; nothing was heard of worker {', '.join(map(str, silent))}" if silent else ""
-        return f"no worker got on for {now - self._moved:.0f} s: {doing}{mute}"
 
 
 class Supervisor:
@@ -179,6 +118,8 @@ class Supervisor:
         self._stopped = False
         self._stopped_at = 0.0
         self._most: tuple[int, float] | None = None
+        self._furthest = 0
+        """Newest step that was ever in a checkpoint that counts."""
 
     def run(self) -> None:
         """Run groups until the last step, a request to stop, or too many failures.
@@ -191,13 +132,13 @@ class Supervisor:
         failures = 0
         with self._room_wanted(), stop_on_signal(self._stop) as abort:
             while True:
-                before = self._newest_step()
+                before = self._await_newest_step(abort)
                 size = self._await_room(abort)
                 if size is None:
                     return
                 group = Group(self._recipe.run.hang_timeout_s)
                 error = self._run_group(size, group, abort)
-                step = self._newest_step()
+                step = self._await_newest_step(abort)
                 if self._heard.too_many is not None:
                     raise self._heard.too_many
                 if step > before:
@@ -261,6 +202,36 @@ class Supervisor:
             no_room_wanted()
         ray.shutdown()
 
+    def _await_newest_step(self, abort: threading.Event) -> int:
+        """Find where the next group begins, however long storage is away, up to an hour.
+
+        Raises:
+            StorageError: If it refuses, is away longer, or the run is asked to stop meanwhile.
+            TrainingError: If no checkpoint counts any more: a group would begin again at step 0,
+                and what the run was is deleted.
+        """
+        since = monotonic()
+        while True:
+            try:
+                step = self._newest_step()
+            except StorageError as error:
+                stop = self._stopped or self._asked_to_stop()
+                if stop or not will_pass(error) or monotonic() - since > AWAY_S:
+                    raise
+                self._say("stall", error=f"no workers run, and storage is asked again: {error}")
+            else:
+                break
+            if abort.wait(AGAIN_S):
+                raise KeyboardInterrupt
+        if self._furthest and not step:
+            raise TrainingError(
+                f"no checkpoint of {self._home} counts any more, though step {self._furthest} was "
+                "saved: they were deleted, or found damaged (damaged.json in their folders says "
+                "of which file); restore one and --resume, or begin again as another run.name"
+            )
+        self._furthest = max(self._furthest, step)
+        return step
+
     def _newest_step(self) -> int:
         saved = checkpoints.newest(self._home)
         return saved.step if saved else 0
@@ -307,7 +278,8 @@ class Supervisor:
         self._tell_workers(Advice())
         self._say("group", workers=size)
         running = in_background(self._trainer(self._recipe.at(size)).fit)
-        looked = monotonic()
+        began = looked = monotonic()
+        tell_at = began + UNSTARTED_S
         killed, killed_at = "", 0.0
         try:
             while not running.done():
@@ -316,6 +288,9 @@ class Supervisor:
                 self._heard.drain(self._events, group.event)
                 if self._stopped or self._heard.too_many is not None or self._asked_to_stop():
                     self._stop()  # again, for a notice may just have been written over it
+                if not group.processes and monotonic() > tell_at:
+                    tell_at = monotonic() + UNSTARTED_AGAIN_S
+                    self._tell_unstarted(size, monotonic() - began)
                 if monotonic() - looked > LOOK_S and group.processes:
                     looked = monotonic()
                     self._look(size, group)
@@ -342,8 +317,14 @@ class Supervisor:
         return TrainingError(f"{killed}; they were killed") if killed else cause_of(error)
 
     def _trainer(self, recipe: Recipe) -> TorchTrainer:
-        tasks = decode_tasks_of(recipe, group_share(recipe))
+        # Of the whole crew's CPUs none decodes: a node that comes back must find room to train.
+        tasks = decode_tasks_of(recipe, group_share(self._recipe))
         elastic = self._recipe.run.min_workers is not None
+        # It would end a group two minutes after any notice, also one that says no time: `advise`
+        # knows when to leave.
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        if elastic:
+            os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_S)
         return TorchTrainer(
             partial(
                 train_worker,
@@ -399,6 +380,12 @@ class Supervisor:
         if not self._stopped:
             self._events.wished = Wish(self._saves, leave)
 
+    def _tell_unstarted(self, size: int, seconds: float) -> None:
+        """Tell that no worker was heard of: Ray waits, and tries again, without a word."""
+        with suppress(RayError):
+            fit = Room.look().workers(self._recipe, self._on_gpu)
+            self._say("unstarted", workers=size, seconds=seconds, fit=fit)
+
     def _tell_stall(self, group: Group) -> None:
         """Tell when nobody gets on, and when somebody does again: storage may be away, say."""
         stalls = group.stalls
@@ -428,58 +415,6 @@ class Supervisor:
                 f"them, lower optim.lr_per_256 ({self._recipe.optim.lr_per_256:g}), or train in "
                 "compute.precision=float32"
             )
-
-
-def in_background(job: Callable[[], Result]) -> Future[Result]:
-    """Run a job in a thread that ends with this process.
-
-    On the main thread `fit` would take Ctrl-C for itself, and drop the last steps.
-    """
-    result: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(job())
-        except BaseException as error:  # handed on to whoever asks for the result
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="fit", daemon=True).start()
-    return result
-
-
-@contextmanager
-def stop_on_signal(stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into a request for one more checkpoint; the second one aborts.
-
-    Only a main thread is sent signals; elsewhere (a Tune trial) nothing changes.
-
-    Yields:
-        An event that is set when the run is to end at once.
-    """
-    abort = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield abort
-        return
-    asked = False
-
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            abort.set()
-            return
-        asked = True
-        logger.warning(
-            "%s: saving a last checkpoint, then ending; once more ends at once, without it",
-            signal.Signals(number).name,
-        )
-        stop()
-
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
-    try:
-        yield abort
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def cause_of(error: TrainingFailedError) -> DropposError:

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from droppos.errors import ConfigError
 from pipelines import checkpoints
 from pipelines.attempt import SupersededError, claim_for_driver
+from pipelines.background import in_background
 from pipelines.holdout import measure_checkpoint
 from pipelines.ledger import begin_anew
 from pipelines.order import Schedule
@@ -24,7 +25,6 @@ from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Objective, Recipe
 from pipelines.sharing import Sharing
 from pipelines.storage import open_place
-from pipelines.supervisor import in_background
 from pipelines.trials import figures_in, trial_recipe
 
 REPORT_EVERY_S = 1.0

@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 from droppos.draw.curves import COLOURS, INK, RULE, SOFT, frame
 
@@ -103,16 +105,17 @@ def draw_courses(
         panels: A title, the arms, and what they are to beat.
         path: PNG to write.
     """
+    labels = list(dict.fromkeys(course.label for _, courses, _ in panels for course in courses))
+    colours = dict(zip(labels, COLOURS, strict=False))
     layout = ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.2)
     figure = Figure(figsize=(5.4 * len(panels), 5), dpi=140, layout=layout, facecolor="white")
     for panel, (title, courses, levels) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
-        for course, colour in zip(courses, COLOURS, strict=False):
+        for course in courses:
             values = [100 * value for value in course.values]
-            panel.plot(
-                course.budgets, values, color=colour, linewidth=2.2, marker="o", label=course.label
-            )
+            colour = colours[course.label]
+            panel.plot(course.budgets, values, color=colour, linewidth=2.2, marker="o")
         for level in levels:
             panel.axhline(100 * level.value, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
             panel.annotate(
@@ -124,11 +127,16 @@ def draw_courses(
                 color=SOFT,
                 fontsize=10,
             )
-        panel.set_xscale("log")
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_locator(LogLocator(base=2, subs=(25 / 16,)))  # 25, 50, 100, ...
+        panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.set_title(title, loc="left", color=INK, fontsize=13, fontweight="bold")
         frame(panel)
         panel.margins(y=0.12)
         panel.set_xlabel("TFLOP of training", color=SOFT)
         panel.set_ylabel("%", color=SOFT)
-        panel.legend(frameon=False, fontsize=10, loc="lower right")
+    lines = [Line2D([], [], color=colours[label], linewidth=2.2, marker="o") for label in labels]
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=11
+    )
     figure.savefig(path)

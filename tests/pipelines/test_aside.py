@@ -10,7 +10,7 @@ import pytest
 from droppos.config import Compute, Method, Optim
 from droppos.errors import ConfigError, StorageError
 from pipelines import aside as module
-from pipelines import checkpoints
+from pipelines import checkpoints, history
 from pipelines.aside import Aside
 from pipelines.holdout import measure_checkpoint
 from pipelines.machines import Cluster, Machine
@@ -19,6 +19,7 @@ from pipelines.prepare import prepare
 from pipelines.pretrain import plan, pretrain
 from pipelines.recipe import Data, Measure, Recipe, Run, Search, Tracking
 from pipelines.resources import Demand, solve
+from pipelines.run_report import run_report
 from pipelines.storage import Place, open_place
 from pipelines.trials import objective_of
 from tests.droppos.tiny import TINY
@@ -97,6 +98,9 @@ def test_steps_are_taken_while_a_checkpoint_is_measured(recipe: Recipe, ray_clus
     expected = measure_checkpoint(recipe, saved, probe=True)
     assert "holdout/features/probe_accuracy_low_95" in expected
     assert found[-1]["values"] == pytest.approx(expected, rel=1e-5)
+    kept = history.curves(open_place(recipe.home), 60)["holdout/features/probe_accuracy"]
+    assert [step for step, _ in kept] == steps
+    assert "nothing was measured" not in run_report(saved)
     assert {n: v for n, v in outcome.metrics.items() if n in expected} == found[-1]["values"]
 
 

@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from droppos.errors import ConfigError
 from pipelines import checkpoints, stored_state
-from pipelines.attempt import Attempt, SupersededError, claim_for_driver, claim_for_group
+from pipelines.attempt import (
+    Attempt,
+    SupersededError,
+    claim_for_driver,
+    claim_for_group,
+    taken_over,
+)
 from pipelines.storage import Place, open_place
 
 CPU = torch.device("cpu")
@@ -44,6 +51,27 @@ def test_a_later_driver_is_in_the_right_even_before_its_workers_start(home: Plac
     # Ray starts workers that were lost again; those of the older driver must not win it back.
     with pytest.raises(SupersededError):
         claim_for_group(home, driver, CPU)
+
+
+def test_a_driver_that_cannot_begin_gives_the_run_back(home: Place) -> None:
+    healthy = claim_for_group(home, claim_for_driver(home), CPU)
+    with pytest.raises(ConfigError), taken_over(home) as taken:
+        assert taken.driver != healthy.driver
+        raise ConfigError("MLflow does not answer")
+    save(home, 1, healthy)
+    with pytest.raises(KeyboardInterrupt), taken_over(home) as taken:
+        taken.begun = True
+        raise KeyboardInterrupt
+    with pytest.raises(SupersededError):
+        save(home, 2, healthy)
+
+
+def test_what_is_given_back_is_not_taken_from_a_third(home: Place) -> None:
+    claim_for_driver(home)
+    with pytest.raises(ConfigError), taken_over(home):
+        third = claim_for_group(home, claim_for_driver(home), CPU)
+        raise ConfigError("MLflow does not answer")
+    save(home, 1, third)
 
 
 def test_what_a_superseded_group_saves_neither_counts_nor_harms(home: Place) -> None:

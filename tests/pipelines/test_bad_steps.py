@@ -29,6 +29,19 @@ def test_steps_are_counted_when_they_are_read_and_forgiven_by_a_checkpoint() -> 
     assert bad.read() == [4] and bad.steps == [4]
 
 
+def test_checkpoints_of_bad_steps_alone_forgive_none() -> None:
+    bad = BadSteps(limit=3)
+    for step in range(4):  # a checkpoint after every two
+        bad.note(step, YES)
+        bad.read()
+        if step % 2:
+            bad.forgive()
+    assert bad.too_many
+    bad.note(4, NO)
+    bad.forgive()
+    assert not bad.steps
+
+
 def test_one_more_than_the_limit_names_them() -> None:
     bad = BadSteps(limit=1)
     for step in (7, 8):

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from droppos.errors import DataError, TrainingError
 from pipelines import checkpoints, stored_state
 from pipelines.checkpoints import COMPLETE, Retention, Saved
+from pipelines.parts import DamagedError
 from pipelines.storage import Place, open_place
 
 FACTS = {"cursor": {"epoch": 1, "batch": 2, "step": 3}, "seed": 5, "global_batch": 8}
@@ -183,6 +184,37 @@ def test_a_flipped_bit_is_found_and_named(home: Place) -> None:
     expected = saved.files[part.name].sha256
     with pytest.raises(TrainingError, match=rf"{part.name} is not .* expected sha256 {expected}"):
         stored_state.load_full(saved)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_what_a_machine_reads_wrongly_still_counts(
+    home: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory may be bad: what storage has is right, and the next machine will read it so."""
+    saved = save(home, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_state, "load", _damaged)
+        with pytest.raises(DamagedError):
+            stored_state.load_or_set_aside(saved, {})
+        assert checkpoints.newest(home) == saved
+        (saved.place / "part-00000.safetensors").write_bytes(b"other")
+        with pytest.raises(DamagedError):
+            stored_state.load_or_set_aside(saved, {})
+    assert checkpoints.newest(home) is None
+    assert checkpoints.lost(home) == 1
+
+
+def _damaged(*_: object) -> None:
+    raise DamagedError("part-00000.safetensors is not what was written")
+
+
+def test_a_checkpoint_is_lost_that_counted_once_and_not_one_that_was_cut_short(home: Place) -> None:
+    assert checkpoints.lost(home) is None
+    saved = save(home, 7)
+    (saved.place / COMPLETE).delete()  # as where its process dies just before it is written
+    assert checkpoints.lost(home) is None
+    saved.place.delete()
+    assert checkpoints.lost(home) == 7
 
 
 class Bomb:

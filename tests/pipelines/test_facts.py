@@ -37,6 +37,9 @@ def saved_at(folder: Path, **without: None) -> Saved:
     )
 
 
+SCHEDULE = Schedule(manifest=DATA, seed=0, global_batch=1, window=1, epochs=1)
+
+
 def check(
     saved: Saved, recipe: Recipe = RECIPE, data: Manifest = DATA, allow: bool = False
 ) -> None:
@@ -116,6 +119,14 @@ def test_another_seed_or_batch_is_refused_by_name(
     with pytest.raises(ConfigError, match=words):
         check(saved, changed)
     check(saved, changed, allow=True)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, run=replace(RECIPE.run, storage=str(tmp_path), name="run"))
+    saved = saved_at(tmp_path / "run")
+    saved.place.delete()
+    with pytest.raises(ConfigError, match=r"had a checkpoint at step 3, and none that counts"):
+        check_resume(recipe, SCHEDULE, None, resume=True, allow_changes=False)
 
 
 def test_a_fine_tuning_is_no_pre_training_to_go_on_with(tmp_path: Path) -> None:

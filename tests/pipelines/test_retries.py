@@ -38,6 +38,11 @@ def _failing(times: int, error: Exception):
         "AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 28, Timeout was",
         "An error occurred (SlowDown) when calling the PutObject operation (HTTP status 503)",
         "AWS Error NETWORK_CONNECTION: Read timeout on endpoint URL: http://127.0.0.1",
+        "AWS Error NETWORK_CONNECTION: curlCode: 35, SSL connect error",
+        "AWS Error NETWORK_CONNECTION: SSL validation failed for https://s3.amazonaws.com/b "
+        "EOF occurred in violation of protocol (_ssl.c:992)",
+        "An error occurred (RequestTimeout) when calling the PutObject operation: Your socket "
+        "connection to the server was not read from or written to (HTTP status 400)",
     ],
 )
 def test_what_passes(text: str) -> None:
@@ -54,6 +59,10 @@ def test_what_passes(text: str) -> None:
             "When reading 'SlowDown.jpg': AWS Error UNKNOWN (HTTP status 400) during GetObject"
         ),
         OSError("AWS Error NETWORK_CONNECTION: curlCode: 60, SSL peer certificate was not OK"),
+        OSError(
+            "AWS Error NETWORK_CONNECTION: SSL validation failed for https://s3.local/b [SSL: "
+            "CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate"
+        ),
         OSError(28, "No space left on device"),
         ValueError(THROTTLED),
     ],

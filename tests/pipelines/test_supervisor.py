@@ -1,5 +1,7 @@
 """What the supervisor makes of what it hears; that it restarts real workers is test_drill.py's."""
 
+import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,14 +10,15 @@ import pytest
 from ray.train import TrainingFailedError
 
 from droppos.config import Compute
-from droppos.errors import ConfigError, TrainingError
+from droppos.errors import ConfigError, StorageError, TrainingError
 from pipelines import supervisor as module
 from pipelines.crew import Room
+from pipelines.group import STALL_S, Group
 from pipelines.news import told
 from pipelines.parts import DamagedError
 from pipelines.passed import PassedOver
 from pipelines.recipe import Data, Recipe, Run
-from pipelines.supervisor import STALL_S, Group, Supervisor, cause_of
+from pipelines.supervisor import Supervisor, cause_of
 
 
 class Clock:
@@ -222,6 +225,69 @@ def test_what_cannot_be_mended_ends_the_run_at_once(
     Groups(supervisor, monkeypatch, (0, ConfigError("no GPU"), True))
     with pytest.raises(ConfigError, match=r"^no GPU$"):
         supervisor.run()
+
+
+def away(text: str) -> StorageError:
+    error = StorageError("cannot list s3://bucket/runs")
+    error.__cause__ = OSError(text)
+    return error
+
+
+@pytest.mark.slow
+def test_storage_that_is_away_between_two_groups_is_waited_for(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[StorageError | int] = [away("AWS Error NETWORK_CONNECTION")] * 3
+    answers += [10, away("AWS Error ACCESS_DENIED")]
+
+    def newest() -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, StorageError):
+            raise answer
+        return answer
+
+    said: list[str] = []
+    monkeypatch.setattr(module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(supervisor, "_newest_step", newest)
+    monkeypatch.setattr(supervisor, "_say", lambda kind, **told: said.append(kind))
+    abort = threading.Event()
+    assert supervisor._await_newest_step(abort) == 10
+    assert said == ["stall"] * 3
+    with pytest.raises(StorageError):  # it will not be allowed in a moment, either
+        supervisor._await_newest_step(abort)
+    answers += [away("AWS Error NETWORK_CONNECTION")]
+    supervisor._stopped = True
+    with pytest.raises(StorageError):
+        supervisor._await_newest_step(abort)
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_all_stop_counting_does_not_begin_again(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Groups(supervisor, monkeypatch, (40, None, True), (20, LOST, True), (0, LOST, True))
+    with pytest.raises(TrainingError, match=r"no checkpoint .* counts any more, though step 40"):
+        supervisor.run()
+    assert len(told.sizes) == 3
+
+
+@pytest.mark.slow
+def test_rays_own_watcher_does_not_end_a_group_that_works_on(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its defaults it would, 120 s after a notice that says no time."""
+    from ray.train.v2._internal import constants  # no public place tells the names
+
+    monkeypatch.setattr(module, "Remaining", lambda *_, **__: None)
+    for name in (
+        constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+        constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    ):
+        monkeypatch.delenv(name, raising=False)
+        assert name in constants.ENV_VARS_TO_PROPAGATE
+    supervisor._trainer(supervisor._recipe)
+    assert os.environ[constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
+    assert float(os.environ[constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR]) < 900
 
 
 @pytest.mark.slow

@@ -1,0 +1,67 @@
+"""A job beside the main thread, and signals as requests: how a driver stays able to listen."""
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TypeVar
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+def in_background(job: Callable[[], Result]) -> Future[Result]:
+    """Run a job in a thread that ends with this process.
+
+    On the main thread `fit` would take Ctrl-C for itself, and drop the last steps.
+    """
+    result: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(job())
+        except BaseException as error:  # handed on to whoever asks for the result
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return result
+
+
+@contextmanager
+def stop_on_signal(stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """Turn Ctrl-C and SIGTERM into a request for one more checkpoint; the second one aborts.
+
+    Only a main thread is sent signals; elsewhere (a Tune trial) nothing changes.
+
+    Yields:
+        An event that is set when the run is to end at once.
+    """
+    abort = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield abort
+        return
+    asked = False
+
+    def on_signal(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            abort.set()
+            return
+        asked = True
+        logger.warning(
+            "%s: saving a last checkpoint, then ending; once more ends at once, without it",
+            signal.Signals(number).name,
+        )
+        stop()
+
+    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    try:
+        yield abort
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
