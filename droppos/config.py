@@ -315,7 +315,8 @@ class Method:
         if visible < 1:
             raise ConfigError(
                 f"method.mask_ratio {self.mask_ratio} leaves no visible patch {where}; "
-                f"at most {1 - 1 / grid.cells:.4g} keeps one: lower it, or use smaller patches"
+                f"at most {floor(1e4 * (1 - 1 / grid.cells)) / 1e4:g} keeps one: lower it, or use "
+                "smaller patches"
             )
         if self.predicts_positions and visible == kept:
             raise ConfigError(

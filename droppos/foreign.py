@@ -90,8 +90,13 @@ def read_weights(name: str, data: bytes) -> dict[str, Tensor]:
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
             break
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        kind = f"keys {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else ""
+    if (
+        not isinstance(found, Mapping)
+        or not found
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
+    ):
+        keys = ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else ""
+        kind = f"keys {keys}" if keys else "nothing" if found == {} else ""
         raise DataError(
             f"{name} holds {kind or type(found).__name__}, expected a state dict, alone or under "
             f"one of {', '.join(WRAPPERS)}"

@@ -43,6 +43,11 @@ class Draw(NamedTuple):
         """True cells of the scored patches."""
         return self.visible.gather(1, self.scored)
 
+    def to(self, device: torch.device) -> "Draw":
+        """Copy it to a device."""
+        wrong = None if self.wrong is None else self.wrong.to(device)
+        return Draw(self.visible.to(device), self.scored.to(device), self.hidden.to(device), wrong)
+
 
 class Noise(NamedTuple):
     """Uniform draws in [0, 1) from which a :class:`Draw` follows."""

@@ -224,8 +224,10 @@ class PixelDecoder(nn.Module):
         masks = self.mask_token.expand(*draw.hidden.shape, -1)
         patches = torch.cat([tokens[:, 1:], masks], dim=1)
         cells = torch.cat([draw.visible, draw.hidden], dim=1)
+        # FSDP2 casts parameters, not buffers, and a float32 one would make all tokens float32.
+        positions = self.positions[0].to(self.mask_token.dtype)
         # Attention does not see order, so the patches need no putting back into rows.
-        tokens = torch.cat([tokens[:, :1], patches + self.positions[0][cells + 1]], dim=1)
+        tokens = torch.cat([tokens[:, :1], patches + positions[cells + 1]], dim=1)
         first, last = 1 + draw.visible.shape[1], tokens.shape[1]
         hidden = torch.arange(first, last, device=tokens.device).expand(len(tokens), -1)
         return self.head(self.norm(run_blocks(list(self.blocks), tokens, hidden)))

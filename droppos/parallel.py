@@ -29,7 +29,7 @@ from droppos.model import DropPos
 
 
 def resolve_device(compute: Compute) -> torch.device:
-    """Choose the device of this process; a launcher shows each process only its own GPU.
+    """Choose the device of this process: of several GPUs the one its launcher made current.
 
     Raises:
         ConfigError: If a GPU is asked for and this process sees none.
@@ -40,7 +40,20 @@ def resolve_device(compute: Compute) -> torch.device:
             "compute.device is cuda, but this process sees no GPU; give each worker one "
             "(a cluster with GPU nodes), or take compute.device=auto"
         )
-    return torch.device("cuda" if available and compute.device != "cpu" else "cpu")
+    if available and compute.device != "cpu":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device while it computes.
+
+    From memory that is not pinned, as a stream's batches are, a copy to a GPU would wait for all
+    that the GPU has been given to do.
+    """
+    if device.type == "cuda" and values.device.type == "cpu" and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def build(
@@ -61,8 +74,11 @@ def build(
         for block in blocks:
             block.forward = _checkpointed(block.forward)
     if compute.compile:
+        # Guide, student and decoders call the same code with other numbers of tokens: each gets a
+        # graph of its own, for the few that there are, and not one for any number.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for block in blocks:
-            block.compile()
+            block.compile(dynamic=False)
     if compute.strategy == "ddp":
         return DistributedDataParallel(whole, broadcast_buffers=False)
     if compute.strategy == "fsdp2":
@@ -136,9 +152,11 @@ def _mesh(compute: Compute, device: torch.device) -> DeviceMesh:
     )
 
 
-def precision(compute: Compute, device: torch.device) -> AbstractContextManager[object]:
-    """Open the arithmetic of a forward pass; FSDP2 casts by its own policy."""
-    if compute.precision == "float32" or compute.strategy == "fsdp2":
+def precision(
+    compute: Compute, device: torch.device, model: nn.Module
+) -> AbstractContextManager[object]:
+    """Open the arithmetic of a forward pass; a model that FSDP2 spreads casts by its own policy."""
+    if compute.precision == "float32" or isinstance(model, FSDPModule):
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 

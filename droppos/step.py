@@ -20,7 +20,7 @@ from droppos.config import Compute, Method, Model, Optim
 from droppos.loss import Metrics, pretraining_loss
 from droppos.masking import Noise, draw, draw_noise
 from droppos.model import normalise
-from droppos.parallel import build, gradient_sync, precision, resolve_device
+from droppos.parallel import build, gradient_sync, precision, resolve_device, to_device
 from droppos.schedule import learning_rate, parameter_groups, sigma
 from droppos.targets import smoothed_targets
 
@@ -141,9 +141,9 @@ def train_step(state: TrainState, micro_batches: Sequence[MicroBatch]) -> StepRe
     parts = []
     for i, batch in enumerate(micro_batches):
         images = _on_device(batch, state.device)
-        masks = draw(counts, method, noise.of(batch.slots.to(state.device, non_blocking=True)))
+        masks = draw(counts, method, noise.of(to_device(batch.slots, state.device)))
         with gradient_sync(model, last=i == len(micro_batches) - 1):
-            with precision(state.compute, state.device):
+            with precision(state.compute, state.device, model):
                 prediction = model(images, masks, guided=method.guided)
             metrics = pretraining_loss(
                 method,
@@ -180,10 +180,9 @@ def _update(optimizer: torch.optim.Optimizer, lr: float, skipped: Bool[Tensor, "
 
 
 def _on_device(batch: MicroBatch, device: torch.device) -> Float[Tensor, "B 3 rows columns"]:
-    images = batch.images.to(device, non_blocking=True)
-    if batch.mirrored is None:
-        return normalise(images)
-    return normalise(images, batch.mirrored.to(device, non_blocking=True))
+    images = to_device(batch.images, device)
+    mirrored = None if batch.mirrored is None else to_device(batch.mirrored, device)
+    return normalise(images, mirrored)
 
 
 def _clip(model: nn.Module, method: Method, limit: float | None) -> Tensor:

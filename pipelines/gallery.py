@@ -23,7 +23,7 @@ from droppos.measure.position import (
     protocol_draw,
 )
 from droppos.model import DropPos
-from pipelines.holdout import Pictures, protocol, spread
+from pipelines.holdout import Pictures, spread
 from pipelines.recipe import MeasureProtocol
 
 ROWS = 4
@@ -48,7 +48,7 @@ def draw_gallery(
     draw_curves(
         series(history, train="train/position_loss_nats", holdout=None),
         series(history, train="train/position_accuracy", holdout="holdout/position/accuracy"),
-        protocol(measure).counts(model.grid),
+        measure.counts(model.grid),
         curves,
     )
     return report, [*files, curves, *draw_sight(model.encoder, model.grid, pictures, folder)[0]]
@@ -63,7 +63,7 @@ def draw_answers(
         The measurement, and the files drawn: reassembly and confusion.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    counts = protocol(measure).counts(model.grid)
+    counts = measure.counts(model.grid)
     predict = position_predictor(model)
     meter = PositionMeter(model.grid, counts)
     report = measure_positions(predict, pictures.pixels, meter, seed=measure.seed).report()

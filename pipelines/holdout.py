@@ -7,8 +7,7 @@ Axes in this file
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from math import ceil
 from typing import NamedTuple
@@ -18,10 +17,9 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from droppos.config import Compute, Method
+from droppos.config import Compute
 from droppos.errors import DataError
 from droppos.measure.features import patch_mean
 from droppos.measure.knn import can_leave_one_out, knn_leave_one_out
@@ -137,11 +135,6 @@ def in_known_share(keys: list[str]) -> Bool[Tensor, "P"]:
     return torch.tensor([int.from_bytes(d, "big") / 2**32 < KNOWN_SHARE for d in digests])
 
 
-def protocol(measure: MeasureProtocol) -> Method:
-    """Make the method that draws the protocol's masks."""
-    return Method(mask_ratio=measure.mask_ratio, position_mask_ratio=measure.position_mask_ratio)
-
-
 class Holdout:
     """Held-out pictures and what is asked of them; the same in a run and of its checkpoint."""
 
@@ -204,12 +197,12 @@ class Holdout:
         whole = unwrap(model)
         if not whole.method.predicts_positions:
             return None
-        counts = protocol(self._measure).counts(whole.grid)
+        counts = self._measure.counts(whole.grid)
         meter = PositionMeter(whole.grid, counts, self._device)
         idle = PositionMeter(whole.grid, counts, self._device)
 
         def predict(pictures: Tensor, draw: object) -> Tensor:
-            with self._arithmetic(model):
+            with precision(self._compute, self._device, model):
                 return model(normalise(pictures.to(self._device)), draw).logits
 
         for first, part, counted in self._own_batches():
@@ -241,7 +234,7 @@ class Holdout:
         whole = unwrap(model)
         parts = []
         for _, part, _ in self._own_batches():
-            with self._arithmetic(model):
+            with precision(self._compute, self._device, model):
                 tokens = whole.encode_whole(normalise(part.to(self._device)))
             parts.append(F.pad(patch_mean(tokens), (0, 0, 0, BATCH - len(part))))
         own = torch.stack(parts)
@@ -251,12 +244,6 @@ class Holdout:
             dist.all_gather(dealt, own)
         # By turn, rank and place: that is the pictures' order, and padding comes after the last.
         return torch.stack(dealt, dim=1).flatten(0, 2)[: len(self._pictures)]
-
-    def _arithmetic(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Open a forward pass; an fsdp2 run's model that is whole again does not cast by itself."""
-        whole = not isinstance(model, FSDPModule)
-        compute = replace(self._compute, strategy="single", shard_ranks=None)
-        return precision(compute if whole else self._compute, self._device)
 
     def _own_batches(self) -> Iterator[tuple[int, UInt8[Tensor, "B rows columns 3"], bool]]:
         """Deal the batches out to the ranks in turn, equally many to each.

@@ -10,7 +10,7 @@ from droppos.measure.shortcuts import ShortcutReport, measure_shortcuts
 from droppos.model import DropPos
 from pipelines.backbone import open_backbone
 from pipelines.gallery import draw_answers, draw_sight
-from pipelines.holdout import Pictures, load_pictures, protocol
+from pipelines.holdout import Pictures, load_pictures
 from pipelines.recipe import MeasureProtocol, Tracking
 from pipelines.scores import track_figures
 from pipelines.storage import open_place
@@ -109,6 +109,6 @@ def find_shortcuts(model: DropPos, measure: MeasureProtocol, pictures: Pictures)
         position_predictor(model),
         pictures.pixels,
         model.grid,
-        protocol(measure).counts(model.grid),
+        measure.counts(model.grid),
         seed=measure.seed,
     )

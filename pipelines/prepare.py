@@ -20,6 +20,8 @@ import json
 import logging
 import os
 import time
+import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -357,7 +359,10 @@ def _checked(
 
 
 def _check(item: Item, bound: Bound | None) -> _Checked | SetAside:
-    data = item.read()
+    try:
+        data = item.read()
+    except (zipfile.BadZipFile, zlib.error) as error:
+        return SetAside(item.key, "undecodable", f"damaged in its archive: {error}")
     if not data:
         return SetAside(item.key, "empty", "there are no bytes")
     try:

@@ -27,7 +27,7 @@ from pipelines.provenance import cluster_hardware
 from pipelines.recipe import Recipe
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.secrets import redact_uris
-from pipelines.shards import load_manifest
+from pipelines.shards import Manifest, load_manifest
 from pipelines.sharing import Sharing
 from pipelines.skipped import Skipped
 from pipelines.source import join
@@ -204,15 +204,34 @@ def plan(recipe: Recipe) -> Schedule:
             "data.path is not set; name a prepared data set: `droppos prepare PICTURES DATA`, "
             "then `droppos pretrain --data.path DATA`"
         )
-    if recipe.data.holdout is not None:
-        load_manifest(open_place(recipe.data.holdout))  # missing now is better than missing later
+    manifest = load_manifest(open_place(recipe.data.path))
+    if recipe.data.holdout is not None:  # missing now is better than missing later
+        _check_holdout(recipe, manifest, load_manifest(open_place(recipe.data.holdout)))
     return Schedule(
-        manifest=load_manifest(open_place(recipe.data.path)),
+        manifest=manifest,
         seed=recipe.run.seed,
         global_batch=recipe.optim.global_batch,
         window=recipe.data.window,
         epochs=recipe.optim.epochs,
     )
+
+
+def _check_holdout(recipe: Recipe, train: Manifest, holdout: Manifest) -> None:
+    """Look whether the held-out pictures are held out, and can tell what they are asked."""
+    known = {shard.content for shard in train.shards}
+    if same := sum(shard.content in known for shard in holdout.shards):
+        logger.warning(
+            "%d of the %d shards of data.holdout %s hold the very pictures of data.path %s: what "
+            "is measured on them is not of pictures that were kept out of training",
+            *(same, len(holdout.shards), recipe.data.holdout, recipe.data.path),
+        )
+    best = recipe.run.keep_best
+    if best is not None and "knn" in best and len(holdout.classes or ()) < 2:
+        raise ConfigError(
+            f"run.keep_best is {best}, but the pictures of data.holdout {recipe.data.holdout} have "
+            "no two classes; prepare them from a folder with a sub-folder per class, or take "
+            "holdout/position/skill"
+        )
 
 
 def replay(ledger: Ledger, home: Place, saved: checkpoints.Saved) -> None:

@@ -4,12 +4,24 @@ YAML file, command-line flag and Tune trial all make this same class, so a typo 
 impossible value gets the same answer wherever it stood (:mod:`pipelines.cli`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Literal
 from urllib.parse import urlsplit
 
-from droppos.config import Compute, Counts, Method, Model, Optim, require
+from droppos.config import Compute, Counts, Grid, Method, Model, Optim, require
 from droppos.errors import ConfigError
+
+
+@contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Have errors of a method name the section that its fields stand in."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("method.", f"{section}.")) from None
 
 
 def _require_least(section: str, values: object, **least: int) -> None:
@@ -80,6 +92,18 @@ class Data:
             "positive, or none",
             "without a CPU to decode, training would wait for ever",
         )
+
+
+HELD_OUT = (
+    "holdout/position/skill",
+    "holdout/position/accuracy",
+    "holdout/position/accuracy_within_one_cell",
+    "holdout/position/cross_entropy_nats",
+    "holdout/features/knn_skill",
+    "holdout/features/knn_accuracy",
+    "holdout/features/effective_rank",
+)
+"""What a checkpoint may be the best by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,13 +189,12 @@ class Run:
             f"from 1 to run.workers ({self.workers}), or none",
             "none waits for all workers",
         )
-        require(
-            self.keep_best is None or self.keep_best.startswith("holdout/"),
-            "run.keep_best",
-            self.keep_best,
-            "a metric that begins with holdout/, or none",
-            "holdout/position/skill is one",
-        )
+        if self.keep_best is not None and self.keep_best not in HELD_OUT:
+            near = get_close_matches(self.keep_best, HELD_OUT, 1, 0.5) or [HELD_OUT[0]]
+            raise ConfigError(
+                f"run.keep_best {self.keep_best} is nothing that is measured on held-out pictures; "
+                f"did you mean {near[0]}? There are {', '.join(HELD_OUT)}"
+            )
         require(
             self.keep_every is None or self.keep_every > 0,
             "run.keep_every",
@@ -207,8 +230,27 @@ class MeasureProtocol:
     """Seed of the masks."""
 
     def __post_init__(self) -> None:
-        Method(mask_ratio=self.mask_ratio, position_mask_ratio=self.position_mask_ratio)
+        _ = self.method
         require(self.pictures > 0, "measure.pictures", self.pictures, "positive", "1024")
+
+    @property
+    def method(self) -> Method:
+        """What draws its masks: nothing is smoothed or weighted.
+
+        Raises:
+            ConfigError: If a ratio is none.
+        """
+        with _named("measure"):
+            return Method(mask_ratio=self.mask_ratio, position_mask_ratio=self.position_mask_ratio)
+
+    def counts(self, grid: Grid) -> Counts:
+        """Count visible and kept patches of a measured picture.
+
+        Raises:
+            ConfigError: If nothing would be visible, or nothing asked.
+        """
+        with _named("measure"):
+            return self.method.counts(grid)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,6 +385,8 @@ class Recipe:
             f"a multiple of compute.shard_ranks = {shards}",
             f"take {max(1, self.run.workers // shards) * shards}",
         )
+        if self.data.holdout is not None and self.method.predicts_positions:
+            self.measure.counts(self.model.grid)  # or it would fail epochs later
         if self.run.keep_best is not None and self.data.holdout is None:
             raise ConfigError(
                 f"run.keep_best {self.run.keep_best} is measured on held-out pictures; set "

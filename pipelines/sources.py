@@ -17,11 +17,11 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from droppos.errors import DataError
+from pipelines.shards import MANIFEST, Manifest, load_manifest
 from pipelines.storage import Entry, Place, explained
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -38,6 +39,9 @@ NOT_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", 
 
 
 _log = logging.getLogger(__name__)
+
+Refusal = tuple[str, str]
+"""Kind and reason."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,12 @@ class Source:
     """Name of each label; none without labels."""
     mixed: bool
     """Whether they lie mixed, whatever their names."""
-    refused: dict[str, tuple[str, str]]
-    """Key to kind and reason, of what is no picture by its name, and no item."""
+    refused: dict[str, Refusal]
+    """By key, of what is no picture by its name, and no item."""
+
+
+Members = tuple[dict[str, Callable[[], bytes]], dict[str, Refusal]]
+"""Of an archive, by name: how each file is read, and why others are left out."""
 
 
 @contextmanager
@@ -96,15 +104,43 @@ def open_source(place: Place) -> Iterator[Source]:
         raise DataError(f"source {place} is empty; give a folder with pictures in it")
     tables = [f for f in files if (f.name or place.name).lower().endswith(PARQUET)]
     if tables and all(_refusal(f.name) for f in files if f not in tables):
-        yield _parquet(place, tables)
+        prepared = MANIFEST in {file.name for file in files}
+        yield _parquet(place, tables, load_manifest(place) if prepared else None)
     else:
-        fetch = {f.name: (place / f.name).read_bytes for f in files}
-        yield _folder(place.uri, _fingerprint(files), fetch)
+        again = {} if place.is_s3 else _links_back(place, files)
+        fetch = {f.name: (place / f.name).read_bytes for f in files if not _is_below(f.name, again)}
+        yield _folder(place.uri, _fingerprint(files), fetch, again)
 
 
-def _folder(uri: str, fingerprint: str, fetch: dict[str, Callable[[], bytes]]) -> Source:
+def _links_back(place: Place, files: list[Entry]) -> dict[str, Refusal]:
+    """Find folders that are links to one they are in: their pictures would come again and again."""
+    real: dict[Path, Path] = {}
+    found: dict[str, Refusal] = {}
+    root = Path(place.path)
+    for folder in sorted({Path(file.name).parent for file in files}):
+        for part in [*list(folder.parents)[::-1], folder]:
+            if part in real:
+                continue
+            real[part] = (root / part).resolve()
+            above = (real[parent] for parent in part.parents)
+            if real[part] in above and not _is_below(part.as_posix(), found):
+                found[part.as_posix()] = "link to itself", "it links to a folder that it is in"
+    return found
+
+
+def _is_below(name: str, folders: Container[str]) -> bool:
+    return any(str(parent) in folders for parent in PurePosixPath(name).parents)
+
+
+def _folder(
+    uri: str,
+    fingerprint: str,
+    fetch: dict[str, Callable[[], bytes]],
+    left_out: Mapping[str, Refusal],
+) -> Source:
     refused = {name: reason for name in sorted(fetch) if (reason := _refusal(name))}
     names = sorted((name for name in fetch if name not in refused), key=_mixed)
+    refused = {_shown(name): reason for name, reason in {**refused, **left_out}.items()}
     tops = sorted({name.split("/", 1)[0] for name in names if "/" in name})
     labelled = len(tops) > 1 and all("/" in name for name in names)
     if len(tops) > 1 and not labelled:
@@ -127,11 +163,18 @@ def _mixed(name: str) -> bytes:
     ).digest()
 
 
-def _refusal(name: str) -> tuple[str, str] | None:
+def _shown(name: str) -> str:
+    """Write a name so that it can be stored, whatever its bytes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _refusal(name: str) -> Refusal | None:
     """Kind and reason why a file is no picture, by its name alone; none if it may be one.
 
     A name without extension may be one: data sets named by hash have no other.
     """
+    if _shown(name) != name:
+        return "name is not UTF-8", "rename it in the archive, or unpack and rename"
     if _is_hidden(name):
         return "hidden file", "its name, or a folder's, starts with a dot"
     suffix = Path(name).suffix.lower()
@@ -164,10 +207,16 @@ def _open_archive(place: Place) -> Iterator[Source]:
                 _copy(place, copy, gzipped)
                 path = Path(copy.name)
             members = _zip_members if place.name.lower().endswith(".zip") else _tar_members
-            with members(path) as fetch:
+            with members(path) as (fetch, left_out):
                 if not fetch:
                     raise DataError(f"source {place} holds no files; give one with pictures in it")
-                yield _folder(place.uri, fingerprint, _without_common_folder(fetch))
+                common = _common_folder([*fetch, *left_out])
+                yield _folder(
+                    place.uri,
+                    fingerprint,
+                    {name.removeprefix(common): read for name, read in fetch.items()},
+                    {name.removeprefix(common): reason for name, reason in left_out.items()},
+                )
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"source {place} is no archive, or a damaged one ({error}); fetch or make it again"
@@ -182,14 +231,20 @@ def _copy(place: Place, copy: Any, gzipped: bool) -> None:
 
 
 @contextmanager
-def _tar_members(path: Path) -> Iterator[dict[str, Callable[[], bytes]]]:
+def _tar_members(path: Path) -> Iterator[Members]:
+    fetch: dict[str, Callable[[], bytes]] = {}
+    left_out: dict[str, Refusal] = {}
     with tarfile.open(path, "r:") as archive:
-        # A name that comes twice was updated: the last one counts, as when unpacking.
-        yield {
-            _clean(m.name): partial(_read_at, path, m.offset_data, m.size)
-            for m in archive
-            if m.isfile()
-        }
+        for member in archive:
+            name = _clean(member.name)
+            # A name that comes twice was updated: the last one counts, as when unpacking.
+            if member.isfile():
+                fetch[name] = partial(_read_at, path, member.offset_data, member.size)
+            elif member.islnk() and (linked := fetch.get(_clean(member.linkname))) is not None:
+                fetch[name] = linked
+            elif not member.isdir():
+                left_out[name] = "no file", "a link to what is not in the archive, or a device"
+        yield fetch, left_out
 
 
 def _read_at(path: Path, offset: int, size: int) -> bytes:
@@ -199,43 +254,45 @@ def _read_at(path: Path, offset: int, size: int) -> bytes:
 
 
 @contextmanager
-def _zip_members(path: Path) -> Iterator[dict[str, Callable[[], bytes]]]:
+def _zip_members(path: Path) -> Iterator[Members]:
     with zipfile.ZipFile(path) as archive:
         members = [m for m in archive.infolist() if not m.is_dir()]
         if any(m.flag_bits & 1 for m in members):
             raise DataError(f"{path} is encrypted; unpack it and give the folder")
-        yield {_clean(m.filename): partial(archive.read, m) for m in members}
+        yield {_clean(m.filename): partial(archive.read, m) for m in members}, {}
 
 
 def _clean(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in {"", "."})
 
 
-def _without_common_folder(fetch: dict[str, Callable[[], bytes]]) -> dict[str, Any]:
-    """Drop the one folder that an archive of a folder usually starts with."""
-    visible = [name for name in fetch if not _is_hidden(name)]
-    tops = {name.split("/", 1)[0] if "/" in name else None for name in visible}
-    if len(tops) != 1 or None in tops:
-        return fetch
-    return {name.removeprefix(f"{next(iter(tops))}/"): read for name, read in fetch.items()}
+def _common_folder(names: Iterable[str]) -> str:
+    """Find the one folder that an archive of a folder usually starts with, and its slash."""
+    visible = [name for name in names if not _is_hidden(name)]
+    tops = {name.split("/", 1)[0] if "/" in name else "" for name in visible}
+    return "" if len(tops) != 1 or "" in tops else f"{next(iter(tops))}/"
 
 
-def _parquet(place: Place, tables: list[Entry]) -> Source:
-    """Read Hugging-Face-style parquet: a column `image`, perhaps a column `label`."""
+def _parquet(place: Place, tables: list[Entry], prepared: Manifest | None) -> Source:
+    """Read Hugging-Face-style parquet: a column `image`, perhaps a column `label`.
+
+    Of a prepared data set, names of pictures and classes stay what they are.
+    """
     files = [place / table.name if table.name else place for table in tables]
     rows: list[int] = []
     for file in files:
         with _opened(file) as parquet:
             _check_columns(file, parquet.schema_arrow)
             rows.append(parquet.metadata.num_rows)
-    classes = _classes(files)
+    classes = _classes(files) if prepared is None else prepared.classes
     if sum(rows) == 0:
         raise DataError(f"source {place} has no rows; give one with pictures in it")
 
     def items_from(first: int) -> Iterator[Item]:
         for file, table, count in zip(files, tables, rows, strict=True):
             if first < count:
-                yield from _rows(file, table.name or file.name, classes, first)
+                stem = None if prepared else (table.name or file.name)[: -len(PARQUET)]
+                yield from _rows(file, stem, classes, first)
             first = max(0, first - count)
 
     return Source(place.uri, _fingerprint(tables), sum(rows), items_from, classes, False, {})
@@ -300,11 +357,19 @@ def _class_names(schema: pa.Schema) -> tuple[str, ...] | None:
     return tuple(feature["names"]) if "names" in feature else None
 
 
-def _rows(file: Place, name: str, classes: tuple[str, ...] | None, first: int) -> Iterator[Item]:
-    """Iterate a file's rows from one on; one row group is in memory at a time."""
-    stem = name[: -len(PARQUET)]
+def _rows(
+    file: Place, stem: str | None, classes: tuple[str, ...] | None, first: int
+) -> Iterator[Item]:
+    """Iterate a file's rows from one on; one row group is in memory at a time.
+
+    Args:
+        file: To be read.
+        stem: Of the keys, which count its rows; None takes the column `key`.
+        classes: Their names; None without labels.
+        first: Row to begin with.
+    """
     numbers = {name: i for i, name in enumerate(classes or ())}
-    columns = ["image"] if classes is None else ["image", "label"]
+    columns = ["image", *(["label"] if classes else []), *([] if stem else ["key"])]
     with _opened(file) as parquet:
         start = 0
         for group in range(parquet.num_row_groups):
@@ -322,7 +387,8 @@ def _rows(file: Place, name: str, classes: tuple[str, ...] | None, first: int) -
                         )
                     image = table["image"][i].as_py()
                     data = image.get("bytes") if isinstance(image, dict) else image
-                    yield Item(f"{stem}/{start + i:08d}", label, partial(_given, data))
+                    key = f"{stem}/{start + i:08d}" if stem else table["key"][i].as_py()
+                    yield Item(key, label, partial(_given, data))
             start += count
 
 

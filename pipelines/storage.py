@@ -20,6 +20,7 @@ Traps this module keeps others out of:
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -266,7 +267,7 @@ def open_place(uri: str) -> Place:
         ConfigError: If the URI is of another kind, or names no bucket.
     """
     scheme, separator, rest = uri.partition("://")
-    if not separator:
+    if not separator and not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", uri):
         path = Path(uri).expanduser().absolute()
         local = pafs.LocalFileSystem()
         return Place(str(path), path.as_posix(), local, local)

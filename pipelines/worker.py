@@ -13,7 +13,8 @@ import ray.train
 import torch
 import torch.distributed as dist
 
-from droppos.flops import matmul_peak, step_flops
+from droppos.flops import guide_flops, matmul_peak, step_flops
+from droppos.parallel import guide_dtype
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
 from pipelines import checkpoints
 from pipelines.agreement import Agreement
@@ -149,9 +150,14 @@ def started(step: int, device: torch.device) -> Event:
 
 
 def peak_of(state: TrainState) -> float:
-    """Measure what all workers' devices together could do, in the precision that is trained in."""
+    """Measure what all workers' devices together could do, each part in its own precision."""
     half = state.compute.precision == "bf16"
     own = matmul_peak(state.device, torch.bfloat16 if half else torch.float32)
+    guide = guide_dtype(state.compute, state.device) if state.method.guided else None
+    if guide is not None:
+        flops = step_flops(state.model_config, state.method)
+        guided = guide_flops(state.model_config, state.method)
+        own = flops / ((flops - guided) / own + guided / matmul_peak(state.device, guide))
     return own * dist.get_world_size()
 
 

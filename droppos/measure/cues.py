@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from droppos.config import Grid
 from droppos.errors import DataError
 from droppos.measure.edits import flatten_marks
-from droppos.measure.intervals import Proportion
+from droppos.measure.intervals import Proportion, design_effect
 from droppos.measure.position import neighbours
 
 Cue = Literal["borders", "marks", "fall_off", "fringes", "grid"]
@@ -141,8 +141,9 @@ def clustered(hits: Int[Tensor, " P"], each: int) -> Proportion:
     total, found = len(hits) * each, int(hits.sum())
     rate = found / total
     independent = each * rate * (1 - rate)
-    effect = hits.double().var().item() / independent if independent else 1.0
-    return Proportion(found, total, min(max(1.0, effect), float(each)))
+    spread = hits.double().var().item() if independent and len(hits) > 1 else independent
+    effect = spread / independent if independent else 1.0
+    return Proportion(found, total, design_effect(effect, len(hits), each))
 
 
 def patches_of(planes: Float[Tensor, "P C rows columns"], grid: Grid) -> Float[Tensor, "P N C h w"]:

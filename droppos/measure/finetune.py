@@ -36,7 +36,7 @@ from droppos.encoder import timm_arguments
 from droppos.errors import DataError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import normalise
-from droppos.parallel import gradient_sync, precision
+from droppos.parallel import gradient_sync, precision, to_device
 from droppos.schedule import learning_rate
 
 HEAD_STD = 2e-5
@@ -193,7 +193,7 @@ def finetune_step(state: FinetuneState, micro_batches: Sequence[Labelled]) -> Fl
         for number, batch in enumerate(micro_batches):
             images, targets = _prepared(state, batch)
             with gradient_sync(state.model, number == len(micro_batches) - 1):
-                with precision(state.compute, state.device):
+                with precision(state.compute, state.device, state.model):
                     logits = state.model(images)
                 loss = state.loss(logits.float(), targets) / len(micro_batches)
                 loss.backward()
@@ -207,9 +207,9 @@ def finetune_step(state: FinetuneState, micro_batches: Sequence[Labelled]) -> Fl
 
 def _prepared(state: FinetuneState, batch: Labelled) -> tuple[Tensor, Tensor]:
     """Normalise, erase, then mix, in timm's order."""
-    mirrored = None if batch.mirrored is None else batch.mirrored.to(state.device)
-    images = normalise(batch.images.to(state.device), mirrored)
-    images, labels = state.erase(images), batch.labels.to(state.device)
+    mirrored = None if batch.mirrored is None else to_device(batch.mirrored, state.device)
+    images = normalise(to_device(batch.images, state.device), mirrored)
+    images, labels = state.erase(images), to_device(batch.labels, state.device)
     if state.mix is None:
         return images, labels
     if len(images) % 2:
@@ -266,7 +266,7 @@ def count_right(
     training = model.training
     model.eval()
     try:
-        with precision(state.compute, state.device):
+        with precision(state.compute, state.device, model):
             logits = model(normalise(images.to(state.device))).float()
     finally:
         model.train(training)

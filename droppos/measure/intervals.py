@@ -13,12 +13,37 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def student_95(freedom: int) -> float:
-    """Tell the half-width of the central 95 % of Student's t; beyond 9, the normal's.
+    """Tell the half-width of the central 95 % of Student's t.
 
     Args:
         freedom: Degrees of freedom, 1 or more.
     """
-    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else Z_95
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    # Beyond, by the expansion in 1 / freedom (Fisher and Cornish, 1960): to 0.003 at 10.
+    z = Z_95
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / freedom + second / freedom**2
+
+
+def design_effect(measured: float, clusters: int, each: int) -> float:
+    """Widen an interval for observations that come in clusters, as patches do in pictures.
+
+    Few clusters tell badly how far they lie apart, so theirs is wider by Student's t. A single one
+    tells nothing: it may as well be one observation.
+
+    Args:
+        measured: Spread between clusters over that of as many independent observations.
+        clusters: How many.
+        each: Observations of each.
+
+    Returns:
+        See `Proportion.design_effect`; from 1 to `each`.
+    """
+    if clusters < 2:
+        return float(each)
+    wider = (student_95(clusters - 1) / Z_95) ** 2
+    return min(max(1.0, measured) * wider, float(each))
 
 
 def wilson(hits: float, total: float) -> tuple[float, float]:

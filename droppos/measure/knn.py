@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from droppos.errors import DataError
+from droppos.errors import DataError, TrainingError
 from droppos.measure.intervals import Proportion
 
 SIMILARITIES_AT_ONCE = 2**24
@@ -21,10 +21,11 @@ SIMILARITIES_AT_ONCE = 2**24
 
 
 def check_labels(what: str, features: Tensor, labels: Tensor) -> None:
-    """Refuse labels that do not go with the features.
+    """Refuse labels that do not go with the features, and features that are none.
 
     Raises:
         DataError: If there are none, not one each, or a picture has no label (negative).
+        TrainingError: If a feature is not finite.
     """
     if len(labels) == 0 or len(labels) != len(features):
         raise DataError(
@@ -35,6 +36,11 @@ def check_labels(what: str, features: Tensor, labels: Tensor) -> None:
         raise DataError(
             f"{int((labels < 0).sum())} of {len(labels)} {what} pictures have no label; leave "
             "them out, or measure without labels (position accuracy, effective rank)"
+        )
+    if not features.isfinite().all():  # they would be put into some class all the same
+        raise TrainingError(
+            f"features of {what} pictures hold NaN or infinity; the model diverged: go back to an "
+            "earlier checkpoint and lower optim.lr_per_256"
         )
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from droppos.config import Counts, Grid
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.masking import Draw, draw_patches
-from droppos.measure.intervals import Proportion
+from droppos.measure.intervals import Proportion, design_effect
 from droppos.model import DropPos, normalise
 
 Predict = Callable[[UInt8[Tensor, "B rows columns 3"], Draw], Float[Tensor, "B S N"]]
@@ -157,7 +157,8 @@ class PositionMeter:
         down = predicted // columns - true // columns + rows - 1
         right = predicted % columns - true % columns + columns - 1
         flat = (down * (2 * columns - 1) + right).flatten()
-        self.offsets += torch.bincount(flat, minlength=self.offsets.numel()).view_as(self.offsets)
+        # Not bincount, which reads its input's largest on the host first.
+        self.offsets.view(-1).index_add_(0, flat, torch.ones_like(flat))
         hit = predicted == true
         self.wrong.index_add_(0, true.flatten(), (~hit).flatten().to(self.wrong.dtype))
         # The centre of the offsets is (rows - 1, columns - 1).
@@ -202,10 +203,11 @@ class PositionMeter:
 
         def effect(squares: float, found: int, of: int) -> float:
             """Compare the spread between pictures with that of as many independent patches."""
-            if pictures < 2 or found in (0, of):
-                return 1.0
-            independent = of * (found / of) * (1 - found / of)
-            return min(max(1.0, squares * pictures / (pictures - 1) / independent), float(scored))
+            measured = 1.0
+            if pictures > 1 and found not in (0, of):
+                independent = of * (found / of) * (1 - found / of)
+                measured = squares * pictures / (pictures - 1) / independent
+            return design_effect(measured, pictures, scored)
 
         right_spread = right_right - hits**2 / pictures
         near_spread = near_near - near**2 / pictures
@@ -224,7 +226,7 @@ class PositionMeter:
         return accuracy, nearby, Proportion(beside, wrong, effect(squares, beside, wrong))
 
 
-def position_predictor(model: DropPos, device: torch.device | str = "cpu") -> Predict:
+def position_predictor(model: DropPos) -> Predict:
     """Ask a model, on its device, for position logits; it must be in eval mode.
 
     Raises:
@@ -237,7 +239,8 @@ def position_predictor(model: DropPos, device: torch.device | str = "cpu") -> Pr
         )
 
     def predict(pictures: UInt8[Tensor, "B rows columns 3"], draw: Draw) -> Tensor:
-        logits = model(normalise(pictures.to(device)), draw).logits
+        device = next(model.parameters()).device
+        logits = model(normalise(pictures.to(device)), draw.to(device)).logits
         assert logits is not None
         return logits
 

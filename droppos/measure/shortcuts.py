@@ -52,6 +52,8 @@ MISSED = 0.35
 edit hurts the scene, too."""
 UNEXPLAINED = 0.25
 """Share of the skill that survives without a scene, from which the verdict speaks of it."""
+UNDECIDED = 0.6
+"""Upper end of that share's interval, from which nothing is said to have been ruled out."""
 RESAMPLES = 1000
 SMALLEST_GRID = 4
 """Rows and columns below which a frame is all rim."""
@@ -138,8 +140,8 @@ class ShortcutReport:
     """Skill that is left in a chimera; None if the model has no skill to explain."""
     cues: tuple[CueReport, ...]
     few: bool = False
-    """Whether pictures are fewer than a picture's visible patches: then some patches of a chimera
-    come from one picture, and show parts of its scene together."""
+    """Whether pictures are fewer than the grid's cells: then some patches of a chimera come from
+    one picture, and show parts of its scene together."""
 
     @property
     def found(self) -> tuple[CueReport, ...]:
@@ -173,6 +175,8 @@ class ShortcutReport:
                 "looked for"
             )
         kept = f"{self.survives} of the skill survives without a scene"
+        if self.survives.high > UNDECIDED:
+            return f"not decided: {kept}. Give more pictures, or train for longer"
         return f"no shortcut: {kept}" + (f"; {there}: there, not used" if there else "")
 
     def metrics(self) -> dict[str, float]:
@@ -232,7 +236,7 @@ def measure_shortcuts(
 
     blind = counts.scored * counts.chance
     shares = _shares([mixed - blind, *carried, *missed], whole - blind, seed)
-    few = len(pictures) < counts.visible
+    few = len(pictures) < grid.cells
     skill = (float(whole.mean()) - blind) / (counts.scored - blind)
     if shares is None:
         nothing = tuple(CueReport(cue, probes[cue], None, None) for cue in CUES)

@@ -1,6 +1,7 @@
 """Data sets: packed, measured, and held against what was trained on."""
 
 import sys
+from math import inf
 from pathlib import Path
 
 import tyro
@@ -29,10 +30,13 @@ def prepare(
             without it.
         quality: JPEG quality of those, 1 to 100; 90 when not given.
     """
+    from droppos.errors import ConfigError
     from pipelines.prepare import prepare as job
     from pipelines.report import show_prepare
     from pipelines.screen import progress
 
+    if not 0 < shard_mb < inf:
+        raise ConfigError(f"--shard-mb must be positive, got {shard_mb:g}; 64 suits object stores")
     with progress(console, "packing") as on_progress:
         report = job(
             source,

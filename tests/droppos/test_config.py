@@ -57,6 +57,7 @@ def test_reference_keeps_one_less_where_floats_fall_short() -> None:
         (lambda: Optim(min_lr=1), ["optim.min_lr", "peak"]),
         (lambda: Optim(global_batch=0), ["optim.global_batch", "positive"]),
         (lambda: Method(mask_ratio=0.999).counts(Grid(6, 6)), ["no visible patch", "6 x 6"]),
+        (lambda: Method(mask_ratio=0.999).counts(Grid(14, 14)), ["at most 0.9948 keeps one"]),
         (lambda: Method(mask_ratio=0).counts(Grid(1, 1)), ["single patch"]),
         (
             lambda: Method(objective="pixels", mask_ratio=0).counts(Grid(6, 6)),

@@ -184,6 +184,8 @@ class Harmful:
         ("file.pth", saved({"model": Harmful()}), "cannot be read as weights"),
         ("file.pth", saved({"epoch": 3, "loss": 1.0}), "holds keys epoch, loss"),
         ("file.pth", saved([1, 2]), "holds list"),
+        ("file.pth", saved({0: torch.ones(1)}), "holds keys 0"),
+        ("file.pth", saved({"model": {}}), "holds nothing"),
     ],
 )
 def test_what_is_no_file_of_weights_says_so(

@@ -7,7 +7,8 @@ from torch import Tensor
 import droppos.measure.knn as knn
 from droppos.config import Method, Model
 from droppos.encoder import build_encoder
-from droppos.errors import ConfigError, DataError
+from droppos.errors import ConfigError, DataError, TrainingError
+from droppos.measure.components import components
 from droppos.measure.features import extract_features, patch_mean
 from droppos.measure.knn import can_leave_one_out, knn_accuracy, knn_leave_one_out
 from droppos.measure.probe import linear_probe
@@ -150,6 +151,20 @@ def test_labels_that_are_missing_are_refused() -> None:
         knn_accuracy(features, labels, features, asked)
     with pytest.raises(DataError, match="needs 2 classes"):
         linear_probe(features, torch.zeros_like(labels), features, labels)
+
+
+def test_features_of_a_model_that_diverged_are_no_features() -> None:
+    features, labels = clusters(8, 0)
+    broken = features.clone()
+    broken[3, 1] = torch.nan
+    for ask in (
+        lambda: knn_leave_one_out(broken, labels),
+        lambda: knn_accuracy(features, labels, broken, labels),
+        lambda: linear_probe(broken, labels, features, labels),
+        lambda: components(broken[None]),
+    ):
+        with pytest.raises(TrainingError, match="the model diverged"):
+            ask()
 
 
 def test_features_do_not_depend_on_the_batch_and_leave_the_mode() -> None:

@@ -1,11 +1,19 @@
 from math import isclose
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from droppos.errors import DataError
-from droppos.measure.intervals import Proportion, read_metric, wilson
+from droppos.measure.intervals import (
+    Z_95,
+    Proportion,
+    design_effect,
+    read_metric,
+    student_95,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +39,29 @@ def test_the_interval_holds_the_value_and_stays_a_share(counts: tuple[int, int])
 def test_alike_observations_widen_the_interval_as_fewer_independent_ones_would() -> None:
     widened = Proportion(300, 1000, design_effect=10).interval
     assert all(map(isclose, widened, Proportion(30, 100).interval))
+
+
+@pytest.mark.parametrize(
+    ("freedom", "published"), [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (30, 2.042)]
+)
+def test_student_has_the_published_quantiles(freedom: int, published: float) -> None:
+    assert student_95(freedom) == pytest.approx(published, abs=0.003)
+    assert student_95(freedom) > student_95(freedom + 1) > Z_95
+
+
+@pytest.mark.parametrize("pictures", [1, 4, 16])
+def test_few_pictures_are_not_sold_for_many_patches(pictures: int) -> None:
+    """Pictures are easy or hard as a whole, one half in the mean: the interval is to hold it."""
+    random, each, held = np.random.default_rng(0), 36, 0
+    for _ in range(1000):
+        hits = random.binomial(each, random.beta(1.5, 1.5, pictures))
+        found, total = int(hits.sum()), each * pictures
+        share = found / total
+        spread = hits.var(ddof=1) if pictures > 1 else 0.0
+        effect = design_effect(spread / (each * max(share * (1 - share), 1e-9)), pictures, each)
+        low, high = Proportion(found, total, effect).interval
+        held += low <= 0.5 <= high
+    assert held / 1000 > 0.92
 
 
 def test_a_proportion_prints_with_its_interval() -> None:

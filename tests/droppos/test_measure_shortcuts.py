@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from droppos.measure.edits import (
     shift_grid,
 )
 from droppos.measure.position import position_predictor
-from droppos.measure.shortcuts import THERE, measure_shortcuts
+from droppos.measure.shortcuts import THERE, Share, measure_shortcuts
 from pipelines.demo_pictures import HOLDOUT, TRAIN
 from tests.droppos import planted as plants
 from tests.droppos.tiny_training import METHOD, trained
@@ -187,6 +188,8 @@ def test_skill_that_no_cue_explains_is_said_to_be_layout(photographs: NDArray[np
     assert report.verdict.startswith("no known shortcut")
     assert "survives without a scene" in report.verdict
     assert "too few" not in report.verdict
+    undecided = replace(report, survives=Share(0.59, 0.05, 1.42)).verdict
+    assert undecided.startswith("not decided: 59 % (5 to 142)")
     few = measure_shortcuts(answers_of(by_shade), pictures[:20], GRID, GRID_COUNTS)
     assert "too few to take every scene apart" in few.verdict
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import droppos.step
@@ -40,6 +41,26 @@ def test_the_same_seed_gives_the_same_run(alone: tuple[list[float], torch.Tensor
     state = create()
     assert train(state) == alone[0]
     assert (weights(state) == alone[1]).all()
+
+
+@pytest.mark.parametrize("objective", ["position_pixels", "pixels"])
+@pytest.mark.parametrize("unit", ["block", "model"])
+def test_half_precision_reaches_every_part_of_a_model_that_is_sharded(
+    objective: str, unit: Any
+) -> None:
+    """FSDP2 casts parameters, and a buffer of float32 would make float32 of what it is added to."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        compute = Compute(strategy="fsdp2", precision="bf16", device="cpu", shard_unit=unit)
+        method: Any = {"objective": objective}
+        optim = Optim(epochs=4, warmup_epochs=1, global_batch=BATCH)
+        state = TrainState.create(
+            MODEL, Method(**method), optim, compute, seed=0, steps_per_epoch=5
+        )
+        report = train_step(state, [MicroBatch(pictures(BATCH), torch.arange(BATCH))])
+        assert report.metrics.loss.isfinite() and not report.skipped
+    finally:
+        dist.destroy_process_group()
 
 
 def test_accumulation_is_the_large_batch(alone: tuple[list[float], torch.Tensor]) -> None:

@@ -99,6 +99,15 @@ def test_flags_override_the_recipe(tmp_path: Path) -> None:
     [
         (["--method.mask-ratio", "1"], ["method.mask_ratio", "1.0", "[0, 1)", "0.75"]),
         (["--method.mask-ratio", "0.999"], ["no visible patch", "14 x 14"]),
+        (["--measure.mask-ratio", "1"], ["measure.mask_ratio", "1.0", "[0, 1)"]),
+        (
+            ["--data.holdout", "x", "--measure.mask-ratio", "0.999"],
+            ["measure.mask_ratio 0.999", "no visible patch"],
+        ),
+        (
+            ["--data.holdout", "x", "--run.keep-best", "holdout/position/skil"],
+            ["run.keep_best", "did you mean holdout/position/skill?"],
+        ),
         (["--optim.global-batch", "7", "--run.workers", "2"], ["global_batch", "7", "take 6"]),
         (
             ["--compute.strategy", "single", "--run.workers", "2"],

@@ -13,7 +13,8 @@ from droppos.measure.knn import knn_leave_one_out
 from droppos.measure.position import PositionMeter, measure_positions, position_predictor
 from droppos.measure.rank import effective_rank
 from droppos.model import DropPos
-from pipelines.holdout import Holdout, protocol
+from pipelines.holdout import Holdout
+from pipelines.recipe import HELD_OUT
 from tests.droppos.ranks import run_program
 from tests.pipelines.holdout_ranks import CASES, COMPUTE, MEASURE, MODEL, PICTURES, make_pictures
 
@@ -54,10 +55,11 @@ def test_the_figures_are_those_of_the_parts_they_are_made_of() -> None:
     pictures = make_pictures()
     model, figures = measured(Method(), pictures.labels)
     assert figures.keys() == POSITION | RANK | KNN
+    assert figures.keys() >= set(HELD_OUT)  # what a checkpoint may be the best by
     assert model.training
 
     model.eval()
-    meter = PositionMeter(MODEL.grid, protocol(MEASURE).counts(MODEL.grid))
+    meter = PositionMeter(MODEL.grid, MEASURE.counts(MODEL.grid))
     report = measure_positions(position_predictor(model), pictures.pixels, meter, seed=MEASURE.seed)
     position = report.report().metrics()
     features = extract_features(model.encoder, pictures.pixels)

@@ -146,6 +146,59 @@ def test_a_member_that_comes_twice_counts_as_last_written(
     assert rows[0].image == (photographs / "cat/01.jpg").read_bytes()
 
 
+def test_what_an_archive_has_besides_plain_files_is_kept_or_named(
+    photographs: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(photographs / "cat/00.jpg", "x/00.jpg")
+        archive.add(photographs / "cat/01.jpg", "y/\udce9.jpg")  # é, in Latin-1
+        for name, kind, target in (
+            ("x/hard.jpg", tarfile.LNKTYPE, "x/00.jpg"),
+            ("x/soft.jpg", tarfile.SYMTYPE, "00.jpg"),
+            ("x/pipe.jpg", tarfile.FIFOTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            archive.addfile(member)
+    _prepare(tmp_path / "a.tar", tmp_path / "out")
+    rows = {row.key: row.image for row in _rows(tmp_path / "out")}
+    assert rows == dict.fromkeys(
+        ("x/00.jpg", "x/hard.jpg"), (photographs / "cat/00.jpg").read_bytes()
+    )
+    aside = {e.key: e.kind for e in read_set_aside(open_place(str(tmp_path / "out")))}
+    assert aside == {
+        "y/\\udce9.jpg": "name is not UTF-8",
+        "x/soft.jpg": "no file",
+        "x/pipe.jpg": "no file",
+    }
+
+
+def test_a_damaged_member_of_a_zip_is_set_aside(photographs: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("00.jpg", "01.jpg"):
+            archive.write(photographs / "cat" / name, name)
+    raw = bytearray((tmp_path / "a.zip").read_bytes())
+    raw[200] ^= 1  # in the first picture
+    (tmp_path / "a.zip").write_bytes(raw)
+    _prepare(tmp_path / "a.zip", tmp_path / "out")
+    assert [row.key for row in _rows(tmp_path / "out")] == ["01.jpg"]
+    (aside,) = read_set_aside(open_place(str(tmp_path / "out")))
+    assert (aside.key, aside.kind) == ("00.jpg", "undecodable") and "CRC" in aside.reason
+
+
+def test_a_folder_that_links_to_one_it_is_in_comes_once(photographs: Path, tmp_path: Path) -> None:
+    shutil.copytree(photographs / "cat", tmp_path / "src/cat")
+    shutil.copytree(photographs / "rocket", tmp_path / "src/rocket")
+    (tmp_path / "src/cat/again").symlink_to("../../src")
+    (tmp_path / "src/cat/other").symlink_to(photographs / "coffee")  # a link like any folder
+    _prepare(tmp_path / "src", tmp_path / "out")
+    keys = [row.key for row in _rows(tmp_path / "out")]
+    each = len(list((photographs / "cat").iterdir()))
+    assert len(keys) == len(set(keys)) == 3 * each
+    (aside,) = read_set_aside(open_place(str(tmp_path / "out")))
+    assert (aside.key, aside.kind) == ("cat/again", "link to itself")
+
+
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.zip", "a.parquet"])
 def test_a_damaged_archive_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"neither of these" * 100)
@@ -207,6 +260,11 @@ def test_a_prepared_data_set_can_be_prepared_again(prepared: Path, tmp_path: Pat
         shutil.copy(file, tmp_path / "shards")
     _prepare(tmp_path / "shards", tmp_path / "out")
     assert [row.image for row in _rows(tmp_path / "out")] == [row.image for row in _rows(prepared)]
+    assert (
+        _prepare(prepared, tmp_path / "again").classes
+        == load_manifest(open_place(str(prepared))).classes
+    )  # its own names, not 0, 1, ...
+    assert _rows(tmp_path / "again") == _rows(prepared)
 
 
 def test_parquet_of_something_else_is_refused(tmp_path: Path) -> None:

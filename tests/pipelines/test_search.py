@@ -200,7 +200,6 @@ def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:
             {"scheduler": "pbt", "space": ("optim.epochs=choice(1, 2)",)},
             r"optim\.epochs does not allow",
         ),
-        ("measure", {"mask_ratio": 0.99}, "leaves no visible patch"),
         (
             "search",
             {"space": ("method.objective=choice(position, pixels)",), "trials": 9},

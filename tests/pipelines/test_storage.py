@@ -92,7 +92,9 @@ def test_a_relative_path_means_the_folder_it_was_opened_in(
     assert place == open_place(f"file://{tmp_path}/data") == open_place(f"{tmp_path}/data/")
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "file://host/x", "http://x/y"])
+@pytest.mark.parametrize(
+    "uri", ["gs://bucket/x", "s3:/bucket/x", "s3://", "file://host/x", "http://x/y"]
+)
 def test_another_kind_of_uri_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match=uri):
         open_place(uri)
