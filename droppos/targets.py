@@ -33,7 +33,8 @@ def smoothed_targets(
         grid: Rows and columns of the patch grid.
         sigma: Width of the bump, in patches (not pixels). 0 gives one-hot rows.
         conformance: ``paper`` makes every row a distribution. ``reference`` scales columns and
-            not rows, as the authors' code does, so a row sums to 0.886 to 1.110 at sigma 1.
+            not rows, as the authors' code does, so a row of a grid of 6 x 6 sums to 0.886 to 1.110
+            at sigma 1.
             ``reference_as_trained`` also measures distance as on a 16-wide grid, as its
             published flags had it for pictures that are 14 patches wide.
 

@@ -120,7 +120,7 @@ def _instance(
     gpu, gpus = has.get("gpu"), has.get("gpus", 0)
     _require((gpu is None) == (gpus == 0), path, f"{where} needs both gpu and gpus, or neither")
     _require(
-        gpu is None or gpu in kinds,
+        gpu is None or (isinstance(gpu, str) and gpu in kinds),
         path,
         f"{where} has a GPU {gpu!r} that `gpus` does not describe",
     )

@@ -253,21 +253,22 @@ def _drain_this_machine(address: str, notice: Notice) -> bool:
 
 
 @contextmanager
-def only_watcher(folder: Path | None = None) -> Iterator[None]:
-    """Be the only watcher of this machine while the block runs: Ray may be started there again.
+def only_one(what: str, folder: Path | None = None) -> Iterator[None]:
+    """Be the only process of this machine that does something, while the block runs.
 
     Args:
-        folder: Where watchers find each other; the machine's temporary one by default.
+        what: It does, in a word or two.
+        folder: Where they find each other; the machine's temporary one by default.
 
     Raises:
         ConfigError: If there is one.
     """
-    name = (folder or Path(gettempdir())) / "droppos-watch-spot.lock"
+    name = (folder or Path(gettempdir())) / f"droppos-{what}.lock"
     with name.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"this machine is watched already: another process holds {name}; one is enough"
+                f"this machine has its {what} already: another process holds {name}; one is enough"
             ) from None
         yield

@@ -25,6 +25,7 @@ NOT_HERE = frozenset(
         "SpotMaxPriceTooLow",
         "UnfulfillableCapacity",
         "Unsupported",  # a zone that has not the type at all
+        "VcpuLimitExceeded",  # of the one market: the other has a quota of its own
     }
 )
 """What EC2 says when a machine can't be had so, and may well be in another zone or on demand."""

@@ -140,8 +140,8 @@ def watch_spot(head: tyro.conf.Positional[str]) -> None:
     Args:
         head: Address of the cluster's head: host:port.
     """
-    from pipelines.notices import check_head, only_watcher, watch
+    from pipelines.notices import check_head, only_one, watch
 
     check_head(head)
-    with only_watcher():
+    with only_one("watch-spot"):
         watch(head)

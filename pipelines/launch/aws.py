@@ -71,7 +71,7 @@ class Aws:
             Look("name", self._is_free, after=here),
             Look("bucket", account.bucket_is_ours, after=here),
             Look("data", partial(check_data, recipe), after=("credentials", "places")),
-            Look("image", lambda: account.image, after=here),
+            Look("image", self._check_image, after=here),
             Look("cluster file", self._check_file, after=(*here, "image")),
             Look("ssh", self._check_key),
             Look("token", ensure_token_file),
@@ -102,11 +102,43 @@ class Aws:
             region=account.region,
             stack=account.stack,
             zones=account.zones,
-            image=account.image,
-            ami=None if parameter is None else account.ami(parameter),
+            image=self._image,
+            ami=None if parameter is None else self._standing_ami or account.ami(parameter),
             ends_itself=not self._record.keep,
         )
         return clusterfile.fill(self._source, facts)
+
+    @cached_property
+    def _standing(self) -> dict[str, Any] | None:
+        """The file that a head which stands was made with: its other machines are to be the same.
+
+        Ray leaves the container of a head that runs as it is, whatever the file says.
+        """
+        file = self._record.file("cluster.yaml")
+        if not file.exists() or not self._machines(RUNNING, **HEAD):
+            return None
+        return clusterfile.read(file)
+
+    @property
+    def _image(self) -> str:
+        standing = self._standing
+        return self._account.image if standing is None else standing["docker"]["image"]
+
+    @property
+    def _standing_ami(self) -> str | None:
+        if (standing := self._standing) is None:
+            return None
+        head = standing["available_node_types"][standing["head_node_type"]]
+        return head["node_config"].get("ImageId")
+
+    def _check_image(self) -> str:
+        newest = self._account.image
+        if self._image == newest:
+            return newest
+        return (
+            f"{self._image}, which its head runs; the newest is {newest}: "
+            f"`droppos down {self._record.name}` first takes that"
+        )
 
     @cached_property
     def _kept(self) -> dict[str, Any] | None:
@@ -199,6 +231,14 @@ class Aws:
         code = self._ray("up", str(file), "--yes", "--no-config-cache", *kept)
         if code:
             raise LaunchError(f"`ray up` ended with {code}: {_last_lines(self._log('up'))}")
+        if kept and not self._record.keep:
+            # What starts with Ray on a new head does not start on one where Ray goes on.
+            care = clusterfile.caretaker(self._name, self._account.region)
+            if self._ray("exec", str(file), care):
+                say(
+                    "the head could not be told to end itself when nobody follows "
+                    f"({self._log('exec')}): end it by `droppos down {self._record.name}`"
+                )
 
     def down(self, say: Say) -> list[str]:
         """Run `ray down`, and end what it leaves.

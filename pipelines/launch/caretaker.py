@@ -10,16 +10,15 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from http.client import HTTPException
 from typing import Any
 from urllib.request import Request, urlopen
 
 import boto3
-from botocore.exceptions import BotoCoreError, ClientError
 
+from droppos.errors import ConfigError
 from pipelines.launch.tagged import ALIVE, tagged
 from pipelines.launch.token import headers, read_token
-from pipelines.notices import Metadata
+from pipelines.notices import Metadata, only_one
 from pipelines.storage import open_place
 
 JOBS = "http://127.0.0.1:8265/api/jobs/"
@@ -87,8 +86,9 @@ def watch(
                         _keep_output(job, ask)
                 return _end(cluster, region, metadata.get("instance-id"))
             trouble = ""
-        except (OSError, ValueError, HTTPException, BotoCoreError, ClientError) as error:
-            # Nobody else would end them; meanwhile somebody may have come back with another job.
+        except Exception as error:
+            # Whatever it is, this goes on: nobody else would end them. Meanwhile somebody may have
+            # come back with another job.
             if trouble != str(error):
                 trouble = str(error)
                 _log.warning("jobs or machines do not answer, trying again: %s", trouble)
@@ -124,5 +124,14 @@ def _end(cluster: str, region: str, own: str | None) -> None:
         ec2.terminate_instances(InstanceIds=[own])
 
 
+def main(cluster: str, region: str) -> None:
+    """Be the one caretaker of this machine: a cluster that is used again is given another."""
+    try:
+        with only_one("caretaker"):
+            watch(cluster, region)
+    except ConfigError as error:
+        _log.warning("%s", error)
+
+
 if __name__ == "__main__":
-    watch(*sys.argv[1:])
+    main(*sys.argv[1:])

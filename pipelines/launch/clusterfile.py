@@ -138,13 +138,18 @@ def fill(config: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         login = shlex.join(["python", "-m", "pipelines.launch.mlflow_login", secret, facts.region])
         filled["head_setup_commands"] = [*filled.get("head_setup_commands", []), login]
     if facts.ends_itself:
-        care = shlex.join(["python", "-m", "pipelines.launch.caretaker", facts.name, facts.region])
         filled["head_start_ray_commands"] = [
             *filled["head_start_ray_commands"],
-            # In a session of its own, or it ends with the ssh that started it.
-            f"nohup setsid {care} > ~/caretaker.log 2>&1 < /dev/null &",
+            caretaker(facts.name, facts.region),
         ]
     return filled
+
+
+def caretaker(cluster: str, region: str) -> str:
+    """Write the command that has a head end its cluster when nobody follows its jobs."""
+    care = shlex.join(["python", "-m", "pipelines.launch.caretaker", cluster, region])
+    # In a session of its own, or it ends with the ssh that started it.
+    return f"nohup setsid {care} > ~/caretaker.log 2>&1 < /dev/null &"
 
 
 def _fill_machine(machine: dict[str, Any], role: str, facts: Facts) -> None:

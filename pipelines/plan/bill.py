@@ -100,7 +100,7 @@ def _bill(
     interval = recipe.run.checkpoint_every * step_s
     best = strikes.best_interval_s
     work_s = work.steps * step_s
-    life = live(work_s, interval, strikes, seed)
+    life = live(work_s, min(interval, work_s), strikes, seed)  # the last step is always saved
     again = life.again_s / work_s if isfinite(life.again_s) else inf
     requests = work.images * work.requests_per_picture * (1 + again)
     expected = strikes.factor(min(interval, work_s))

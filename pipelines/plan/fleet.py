@@ -178,7 +178,7 @@ def _of_cluster(catalogue: str | None) -> tuple[tuple[str, ...], Instance]:
     try:
         config: Any = yaml.safe_load(CLUSTER.read_text())
         types = {
-            name: kind["node_config"]["InstanceType"]
+            name: str(kind["node_config"]["InstanceType"])
             for name, kind in config["available_node_types"].items()
         }
         head = types.pop(config["head_node_type"])

@@ -165,6 +165,8 @@ def test_every_machine_uses_the_bucket_but_cannot_destroy_what_versions_keep(
     for action in ("GetObject", "PutObject", "DeleteObject", "AbortMultipartUpload"):
         assert allowed(role, f"s3:{action}", f"{bucket}/runs/a/checkpoint"), action
         assert not allowed(role, f"s3:{action}", "arn:aws:s3:::another/runs"), action
+    for action in ("GetObject", "PutObject", "DeleteObject"):  # MLflow's are its server's alone
+        assert not allowed(role, f"s3:{action}", f"{bucket}/mlflow/1/run/artifacts/model"), action
     assert allowed(role, "s3:ListBucket", bucket)
     assert not allowed(role, "s3:DeleteObjectVersion", f"{bucket}/runs/a/checkpoint")
     for action in ("DeleteBucket", "PutBucketVersioning", "PutLifecycleConfiguration"):

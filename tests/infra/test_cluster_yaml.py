@@ -1,5 +1,7 @@
 """cluster.yaml: what Ray and EC2 would say of it, without either."""
 
+import os
+import subprocess
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,29 @@ def test_the_image_is_pinned_by_its_digest(config: dict[str, Any]) -> None:
 def test_every_worker_watches_for_the_notice_of_its_end(config: dict[str, Any]) -> None:
     (watcher,) = [c for c in config["worker_start_ray_commands"] if "watch-spot" in c]
     assert watcher.startswith("nohup setsid ")  # or it ends with the ssh that started it
+
+
+def test_a_machine_without_ray_ends_itself(config: dict[str, Any], tmp_path: Path) -> None:
+    """With stand-ins for a machine's programs, and a minute of no time."""
+    for node in config["available_node_types"].values():
+        assert node["node_config"]["InstanceInitiatedShutdownBehavior"] == "terminate"
+    (command,) = [c for c in config["initialization_commands"] if "poweroff" in c]
+    said = tmp_path / "said"
+    programs = {
+        "systemctl": "exit 3",
+        "sudo": 'exec "$@"',
+        "systemd-run": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "sleep": f"echo slept >> {said}",
+        # Ray runs in the third look, and never again.
+        "pgrep": f'[ "$*" = "-x raylet" ] && [ $(wc -l < {said}) = 3 ]',
+        "poweroff": f"echo off >> {said}; kill $PPID",
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-c", command], env=path, timeout=60, check=True)
+    assert said.read_text().split() == ["slept"] * 33 + ["off"]
 
 
 def test_machines_are_closed(config: dict[str, Any]) -> None:

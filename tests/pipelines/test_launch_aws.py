@@ -202,7 +202,8 @@ def test_the_repositorys_file_is_filled_from_the_stack_and_nothing_is_left(
     image = f"{outputs['ImageRepository']}@{ready_account}"
     assert filled["docker"]["image"] == image
     assert f"-e AWS_DEFAULT_REGION={REGION}" in filled["docker"]["run_options"]
-    (login,) = filled["initialization_commands"]
+    login, alone = filled["initialization_commands"]
+    assert alone == before["initialization_commands"][1]
     assert f"--region {REGION}" in login and login.endswith(image.partition("/")[0])
     assert before == clusterfile.read(source)
     # ssh and Ray read ~ differently where HOME is not the user's home: nothing is left to that.
@@ -520,8 +521,20 @@ def test_a_kept_cluster_is_used_again_when_it_is_idle_and_its_ray_goes_on(
         Aws(planned(source))._is_idle()
     jobs.jobs["theirs"]["status"] = "STOPPED"
     assert "none runs" in Aws(planned(source))._is_idle()
-    Aws(planned(source)).up(print)
-    assert "--no-restart" in ran[-1]
+    file = record.find("vit").file("cluster.yaml")  # type: ignore[union-attr]
+    stands = clusterfile.read(file)
+    stands["docker"]["image"] = stands["docker"]["image"].partition("@")[0] + "@sha256:" + "7" * 64
+    record.write_private(file, clusterfile.to_yaml(stands))
+    again = Aws(planned(source))
+    assert "which its head runs; the newest is" in again._check_image()
+    again.up(print)
+    up, care = ran[-2:]
+    assert "--no-restart" in up
+    assert clusterfile.read(file)["docker"] == stands["docker"]  # late machines run the same code
+    # What starts with Ray on a new head would not have started here.
+    assert care[0] == "exec" and "pipelines.launch.caretaker studio-vit" in care[2]
+    Aws(planned(source, keep=True)).up(print)
+    assert ran[-1][0] == "up"
     gone = Address("http://127.0.0.1:9")
     monkeypatch.setattr(Aws, "address", lambda self: nullcontext(gone))
     with pytest.raises(Wrong, match="droppos down vit"):

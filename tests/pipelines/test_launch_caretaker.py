@@ -10,6 +10,7 @@ import boto3
 import pytest
 from moto import mock_aws
 
+from droppos.errors import ConfigError
 from pipelines.launch import caretaker
 from pipelines.launch.caretaker import GRACE_S, START_S, due, watch
 from pipelines.notices import Metadata
@@ -109,12 +110,13 @@ def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None
 
     ended = [job("SUCCEEDED", ended_s_ago=GRACE_S + 1)]
     back = [*ended, job("RUNNING", name="another")]
-    answers: list[Any] = [IncompleteRead(b""), ended, back, ended]
+    odd = ConfigError("the token file is not one")
+    answers: list[Any] = [IncompleteRead(b""), odd, "no list", ended, back, ended]
 
     waits: list[float] = []
     ask = Answers(answers)
     watch(CLUSTER, REGION, ask=ask, metadata=Slow(head), clock=lambda: NOW, wait=waits.append)
-    assert len(waits) == 3  # for the jobs, for the metadata, for who had come back
+    assert len(waits) == 5  # for the jobs, for the metadata, for who had come back
     assert states(account)[head] == "terminated"
 
 

@@ -15,7 +15,7 @@ import pytest
 from droppos.errors import ConfigError, DropposError
 from pipelines import notices
 from pipelines.cli import main
-from pipelines.notices import Kind, Metadata, Notice, check_head, only_watcher, read_notice, watch
+from pipelines.notices import Kind, Metadata, Notice, check_head, only_one, read_notice, watch
 from tests.hosts.metadata import Service
 
 END = {"action": "terminate", "time": "2026-11-26T08:22:00Z"}
@@ -168,9 +168,12 @@ def test_a_head_that_is_not_reached_is_told_of_at_once(caplog: pytest.LogCapture
 
 
 def test_a_machine_has_one_watcher(tmp_path: Path) -> None:
-    with only_watcher(tmp_path), pytest.raises(ConfigError, match="watched already"):
-        only_watcher(tmp_path).__enter__()
-    with only_watcher(tmp_path):
+    with (
+        only_one("watch-spot", tmp_path),
+        pytest.raises(ConfigError, match="has its watch-spot already"),
+    ):
+        only_one("watch-spot", tmp_path).__enter__()
+    with only_one("watch-spot", tmp_path):
         pass
 
 

@@ -136,6 +136,14 @@ def test_an_interval_longer_than_the_run_is_told_as_never(recipe: Recipe) -> Non
     assert found.on_demand.best_steps == inf
 
 
+def test_a_run_shorter_than_its_interval_ends_all_the_same(recipe: Recipe) -> None:
+    """Its last step is saved in any case."""
+    rarely = replace(recipe, run=replace(recipe.run, checkpoint_every=10**9))
+    found = planned(rarely, replace(IMAGENET, machines=("g6e.12xlarge",)))
+    assert found.spot is not None
+    assert 0 < found.on_demand.hours < inf and 0 < found.spot.hours < inf
+
+
 def test_more_gpus_than_images_of_a_step_have_nothing_to_do(recipe: Recipe) -> None:
     small = replace(recipe, optim=replace(recipe.optim, global_batch=512))
     last = plan(small, IMAGENET).scaling[-1]

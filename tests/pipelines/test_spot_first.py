@@ -129,6 +129,17 @@ def test_a_head_draws_nobody_to_its_zone(subnets: list[str]) -> None:
     assert asked == [("spot", subnets[0])]
 
 
+def test_a_quota_of_one_market_does_not_hide_the_other_elsewhere(subnets: list[str]) -> None:
+    first, second = subnets
+    aws, _ = provider()
+    aws.create_node(machine([first]), WORKER, 1)
+    aws, asked = provider(
+        ("spot", first), ("on-demand", first), ("on-demand", second), refusal="VcpuLimitExceeded"
+    )
+    aws.create_node(machine(subnets, InstanceMarketOptions=SPOT), WORKER, 1)
+    assert asked == [("spot", first), ("on-demand", first), ("spot", second)]
+
+
 @pytest.mark.parametrize("refusal", [SOLD_OUT, "UnauthorizedOperation"])
 def test_what_neither_money_nor_another_zone_mends_is_told(
     subnets: list[str], refusal: str
