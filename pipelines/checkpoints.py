@@ -156,6 +156,14 @@ def at(uri: str) -> Saved:
     """
     place = open_place(uri)
     found = place.children()
+    if not found:
+        run = place.uri.rpartition(f"/{FOLDER}/")[0]
+        there = [folder.name for folder in _folders(open_place(run))] if run else []
+        beside = f"; its run has {', '.join(there)}" if there else ""
+        raise DataError(
+            f"there is no checkpoint {uri}: nothing is there{beside}; name the folder of a run, or "
+            "of a checkpoint of it (`droppos runs` lists runs, and where they are)"
+        )
     if COMPLETE in found or INDEX in found or re.fullmatch(r"step-\d+", place.name):
         try:
             return _open(place)

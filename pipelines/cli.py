@@ -55,8 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         flags = with_recipe(argv)
         with _recipe_named(argv if flags != argv else []):
-            run = tyro.extras.subcommand_cli_from_dict
-            run(COMMANDS, prog="droppos", description=DESCRIPTION, args=flags)
+            if flags and flags[0] in COMMANDS:  # alone, or a typo is looked up in all of them
+                tyro.cli(COMMANDS[flags[0]], prog=f"droppos {flags[0]}", args=flags[1:])
+            else:
+                run = tyro.extras.subcommand_cli_from_dict
+                run(COMMANDS, prog="droppos", description=DESCRIPTION, args=flags)
     except DropposError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)

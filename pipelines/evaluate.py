@@ -59,8 +59,12 @@ class Evaluation:
     train: str | None
     """The data set that k-NN and probe learnt from; None if that was a part of ``data``."""
     pictures: int
+    protocol: str
+    """How positions were asked for."""
     blocks: int
     """Last blocks of the encoder whose features were taken, side by side."""
+    known: int
+    """Pictures that k-NN and probe learnt from."""
     knn: Proportion | None
     """Of 20 nearest neighbours."""
     probe: Probe | None
@@ -134,6 +138,7 @@ def evaluate(
         notes.append("position accuracy: this backbone has no position head")
 
     knn = found = None
+    learnt_from = 0
     if asked.labels is None:
         notes.append("k-NN and linear probe: the data set has no labels")
     else:
@@ -151,6 +156,7 @@ def evaluate(
             notes.append(f"k-NN and linear probe: {reason}")
         else:
             pair = known.on(here), asked_labelled.on(here)
+            learnt_from = len(known.labels)
             knn = knn_accuracy(pair[0].features, pair[0].labels, pair[1].features, pair[1].labels)
             if len(known.labels) >= PROBED:
                 found = _probe(*pair, probe, notes)
@@ -164,7 +170,12 @@ def evaluate(
         data=open_place(data).uri,
         train=None if train is None else open_place(train).uri,
         pictures=len(asked.keys),
+        protocol=(
+            f"{measure.mask_ratio:.0%} of patches hidden, the position of "
+            f"{measure.position_mask_ratio:.0%} of the others dropped"
+        ),
         blocks=blocks,
+        known=learnt_from,
         knn=knn,
         probe=found,
         position=position,

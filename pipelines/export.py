@@ -1,5 +1,7 @@
 """Export: from a checkpoint to a backbone in the format that its users load."""
 
+import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +14,8 @@ from droppos.export.formats import FORMATS
 from droppos.export.sizes import at_size
 from pipelines.backbone import open_backbone
 from pipelines.storage import Place, open_place
+
+_log = logging.getLogger(__name__)
 
 
 def export_checkpoint(
@@ -42,6 +46,7 @@ def export_checkpoint(
     trained = open_backbone(checkpoint, heads)
     if image_size is not None:
         trained = at_size(trained, image_size)
+    _tell_replaced(place, form)
     if not place.is_s3:
         return export(trained, Path(place.path), FORMATS[form])
     previous = _names(place)
@@ -50,6 +55,20 @@ def export_checkpoint(
         report = export(trained, Path(folder) / "export", FORMATS[form], shown=place.name)
         _put(report.path, place, previous)
     return replace(report, path=Path(place.name))
+
+
+def _tell_replaced(place: Place, form: FormatName) -> None:
+    """Say that an export for others goes: it may not be meant."""
+    own = place / OWN_CONFIG
+    if own.exists():
+        try:
+            before = json.loads(own.read_bytes()).get("for")
+        except (ValueError, AttributeError):
+            return
+        if before != form:
+            _log.warning(
+                "%s held an export for %s, which this one for %s replaces", place, before, form
+            )
 
 
 def _names(place: Place) -> list[str]:

@@ -134,6 +134,12 @@ def pretrain(
             heard.event({"kind": "started_from", "said": started})
         if aside is not None and saved is not None:
             aside.offer(saved)  # an earlier driver may have ended before it was measured
+        if saved is not None and saved.step >= schedule.steps:
+            logger.warning(
+                "run %s has finished already, at step %d; `--optim.epochs N --allow-changes` "
+                "trains it for longer",
+                *(recipe.home, saved.step),
+            )
         if saved is None or saved.step < schedule.steps:
             on_gpu = gpu_workers(recipe)
             # Decided once, here: a worker that sees a GPU it was not given must leave it alone.

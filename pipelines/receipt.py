@@ -18,7 +18,7 @@ from importlib.metadata import version
 from math import isfinite
 from typing import Any
 
-from droppos.errors import DataError, StorageError
+from droppos.errors import ConfigError, DataError, StorageError
 from pipelines import chain, checkpoints
 from pipelines.chain import PREVIOUS, Link
 from pipelines.checkpoints import COMPLETE, Saved, hashed, require_recipe
@@ -158,12 +158,26 @@ def digest(receipt: Mapping[str, Any]) -> str:
 
 
 def write(receipt: Receipt, out: str) -> None:
-    """Write a receipt.
+    """Write a receipt; one of the same checkpoint is replaced.
 
     Raises:
+        ConfigError: If another file is there.
         DataError: If storage refuses.
     """
-    open_place(out).write_bytes(json.dumps(receipt, indent=1).encode() + b"\n")
+    place = open_place(out)
+    if place.exists():
+        try:
+            before = load(out)
+        except DataError:
+            before = None
+        if before is None or before["checkpoint"]["sha256"] != receipt["checkpoint"]["sha256"]:
+            of = "another file"
+            if before is not None:
+                of = (
+                    f"the receipt of step {before['checkpoint']['step']} of {before['run']['home']}"
+                )
+            raise ConfigError(f"{out} is {of}, and is kept; name another file with --out")
+    place.write_bytes(json.dumps(receipt, indent=1).encode() + b"\n")
 
 
 def load(uri: str) -> Receipt:

@@ -42,15 +42,34 @@ def read(name: str) -> dict[str, Any]:
             + ", ".join(shipped())
         )
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.load(path.read_text(), _Once)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name} is not YAML: {error}") from error
+    if content is None:
+        raise ConfigError(
+            f"{name} is empty, so all would be as by default: the whole of ViT-B's training; begin "
+            f"with a copy of one that is shipped: {', '.join(shipped())}"
+        )
     if not isinstance(content, dict) or not all(isinstance(s, dict) for s in content.values()):
         raise ConfigError(
             f"{name} must hold sections with fields, such as `method:` and below it "
             "`  mask_ratio: 0.75`"
         )
     return content
+
+
+class _Once(yaml.SafeLoader):
+    """Takes no field twice: YAML has the last one count, and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a name that was there."""
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name} comes twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def flags(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

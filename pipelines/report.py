@@ -46,7 +46,7 @@ def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
     print_table(console, "Data set", prepare_rows(report))
     if report.set_aside:
         console.print(f"each file set aside is named in {escape(dest)}/set_aside.jsonl")
-    _next(console, f"droppos pretrain --data.path {shlex.quote(dest)}")
+    _next(console, f"droppos plan vit_base_imagenet --data.path {shlex.quote(dest)}")
 
 
 def prepare_rows(report: PrepareReport) -> list[Row]:
@@ -184,6 +184,7 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
         times = position.accuracy.value / position.chance
         rows += [
             ("placed right", str(position.accuracy)),
+            ("  of pictures", evaluation.protocol),
             ("  against chance", f"{times:.1f} times {position.chance:.2%}"),
             ("placed within one cell", str(position.near)),
         ]
@@ -194,6 +195,7 @@ def evaluation_rows(evaluation: Evaluation) -> list[Row]:
             ]
     if evaluation.knn is not None:
         rows.append(("20 nearest neighbours", str(evaluation.knn)))
+        rows.append(("  asked, learnt from", f"{evaluation.knn.total:,}, {evaluation.known:,}"))
     if evaluation.probe is not None:
         probe = evaluation.probe
         rows.append(("linear probe", f"{probe.accuracy}, by {probe.solver}"))

@@ -223,9 +223,20 @@ def load_manifest(place: Place) -> Manifest:
     """
     manifest = place / MANIFEST
     if not manifest.exists():
+        there = place.children()
+        if not there:
+            raise DataError(
+                f"{place} is not a prepared data set: there is nothing; correct the name, or run "
+                f"`droppos prepare SOURCE {place}`"
+            )
+        if "prepare.json" in there:
+            raise DataError(
+                f"{place} is not a prepared data set yet: it has no {MANIFEST}; run `droppos "
+                f"prepare SOURCE {place}` again, which goes on where it was interrupted"
+            )
         raise DataError(
-            f"{place} is not a prepared data set: it has no {MANIFEST}; "
-            f"run `droppos prepare SOURCE {place}` (again, if it was interrupted)"
+            f"{place} is not a prepared data set: it has no {MANIFEST}; if pictures are in it, "
+            f"`droppos prepare {place} DEST` makes one of them at DEST, which is to be named here"
         )
     return Manifest.from_json(manifest.read_bytes(), str(manifest))
 

@@ -57,21 +57,23 @@ def sync(where: tyro.conf.Positional[str] = STORAGE) -> None:
 
 def report(
     run: tyro.conf.Positional[str],
-    out: Path = Path("droppos-runs/report.html"),
+    out: Path | None = None,
     where: WhereFlags = Where(),  # noqa: B008 - frozen
 ) -> None:
     """Write all of a run as one HTML file: curves, pictures, figures, data, machines, receipt.
 
     Args:
         run: Folder of the run or of one of its checkpoints, or the run's name in MLflow.
-        out: File to write.
+        out: File to write; droppos-runs/NAME-report.html when not given.
         where: Where runs are looked for by name.
     """
     from pipelines.receipt import locate
     from pipelines.run_report import run_report
 
     with console.status("reading and drawing"):
-        text = run_report(locate(run, where))
+        saved = locate(run, where)
+        text = run_report(saved)
+        out = out or Path(STORAGE) / f"{saved.home.name}-report.html"
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
     console.print(f"report: {escape(str(out))}", soft_wrap=True, highlight=False)

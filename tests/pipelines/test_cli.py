@@ -168,6 +168,25 @@ def test_export_and_evaluate_say_what_was_there_instead(
     assert code == 1 and "mixup must be 0 or more" in text
 
 
+def test_a_folder_of_pictures_is_no_data_set_and_is_not_to_become_one(
+    capsys: pytest.CaptureFixture[str], photographs: Path
+) -> None:
+    code, text = said(capsys, "pretrain", "--data.path", str(photographs))
+    assert code == 1 and f"`droppos prepare {photographs} DEST`" in text
+
+
+def test_a_typo_is_answered_by_the_command_it_stands_in(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = said(capsys, "finetune", "b", "d", "--holdout", "h", "--epochs", "2")
+    assert code == 2 and "--optim.epochs" in text
+    assert "measure" not in text and "search" not in text
+
+
+def test_a_shard_of_no_size_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for size in ("inf", "nan", "0"):
+        code, text = said(capsys, "prepare", str(tmp_path), "out", "--shard-mb", size)
+        assert code == 1 and f"--shard-mb must be positive, got {size}" in text
+
+
 def test_a_recipe_that_is_not_there_names_those_that_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -177,7 +177,7 @@ def test_no_picture_at_all_is_refused(backbone: str, data: str, limit: int) -> N
 
 def test_five_classes_have_no_first_five() -> None:
     probe = Probe(Proportion(3, 4), None, "lbfgs, l2 1")
-    found = Evaluation("b", "d", None, 4, 1, None, probe, None, 1.0, 2)
+    found = Evaluation("b", "d", None, 4, "as ever", 1, 0, None, probe, None, 1.0, 2)
     assert not any("top_5" in name for name in found.metrics())
     assert len(evaluation_rows(found)) == 3
 

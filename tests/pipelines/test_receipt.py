@@ -415,6 +415,15 @@ def test_the_command_writes_and_verifies(
     main(["receipt", str(handed.run), "--out", out, *places[4:]])
     assert "3 checkpoints from step 2 on" in capsys.readouterr().err
     assert receipt.load(out)["chain"] == handed.receipt["chain"]
+    main(["receipt", str(handed.run), "--out", out, *places[4:]])  # of the same checkpoint
+    theirs = json.loads(Path(out).read_text())
+    theirs["checkpoint"] |= {"step": 2, "sha256": "another"}
+    other = tmp_path / "theirs.json"
+    other.write_text(json.dumps(theirs))
+    with pytest.raises(SystemExit):
+        main(["receipt", str(handed.run), "--out", str(other)])
+    assert "is the receipt of step 2 of" in capsys.readouterr().err
+    assert json.loads(other.read_text()) == theirs
     main(["receipt", "--verify", out, *places])
     assert "bit for bit the checkpoint's" in " ".join(capsys.readouterr().err.split())
     handed.link(4).unlink()

@@ -55,6 +55,8 @@ def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.M
     ("text", "complaint"),
     [
         ("run: [unclosed", "is not YAML"),
+        ("run: {seed: 1, seed: 2}", "seed comes twice"),
+        ("", "is empty, so all would be as by default"),
         ("- run\n- model", "must hold sections"),
         ("seed: 7", "must hold sections"),
         ("just words", "must hold sections"),

@@ -169,7 +169,13 @@ def test_without_mlflow_and_with_data_gone_the_rest_is_told(
     assert "42.0%" in words
 
 
-def test_the_command_writes_it(saved: Saved, tmp_path: Path) -> None:
+def test_the_command_writes_it(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     main(["report", saved.uri, "--out", str(tmp_path / "new" / "report.html")])
     assert "42.0%" in (tmp_path / "new" / "report.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    main(["report", saved.uri])  # one run's takes no other's place
+    (file,) = (tmp_path / "droppos-runs").iterdir()
+    assert file.name == f"{saved.home.name}-report.html"
