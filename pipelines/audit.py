@@ -17,6 +17,8 @@ from pipelines.beside import StepsFile
 from pipelines.facts import data_changes, data_facts
 from pipelines.ids import FOLDER, id_files, read_ids
 from pipelines.order import Schedule
+from pipelines.passed import FILE as PASSED_FILE
+from pipelines.passed import PassedOver
 from pipelines.recipe_file import from_dict
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
@@ -58,6 +60,8 @@ class Audit:
     """Each that has begun."""
     gaps: list[tuple[int, int]]
     """First step, and step after the last, of which no ids are kept at all."""
+    passed: int = 0
+    """Steps that were passed over: their pictures were taken, and nothing moved."""
 
     @property
     def inexact(self) -> list[EpochAudit]:
@@ -74,9 +78,15 @@ class Audit:
         """All of it in one sentence."""
         pictures = sum(epoch.expected for epoch in self.epochs)
         if self.is_exact:
+            passed = (
+                f"; {self.passed:,} steps of these changed no weight, their gradient being not "
+                f"finite ({PASSED_FILE} names their pictures)"
+            )
             return (
                 f"the run trained on exactly the schedule up to step {self.step:,}: "
                 f"{pictures:,} pictures in {len(self.epochs):,} epochs, none missing, none twice"
+                + passed
+                * bool(self.passed)
             )
         wrong = self.inexact
         verdict = (
@@ -111,7 +121,8 @@ def audit(run: str) -> Audit:
         )
     epochs = range(-(-saved.step // schedule.steps_per_epoch))
     found = [_epoch(schedule, epoch, saved.step, files) for epoch in epochs]
-    return Audit(home.uri, saved.step, found, gaps(files, saved.step))
+    passed = sum(step < saved.step for step in PassedOver.read(home, schedule).steps)
+    return Audit(home.uri, saved.step, found, gaps(files, saved.step), passed)
 
 
 def schedule_of(saved: checkpoints.Saved) -> Schedule:

@@ -161,7 +161,7 @@ def at(uri: str) -> Saved:
         there = [folder.name for folder in _folders(open_place(run))] if run else []
         beside = f"; its run has {', '.join(there)}" if there else ""
         raise DataError(
-            f"there is no checkpoint {uri}: nothing is there{beside}; name the folder of a run, or "
+            f"{uri} has no checkpoint: there is nothing{beside}; name the folder of a run, or "
             "of a checkpoint of it (`droppos runs` lists runs, and where they are)"
         )
     if COMPLETE in found or INDEX in found or re.fullmatch(r"step-\d+", place.name):

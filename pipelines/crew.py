@@ -9,7 +9,9 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from time import time
+from threading import Event, Thread
+from time import monotonic, sleep, time
+from typing import Any
 
 import ray
 import ray._private.state
@@ -18,6 +20,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.recipe import Recipe
 
+AT_HEAD = {"node:__internal_head__": 0.001}
+"""Ray's own name for the head, there as long as the cluster is: a spot machine that goes would take
+along what is to outlive it."""
+WATCH = "droppos-room"
+ALIVE_S, SILENT_S = 30.0, 900.0
+"""Seconds between two words of a living driver, and without one after which it is dead."""
 SIGNAL_S = 10
 """Seconds to wait for a node to pass a signal on."""
 
@@ -85,14 +93,67 @@ def room_wanted(recipe: Recipe, gpu: bool) -> Iterator[None]:
     """Ask the cluster's autoscaler, if it has one, for room for all workers while the block runs.
 
     A run that goes on with fewer asks for no more by itself, and one that waits for a cluster that
-    is still empty asks for nothing at all.
+    is still empty asks for nothing at all. The request is the cluster's, and outlives a driver that
+    is killed, with all the machines that it keeps: so a process of its own takes it back when
+    nothing is heard of the driver any more.
     """
     decoder: dict[str, float] = {"CPU": 1}
     request_resources(bundles=[worker_resources(recipe, gpu)] * recipe.run.workers + [decoder])
+    ended = _watched()
     try:
         yield
     finally:
+        ended.set()
         no_room_wanted()
+
+
+def _watched() -> Event:
+    """Have the request taken back should this process die; until the event is set it is alive."""
+    options: dict[str, Any] = {
+        "name": WATCH,
+        "namespace": WATCH,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "resources": AT_HEAD,
+        "max_concurrency": 2,
+    }
+    watch: Any = ray.remote(RoomWatch)
+    watch, ended = watch.options(**options).remote(), Event()
+
+    def tell() -> None:
+        while True:
+            with suppress(Exception):  # of a cluster that is gone, or that this driver has left
+                watch.alive.remote()
+            if ended.wait(ALIVE_S):
+                return
+
+    Thread(target=tell, name="alive", daemon=True).start()
+    return ended
+
+
+class RoomWatch:
+    """Runs in an actor that nobody owns, and takes the request for room back for a dead driver."""
+
+    def __init__(self, silent_s: float | None = None) -> None:
+        """Begin to watch.
+
+        Args:
+            silent_s: Seconds without a word after which the driver is dead; SILENT_S by default.
+        """
+        self._silent_s = SILENT_S if silent_s is None else silent_s
+        self._heard = monotonic()
+        Thread(target=self._watch, daemon=True).start()
+
+    def alive(self) -> None:
+        """Hear from the driver: this one, or the next one of the cluster."""
+        self._heard = monotonic()
+
+    def _watch(self) -> None:
+        while monotonic() - self._heard < self._silent_s:
+            sleep(self._silent_s / 20)
+        request_resources(bundles=[])
+        os._exit(0)
 
 
 def no_room_wanted() -> None:
@@ -103,6 +164,7 @@ def no_room_wanted() -> None:
     if ray.is_initialized():
         with suppress(Exception):  # a cluster that fails needs no room; its error is the news
             request_resources(bundles=[])
+            ray.kill(ray.get_actor(WATCH, WATCH))
 
 
 def best_size(recipe: Recipe, fit: int) -> int | None:

@@ -107,6 +107,17 @@ def check_resume(
     if saved.record["manifest"] != schedule.manifest.digest:
         then, now = saved.record.get("data"), data_facts(schedule.manifest)
         changed.append(f"data set {recipe.data.path}: {'; '.join(data_changes(then, now))}")
+    measured = [
+        f"{name} {theirs[name]!r} in the checkpoint, {value!r} now"
+        for name, value in ours.items()
+        if name.startswith(("data.holdout", "measure.")) and theirs.get(name, value) != value
+    ]
+    if measured:
+        logger.warning(
+            "what is measured on held-out pictures is not what it was, so figures from here on "
+            "compare with none before, nor does run.keep_best: %s",
+            "; ".join(measured),
+        )
     if (version := saved.record.get("order", 1)) != VERSION:
         logger.warning(
             "the checkpoint was made with version %s of the order and crops of pictures, this "

@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from droppos.errors import ConfigError, DataError
+from droppos.errors import ConfigError, DataError, StorageError
 from pipelines.history import Logged
 from pipelines.journal import (
     About,
@@ -375,10 +375,16 @@ class Ledger:
 
 
 def pointer(home: Place) -> dict[str, str]:
-    """Read which MLflow run a run's folder names; nothing if it names none."""
+    """Read which MLflow run a run's folder names; nothing if it names none.
+
+    Raises:
+        StorageError: If storage cannot be asked: another MLflow run would be begun.
+    """
     try:
         found = json.loads((home / POINTER).read_bytes())
         return {name: found[name] for name in ("uri", "run_id", "writer")}
+    except StorageError:
+        raise
     except (DataError, ValueError, KeyError, TypeError):
         return {}
 

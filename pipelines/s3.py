@@ -264,7 +264,10 @@ def _boto_client(endpoint: Endpoint, identity: int) -> Any:
     from botocore.config import Config
 
     # boto3.client() would go on with the credentials that were found first in this process.
-    return boto3.Session().client(
+    session = boto3.Session()
+    if session.get_credentials() is None:  # a client made now would go on without for ever
+        raise OSError("Unable to locate credentials")
+    return session.client(
         "s3",
         endpoint_url=str(endpoint) if endpoint.address else None,
         region_name=endpoint.region,

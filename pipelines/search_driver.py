@@ -20,6 +20,7 @@ from pipelines.attempt import Attempt, SupersededError, claim_for_driver
 from pipelines.background import STOP_SIGNALS
 from pipelines.bell import Bell
 from pipelines.cluster import buffer_mb_of, connect
+from pipelines.crew import AT_HEAD
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger
 from pipelines.memory import Footprint
@@ -37,10 +38,6 @@ from pipelines.trials import Record, TrialTable
 DRIVER = {"CPU": 0, "memory": 1e6}
 """What Tune reserves for a trial's own process. It must be something; not a CPU, for those are
 all shared out to training and decoding."""
-
-AT_HEAD = {"node:__internal_head__": 0.001}
-"""Ray's own name for the head, there as long as the cluster is: a spot machine that goes would
-take the bell along, and nobody could end the search. A bell that starts again is rung again."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +102,8 @@ class Driver(Callback):
         if sharing:
             # Well before a trial that waits is itself taken to hang.
             self._sharing = Sharing.start(capacity, self.recipe.run.hang_timeout_s / 4)
+        # At the head: a spot machine that goes would take it along, and nobody could end the
+        # search. One that starts again is rung again.
         self._bell = (
             ray.remote(Bell).options(num_cpus=0, resources=AT_HEAD, max_restarts=-1).remote()
         )

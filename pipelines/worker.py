@@ -13,6 +13,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 
+from droppos.errors import DataError, StorageError
 from droppos.flops import guide_flops, matmul_peak, step_flops
 from droppos.parallel import guide_dtype
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
@@ -76,7 +77,7 @@ def _train(job: Job, pulse: Pulse) -> None:
 
     stream = steps_from(state.step, recipe, schedule)
     aside = recipe.aside_cpus > 0  # then the driver has each such checkpoint measured
-    holdout = None if aside else Holdout.open(recipe, state.device)
+    holdout = None if aside else open_holdout(job, state)
     pace.reset()
     bad = BadSteps(recipe.run.bad_steps)
     saves = 0
@@ -134,6 +135,25 @@ def _train(job: Job, pulse: Pulse) -> None:
     keeper.finish(last=not bad.too_many)  # the newest good one is what a rewind goes back to
     keeper.close()
     bad.refuse()
+
+
+def open_holdout(job: Job, state: TrainState) -> Holdout | None:
+    """Read the held-out pictures, on all ranks; where one cannot, none measures, and all train."""
+    holdout, problem = None, ""
+    try:
+        holdout = Holdout.open(job.recipe, state.device)
+    except StorageError:
+        raise  # it passes, as for the pictures to train on
+    except DataError as error:
+        problem = str(error)
+    lacking = torch.tensor(bool(problem), dtype=torch.int32, device=state.device)
+    dist.all_reduce(lacking)
+    if not lacking:
+        return holdout
+    if problem:
+        error = f"{problem}; nothing is measured until that is mended, and the workers start again"
+        job.events.send({"kind": "not_measured", "step": state.step, "error": error})
+    return None
 
 
 def started(step: int, device: torch.device) -> Event:

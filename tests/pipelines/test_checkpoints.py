@@ -144,7 +144,7 @@ def test_a_person_may_name_the_folder_the_run_or_what_is_between(home: Place) ->
     ("spoil", "found"),
     [
         (lambda folder: (folder / COMPLETE).unlink(), "only unfinished step-00000003"),
-        (lambda folder: folder.rename(folder.parent.parent / "photos"), "found nothing"),
+        (lambda folder: folder.rename(folder.parent.parent / "photos"), "there is nothing"),
     ],
 )
 def test_where_there_is_no_checkpoint_the_error_says_what_there_is(

@@ -1,14 +1,22 @@
 """How many workers a run may have, and what it is told to do about nodes that go and come."""
 
+import json
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from time import sleep
+from typing import Any
 
 import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayActorError
+from ray.experimental.internal_kv import _internal_kv_get
 
 from droppos.config import Compute, Optim
 from droppos.errors import ConfigError
@@ -126,11 +134,34 @@ def test_room_is_wanted_until_the_driver_leaves(monkeypatch: pytest.MonkeyPatch)
     joined, wished = True, list[int]()
     monkeypatch.setattr(crew.ray, "is_initialized", lambda: joined)
     monkeypatch.setattr(crew, "request_resources", lambda bundles: wished.append(len(bundles)))
+    monkeypatch.setattr(crew, "_watched", threading.Event)
+    monkeypatch.setattr(crew.ray, "kill", lambda watch: None)
+    monkeypatch.setattr(crew.ray, "get_actor", lambda *name: None)
     with crew.room_wanted(recipe(workers=4), gpu=False):
         assert wished == [5]
         crew.no_room_wanted()
         joined = False
     assert wished == [5, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_room_that_a_dead_driver_asked_for_is_asked_for_no_more() -> None:
+    def wanted() -> list[Any]:
+        asked = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+        return json.loads(asked) if asked else []
+
+    watch = ray.remote(num_cpus=0)(crew.RoomWatch).remote(silent_s=2)
+    request_resources(bundles=[{"CPU": 1.0}] * 3)
+    for _ in range(4):
+        ray.get(watch.alive.remote())
+        sleep(1)
+        assert len(wanted()) == 3
+    with pytest.raises(RayActorError):  # nothing is heard of the driver any more
+        while True:
+            ray.get(watch.__ray_ready__.remote())
+            sleep(0.2)
+    assert wanted() == []
 
 
 def test_room_that_another_job_holds_is_none() -> None:
