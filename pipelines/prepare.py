@@ -26,6 +26,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import NamedTuple
 
 from droppos.bounded import Bound, TooLongError, bounded_copy
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 ASKED = "prepare.json"
 SET_ASIDE = "set_aside.jsonl"
 PROGRESS = "progress"
+READERS = 16
+"""Records that are asked of storage at once."""
 
 
 class SetAside(NamedTuple):
@@ -267,10 +270,14 @@ def _records(dest: Place) -> list[_Record]:
     """Read the records of finished shards, as far as there is one after the other."""
     folder = dest / PROGRESS
     records: list[_Record] = []
-    for number, name in enumerate(folder.children()):
-        if name != f"shard-{number:05d}.json":
-            break
-        loaded = json.loads((folder / name).read_bytes())
+    numbered = enumerate(folder.children())
+    whole = takewhile(lambda each: each[1] == f"shard-{each[0]:05d}.json", numbered)
+    names = [name for _, name in whole]
+    # Of a large set there are tens of thousands.
+    with ThreadPoolExecutor(READERS) as pool:
+        texts = list(pool.map(lambda name: (folder / name).read_bytes(), names))
+    for name, text in zip(names, texts, strict=True):
+        loaded = json.loads(text)
         shard = shard_from_json(loaded["shard"], str(folder / name))
         aside = [SetAside(*entry) for entry in loaded["set_aside"]]
         saved = Saved(*loaded.get("saved", Saved()))  # absent before there were copies

@@ -407,7 +407,7 @@ class ShardWriter:
             self._pending = []
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)  # some 10 KB each; of ImageNet all
 def _footer(file: Place, shard: Shard) -> pq.FileMetaData:
     """Read a shard's footer once in each process: from S3 it costs two requests.
 

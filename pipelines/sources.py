@@ -17,10 +17,11 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -108,8 +109,10 @@ def open_source(place: Place) -> Iterator[Source]:
         yield _parquet(place, tables, load_manifest(place) if prepared else None)
     else:
         again = {} if place.is_s3 else _links_back(place, files)
-        fetch = {f.name: (place / f.name).read_bytes for f in files if not _is_below(f.name, again)}
-        yield _folder(place.uri, _fingerprint(files), fetch, again)
+        fingerprint = _fingerprint(files)
+        names = [file.name for file in files if not (again and _is_below(file.name, again))]
+        del files  # of millions, each thing that is kept is gigabytes
+        yield _folder(place.uri, fingerprint, names, lambda n: (place / n).read_bytes(), again)
 
 
 def _links_back(place: Place, files: list[Entry]) -> dict[str, Refusal]:
@@ -117,7 +120,7 @@ def _links_back(place: Place, files: list[Entry]) -> dict[str, Refusal]:
     real: dict[Path, Path] = {}
     found: dict[str, Refusal] = {}
     root = Path(place.path)
-    for folder in sorted({Path(file.name).parent for file in files}):
+    for folder in sorted(map(Path, {file.name.rpartition("/")[0] for file in files})):
         for part in [*list(folder.parents)[::-1], folder]:
             if part in real:
                 continue
@@ -135,11 +138,12 @@ def _is_below(name: str, folders: Container[str]) -> bool:
 def _folder(
     uri: str,
     fingerprint: str,
-    fetch: dict[str, Callable[[], bytes]],
+    files: Sequence[str],
+    read: Callable[[str], bytes],
     left_out: Mapping[str, Refusal],
 ) -> Source:
-    refused = {name: reason for name in sorted(fetch) if (reason := _refusal(name))}
-    names = sorted((name for name in fetch if name not in refused), key=_mixed)
+    refused = {name: reason for name in sorted(files) if (reason := _refusal(name))}
+    names = sorted((name for name in files if name not in refused), key=_mixed)
     refused = {_shown(name): reason for name, reason in {**refused, **left_out}.items()}
     tops = sorted({name.split("/", 1)[0] for name in names if "/" in name})
     labelled = len(tops) > 1 and all("/" in name for name in names)
@@ -151,9 +155,13 @@ def _folder(
             *(uri, len(tops), stray),
         )
     numbers = {top: i for i, top in enumerate(tops)} if labelled else {}
-    items = [Item(n, numbers.get(n.split("/", 1)[0]), fetch[n]) for n in names]
     classes = tuple(tops) if labelled else None
-    return Source(uri, fingerprint, len(items), lambda n: iter(items[n:]), classes, True, refused)
+
+    def items_from(first: int) -> Iterator[Item]:
+        for name in islice(names, first, None):
+            yield Item(name, numbers.get(name.split("/", 1)[0]), partial(read, name))
+
+    return Source(uri, fingerprint, len(names), items_from, classes, True, refused)
 
 
 def _mixed(name: str) -> bytes:
@@ -188,7 +196,12 @@ def _is_hidden(name: str) -> bool:
 
 
 def _fingerprint(files: list[Entry]) -> str:
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    """Hash their JSON, piece by piece: of millions it is a gigabyte."""
+    digest = hashlib.sha256(b"[")
+    for number, file in enumerate(files):
+        digest.update((", " * bool(number) + json.dumps(file)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -214,7 +227,8 @@ def _open_archive(place: Place) -> Iterator[Source]:
                 yield _folder(
                     place.uri,
                     fingerprint,
-                    {name.removeprefix(common): read for name, read in fetch.items()},
+                    [name.removeprefix(common) for name in fetch],
+                    lambda name: fetch[common + name if common + name in fetch else name](),
                     {name.removeprefix(common): reason for name, reason in left_out.items()},
                 )
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
