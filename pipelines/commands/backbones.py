@@ -16,7 +16,7 @@ from pipelines.commands.flags import (
     MeasureFlags,
     SpreadFlags,
 )
-from pipelines.commands.speech import announce, console
+from pipelines.commands.speech import announce, busy, console
 from pipelines.finetune_run import FinetuneRun
 from pipelines.recipe import MeasureProtocol, Recipe, Tracking
 from pipelines.spread import Spread
@@ -43,7 +43,8 @@ def export(
     from pipelines.export import export_checkpoint
     from pipelines.report import show_export
 
-    report = export_checkpoint(checkpoint, out, format, image_size, heads)
+    with busy("exporting and comparing"):
+        report = export_checkpoint(checkpoint, out, format, image_size, heads)
     show_export(console, report, out)
 
 
@@ -81,7 +82,7 @@ def evaluate(
     from pipelines.evaluate import track as write
     from pipelines.report import show_evaluation
 
-    with console.status("measuring"):
+    with busy("measuring"):
         evaluation = job(
             backbone,
             data,
@@ -165,7 +166,7 @@ def look(
     from pipelines.look import track as write
     from pipelines.report import show_look
 
-    with console.status("looking"):
+    with busy("looking"):
         found = job(backbone, data, out, measure=measure, heads=heads)
     show_look(console, found)
     if track:
@@ -194,7 +195,7 @@ def register(
     from pipelines.register import register as job
     from pipelines.report import show_registered
 
-    with console.status("registering"):
+    with busy("registering"):
         registered = job(
             backbone, name, alias, checkpoint=checkpoint, uri=uri, experiment=experiment
         )

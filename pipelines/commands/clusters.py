@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from pipelines.commands.flags import OnFlags, QuestionFlags, RecipeFlags, RecipeName
-from pipelines.commands.speech import console, refuse_late
+from pipelines.commands.speech import busy, console, refuse_late
 from pipelines.launch.on import On
 from pipelines.launch.request import JobKind, Request
 from pipelines.plan.question import Question
@@ -35,7 +35,7 @@ def plan(
     from pipelines.plan.job import plan as job
     from pipelines.plan.report import show_plan
 
-    with console.status("simulating"):
+    with busy("simulating"):
         found = job(recipe, question)
     if json:
         print(dumps(as_json(found), indent=1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from pipelines.commands.speech import console
+from pipelines.commands.speech import busy, console
 
 
 def prepare(
@@ -96,7 +96,7 @@ def audit(run: tyro.conf.Positional[str]) -> None:
     from pipelines.audit import audit as job
     from pipelines.report import show_audit
 
-    with console.status("reading ids"):
+    with busy("reading ids"):
         result = job(run)
     show_audit(console, result)
     if not result.is_exact:

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from droppos.errors import ConfigError
 from pipelines.commands.flags import STORAGE, WhereFlags
-from pipelines.commands.speech import console
+from pipelines.commands.speech import busy, console
 from pipelines.tracking import Where
 
 
@@ -48,7 +48,7 @@ def sync(where: tyro.conf.Positional[str] = STORAGE) -> None:
     from pipelines.runs_report import show_synced
     from pipelines.sync import sync as job
 
-    with console.status("sending"):
+    with busy("sending"):
         synced = job(where)
     show_synced(console, synced)
     if any(one.left or one.error for one in synced):
@@ -70,7 +70,7 @@ def report(
     from pipelines.receipt import locate
     from pipelines.run_report import run_report
 
-    with console.status("reading and drawing"):
+    with busy("reading and drawing"):
         saved = locate(run, where)
         text = run_report(saved)
         out = out or Path(STORAGE) / f"{saved.home.name}-report.html"
@@ -110,14 +110,14 @@ def receipt(
     from pipelines import receipt_report
 
     if verify is None:
-        with console.status("reading the run's past"):
+        with busy("reading the run's past"):
             made, notes = job.make(job.locate(source, where), backbone)
         job.write(made, out)
         receipt_report.show_receipt(console, made, notes, out)
         return
     from pipelines.receipt_check import verify as check
 
-    with console.status("comparing"):
+    with busy("comparing"):
         checks = check(job.load(verify), run=run, data=data, backbone=backbone, shards=shards)
     receipt_report.show_checks(console, checks)
     if any(each.state == "differs" for each in checks):

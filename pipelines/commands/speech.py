@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,6 +23,17 @@ console = Console(stderr=True)
 def announce() -> None:
     """Say what takes seconds before anything else is seen."""
     say("loading torch and Ray")
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Show what takes seconds while it does: a moving line on a terminal, one line elsewhere."""
+    if not console.is_terminal:
+        say(what)
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 def say_news(event: Mapping[str, Any]) -> None:
