@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 from droppos.errors import DataError, TrainingError
 from pipelines import chain, history
+from pipelines.recipe import Run
 from pipelines.storage import Place, open_place
 
 FOLDER = "checkpoints"
@@ -160,6 +161,8 @@ def at(uri: str) -> Saved:
         run = place.uri.rpartition(f"/{FOLDER}/")[0]
         there = [folder.name for folder in _folders(open_place(run))] if run else []
         beside = f"; its run has {', '.join(there)}" if there else ""
+        if "/" not in uri and (usual := open_place(f"{Run().storage}/{uri}")).children():
+            beside = f"; did you mean {Run().storage}/{usual.name}?"
         raise DataError(
             f"{uri} has no checkpoint: there is nothing{beside}; name the folder of a run, or "
             "of a checkpoint of it (`droppos runs` lists runs, and where they are)"

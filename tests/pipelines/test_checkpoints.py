@@ -155,6 +155,15 @@ def test_where_there_is_no_checkpoint_the_error_says_what_there_is(
         checkpoints.at(f"{home}/checkpoints")
 
 
+def test_a_runs_name_alone_is_told_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(open_place("droppos-runs/mine"), 3)
+    with pytest.raises(DataError, match=r"did you mean droppos-runs/mine\?"):
+        checkpoints.at("mine")
+
+
 def test_the_newest_stay_and_all_that_does_not_count_goes(home: Place) -> None:
     for step in (1, 2):
         save(home, step, keep=5)
