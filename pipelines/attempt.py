@@ -92,7 +92,7 @@ class Taken:
     driver: str
     """The driver's name, for its groups."""
     begun: bool = False
-    """Whether it trains: then it is the one in the right, whatever becomes of it."""
+    """Whether its ledger is open: then it is the one in the right, whatever becomes of it."""
 
 
 @contextmanager

@@ -221,12 +221,17 @@ def adopt(home: Place, saved: Saved) -> None:
         if int(place.name.removeprefix("step-")) >= saved.step:
             (place / COMPLETE).delete()
             place.delete()
+    copy = home / FOLDER / saved.place.name
+    for name in saved.files:
+        _copy(saved.place / name, copy / name)
     chain.bring(saved.home, chain.Link.of((saved.place / COMPLETE).read_bytes()), home)
     history.bring(saved.home, saved.step, home)
-    copy = home / FOLDER / saved.place.name
-    for name in [*saved.files, COMPLETE]:  # in this order: what is cut short must not count
-        with (saved.place / name).open_input() as source, (copy / name).open_output() as target:
-            shutil.copyfileobj(source, target, COPIED_AT_ONCE)
+    _copy(saved.place / COMPLETE, copy / COMPLETE)  # the last: what is cut short must not count
+
+
+def _copy(file: Place, copy: Place) -> None:
+    with file.open_input() as source, copy.open_output() as target:
+        shutil.copyfileobj(source, target, COPIED_AT_ONCE)
 
 
 def set_aside(saved: Saved, why: str) -> None:
@@ -270,6 +275,27 @@ def lost(home: Place) -> int | None:
         if place is None or DAMAGED in place.children():
             return step
     return None
+
+
+def set_aside_if_damaged(home: Place, why: str) -> None:
+    """Look whether the newest checkpoint, which workers found damaged, is; then it counts no more.
+
+    If each file is as it was written, a machine has read it wrongly: its memory may be bad.
+
+    Args:
+        home: Folder of the run.
+        why: What the workers found.
+
+    Raises:
+        DataError: If storage refuses.
+    """
+    saved = newest(home)
+    if saved is None:
+        return
+    if any(hashed(saved.place / name) != file for name, file in saved.files.items()):
+        set_aside(saved, why)
+    else:
+        _log.warning("%s was read wrongly (%s), and is as it was written", saved.place, why)
 
 
 def _folders(home: Place) -> list[Place]:

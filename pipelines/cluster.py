@@ -35,13 +35,22 @@ class Share:
     decoding: int
 
 
-def group_share(recipe: Recipe) -> Share:
+def group_share(recipe: Recipe, crew: Recipe | None = None) -> Share:
     """Part the CPUs for one group of workers, on a cluster that may just have lost some.
 
     What is lost is waited for, so this refuses nothing.
+
+    Args:
+        recipe: Of the group.
+        crew: The run with all its workers, where the group may be smaller.
     """
     training = recipe.run.workers * recipe.run.cpus_per_worker
-    left = _most_cpus() - training - recipe.aside_cpus
+    cluster = read_cluster()
+    held = training
+    if crew is not None and any(machine.count for machine in cluster.growth):
+        # Machines that come back must find room to train: what decodes would take it.
+        held = crew.run.workers * crew.run.cpus_per_worker
+    left = most_cpus(cluster) - held - recipe.aside_cpus
     return Share(training, recipe.data.decode_cpus or max(left, 1))
 
 

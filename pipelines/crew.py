@@ -98,17 +98,18 @@ def room_wanted(recipe: Recipe, gpu: bool) -> Iterator[None]:
     nothing is heard of the driver any more.
     """
     decoder: dict[str, float] = {"CPU": 1}
-    request_resources(bundles=[worker_resources(recipe, gpu)] * recipe.run.workers + [decoder])
-    ended = _watched()
+    ended = Event()
     try:
+        request_resources(bundles=[worker_resources(recipe, gpu)] * recipe.run.workers + [decoder])
+        _have_watched(ended)
         yield
     finally:
         ended.set()
         no_room_wanted()
 
 
-def _watched() -> Event:
-    """Have the request taken back should this process die; until the event is set it is alive."""
+def _have_watched(ended: Event) -> None:
+    """Have the request taken back should this process die before the event is set."""
     options: dict[str, Any] = {
         "name": WATCH,
         "namespace": WATCH,
@@ -118,8 +119,8 @@ def _watched() -> Event:
         "resources": AT_HEAD,
         "max_concurrency": 2,
     }
-    watch: Any = ray.remote(RoomWatch)
-    watch, ended = watch.options(**options).remote(), Event()
+    actor: Any = ray.remote(RoomWatch)
+    watch = actor.options(**options).remote()
 
     def tell() -> None:
         while True:
@@ -129,7 +130,6 @@ def _watched() -> Event:
                 return
 
     Thread(target=tell, name="alive", daemon=True).start()
-    return ended
 
 
 class RoomWatch:

@@ -3,13 +3,13 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from droppos.errors import ConfigError
 from pipelines.checkpoints import Saved, lost, require_recipe
 from pipelines.order import VERSION, Schedule
-from pipelines.recipe import Recipe
+from pipelines.recipe import MeasureProtocol, Recipe
 from pipelines.recipe_file import flatten
 from pipelines.shards import Manifest
 from pipelines.storage import open_place
@@ -28,6 +28,9 @@ FIXED = (
     "run.init_from",
 )
 """What must not change under a resumed run, or it is another run."""
+
+MEASURED = {f"measure.{field.name}" for field in fields(MeasureProtocol)}
+"""What must not change for figures of held-out pictures to compare with those of before."""
 
 FREE = {"optim.accumulate"}
 """Of those, what gives the same steps: half the workers may take twice the micro-batches."""
@@ -79,11 +82,12 @@ def check_resume(
         ConfigError: Naming the run or each difference, and the way out.
     """
     if saved is None:
-        if (step := lost(open_place(recipe.home))) is not None:
+        step = None if allow_changes else lost(open_place(recipe.home))
+        if step is not None:
             raise ConfigError(
                 f"run {recipe.home} had a checkpoint at step {step}, and none that counts is left: "
-                "it was deleted, or found damaged; restore it, or choose another run.name (or "
-                "delete the run's folder) to begin anew"
+                "it was deleted, or found damaged; restore it, choose another run.name, or begin "
+                "anew with --allow-changes"
             )
         return
     if "finetune" in saved.record:
@@ -110,7 +114,7 @@ def check_resume(
     measured = [
         f"{name} {theirs[name]!r} in the checkpoint, {value!r} now"
         for name, value in ours.items()
-        if name.startswith(("data.holdout", "measure.")) and theirs.get(name, value) != value
+        if name in MEASURED and theirs.get(name, value) != value
     ]
     if measured:
         logger.warning(

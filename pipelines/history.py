@@ -76,12 +76,13 @@ def read(home: Place, stop_step: int, start_step: int = 0) -> Iterator[Logged]:
     Args:
         home: Folder of the run.
         stop_step: Step of the checkpoint.
-        start_step: Files that end before this step are left out.
+        start_step: Files that end before this step are left out, but for what was measured aside.
 
     Raises:
         DataError: If storage refuses, or a file is damaged.
     """
-    aside = deque((step, place) for step, place in _aside(home) if start_step <= step <= stop_step)
+    # All of these: they come late, when later steps are known.
+    aside = deque((step, place) for step, place in _aside(home) if step <= stop_step)
     for file in steps_files(home / FOLDER):
         if start_step <= file.end <= stop_step:
             yield from _rows(file.place)

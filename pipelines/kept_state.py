@@ -21,7 +21,7 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
     """Put a checkpoint's weights, moments, step and random state into this rank's, at any size.
 
     Raises:
-        DamagedError: On all ranks, if a file is not what was written; it counts no more then.
+        DamagedError: On all ranks, if a file is not what was written.
     """
     if saved is None:
         return
@@ -34,7 +34,7 @@ def restore(state: TrainState, saved: checkpoints.Saved | None) -> None:
             for name, value in random_state(state.device).items()
             if name.split("-")[1] in there
         }
-    stored_state.load_or_set_aside(saved, kept)
+    stored_state.load(saved, kept)
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for name, value in kept.items():
         if name.startswith("random-cpu"):

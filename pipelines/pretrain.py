@@ -6,8 +6,10 @@ trial, a test and a submitted Ray job call the same one.
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 from droppos.errors import ConfigError, DataError, DropposError
@@ -24,7 +26,7 @@ from pipelines.ledger import Ledger
 from pipelines.order import Schedule
 from pipelines.passed import FILE as PASSED_FILE
 from pipelines.provenance import cluster_hardware
-from pipelines.recipe import Recipe
+from pipelines.recipe import HELD_OUT, Recipe
 from pipelines.recipe_file import flatten, to_yaml
 from pipelines.secrets import redact_uris
 from pipelines.shards import Manifest, load_manifest
@@ -111,6 +113,7 @@ def pretrain(
             recipe, schedule.manifest.digest, resume=resume, parent_run=parent_run
         ) as ledger,
     ):
+        taken.begun = True  # what MLflow is told comes from here now
         skipped = Skipped(
             home,
             schedule.manifest.rows,
@@ -156,7 +159,6 @@ def pretrain(
                 stop=stop,
                 sharing=sharing,
             )
-            taken.begun = True
             try:
                 supervisor.run()
             finally:
@@ -232,6 +234,12 @@ def _check_holdout(recipe: Recipe, train: Manifest, holdout: Manifest) -> None:
             *(same, len(holdout.shards), recipe.data.holdout, recipe.data.path),
         )
     best = recipe.run.keep_best
+    if best is not None and re.sub("_(low|high)_95$", "", best) not in HELD_OUT:
+        near = get_close_matches(best, HELD_OUT, 1, 0.5) or [HELD_OUT[0]]
+        raise ConfigError(
+            f"run.keep_best {best} is nothing that is measured on held-out pictures; did you mean "
+            f"{near[0]}? There are {', '.join(HELD_OUT)}"
+        )
     if best is not None and "knn" in best and len(holdout.classes or ()) < 2:
         raise ConfigError(
             f"run.keep_best is {best}, but the pictures of data.holdout {recipe.data.holdout} have "

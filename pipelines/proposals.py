@@ -248,7 +248,7 @@ def scheduler_of(recipe: Recipe, table: TrialTable) -> TrialScheduler:
     )
     for record in table:
         if record.steps:  # those that go on, too, or the rungs would know the losers alone
-            known: Any = SimpleNamespace(trial_id=record.name)
+            known: Any = SimpleNamespace(config={"name": record.name})
             nobody: Any = None
             asha.on_trial_add(nobody, known)
             for step, objective in record.history:
@@ -258,13 +258,33 @@ def scheduler_of(recipe: Recipe, table: TrialTable) -> TrialScheduler:
 
 
 class Asha(ASHAScheduler):
-    """Ray's asynchronous successive halving, which would also end a trial at its last step."""
+    """Ray's asynchronous successive halving, which would also end a trial at its last step.
+
+    And which knows trials by Tune's own identifier: one that goes on in another process has another
+    and would be held against itself.
+    """
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take a trial by its name."""
+        super().on_trial_add(tune_controller, _named(trial))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Forget a trial."""
+        super().on_trial_complete(tune_controller, _named(trial), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Forget a trial."""
+        super().on_trial_remove(tune_controller, _named(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide on a trial, unless it is done."""
-        action = super().on_trial_result(tune_controller, trial, result)
+        action = super().on_trial_result(tune_controller, _named(trial), result)
         done = result.get("step", 0) == result.get("steps")
         return TrialScheduler.CONTINUE if done else action
+
+
+def _named(trial: Any) -> Any:
+    return SimpleNamespace(trial_id=trial.config["name"])
 
 
 class Population(PopulationBasedTraining):

@@ -63,11 +63,13 @@ class _Once(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a name that was there."""
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # Before `<<` brings in others, which a field may well replace.
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in keys]
         for i, name in enumerate(names):
             if name in names[:i]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{name} comes twice", node.value[i][0].start_mark
+                    None, None, f"{name} comes twice", keys[i].start_mark
                 )
         return super().construct_mapping(node, deep)
 

@@ -223,7 +223,7 @@ def load_manifest(place: Place) -> Manifest:
     """
     manifest = place / MANIFEST
     if not manifest.exists():
-        there = place.children()
+        there = [place.name] if place.is_file() else place.children()
         if not there:
             raise DataError(
                 f"{place} is not a prepared data set: there is nothing; correct the name, or run "

@@ -223,7 +223,7 @@ def _open_archive(place: Place) -> Iterator[Source]:
             with members(path) as (fetch, left_out):
                 if not fetch:
                     raise DataError(f"source {place} holds no files; give one with pictures in it")
-                common = _common_folder([*fetch, *left_out])
+                common = _common_folder(fetch)
                 yield _folder(
                     place.uri,
                     fingerprint,
@@ -257,7 +257,7 @@ def _tar_members(path: Path) -> Iterator[Members]:
             elif member.islnk() and (linked := fetch.get(_clean(member.linkname))) is not None:
                 fetch[name] = linked
             elif not member.isdir():
-                left_out[name] = "no file", "a link to what is not in the archive, or a device"
+                left_out[name] = "no file", "a link that is not followed, or a device"
         yield fetch, left_out
 
 

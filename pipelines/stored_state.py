@@ -25,7 +25,6 @@ from pipelines.checkpoints import (
     FileRecord,
     Retention,
     Saved,
-    hashed,
     parse,
     prune,
     set_aside,
@@ -131,15 +130,13 @@ def load(saved: Saved, state: dict[str, Any]) -> None:
 def load_or_set_aside(saved: Saved, state: dict[str, Any]) -> None:
     """Load in a process group, as :func:`load` does; what proves damaged counts no more.
 
-    Who starts again after the error so starts from the checkpoint before it; or from this one, if
-    rank 0 finds each file as it was written: then a machine has read wrongly, not storage.
+    Who starts again after the error so starts from the checkpoint before it. A pre-training's
+    driver looks itself (:func:`checkpoints.set_aside_if_damaged`).
     """
     try:
         load(saved, state)
     except DamagedError as error:
-        if dist.get_rank() == 0 and any(
-            hashed(saved.place / name) != file for name, file in saved.files.items()
-        ):
+        if dist.get_rank() == 0:
             set_aside(saved, str(error))
         raise
 

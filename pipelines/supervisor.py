@@ -43,6 +43,7 @@ from pipelines.group import Group
 from pipelines.heard import Heard
 from pipelines.job import Job
 from pipelines.order import Schedule
+from pipelines.parts import DamagedError
 from pipelines.passed import FILE as PASSED_FILE
 from pipelines.passed import pass_over
 from pipelines.provenance import origin
@@ -148,6 +149,9 @@ class Supervisor:
                 elif error is not None or step <= before:
                     if self._stopped and not group.started:
                         return  # nobody had begun, so there is nothing to keep
+                    if isinstance(error, DamagedError):
+                        # Here, for a group ends with its first worker, and all files are hashed.
+                        checkpoints.set_aside_if_damaged(self._home, str(error))
                     error = error or TrainingError(
                         "the workers ended without a newer checkpoint, and did not say why"
                     )
@@ -317,8 +321,7 @@ class Supervisor:
         return TrainingError(f"{killed}; they were killed") if killed else cause_of(error)
 
     def _trainer(self, recipe: Recipe) -> TorchTrainer:
-        # Of the whole crew's CPUs none decodes: a node that comes back must find room to train.
-        tasks = decode_tasks_of(recipe, group_share(self._recipe))
+        tasks = decode_tasks_of(recipe, group_share(recipe, crew=self._recipe))
         elastic = self._recipe.run.min_workers is not None
         # It would end a group two minutes after any notice, also one that says no time: `advise`
         # knows when to leave.

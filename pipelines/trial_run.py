@@ -67,6 +67,8 @@ class Progress:
         self._step = self._steps = self._saved_step = 0
         self._figures: dict[str, float] = {}
         self._known: dict[str, str] = {}
+        self.unmeasured = ""
+        """Why nothing will be measured."""
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event of the run."""
@@ -82,6 +84,8 @@ class Progress:
                     epoch = self._epochs * event["step"] / self._steps
                     objective = {"objective": found[self._objective], "epoch": epoch}
                     self._measured.put(self._told | objective)
+            case "not_measured":
+                self.unmeasured = event["error"]
             case "checkpoint":
                 with self._saved:
                     self._saved_step = event["saved"].step
@@ -139,6 +143,9 @@ class TrialRun(tune.Trainable):
         if rung and not self._running.done():
             self.cleanup()
             return self._progress.next(0) | {"stopped": True, "done": True}
+        if self._progress.unmeasured and not self._running.done():
+            self.cleanup()  # a trial that is not measured is compared with none
+            return {"error": self._progress.unmeasured, "done": True}
         if not self._running.done():
             return self._progress.next(REPORT_EVERY_S)
         if (measured := self._progress.measured()) is not None:

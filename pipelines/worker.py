@@ -138,19 +138,25 @@ def _train(job: Job, pulse: Pulse) -> None:
 
 
 def open_holdout(job: Job, state: TrainState) -> Holdout | None:
-    """Read the held-out pictures, on all ranks; where one cannot, none measures, and all train."""
+    """Read the held-out pictures, on all ranks; where one cannot, none measures, and all train.
+
+    Raises:
+        DataError: If they cannot be read, and decide which checkpoint is kept.
+    """
     holdout, problem = None, ""
     try:
         holdout = Holdout.open(job.recipe, state.device)
-    except StorageError:
-        raise  # it passes, as for the pictures to train on
     except DataError as error:
+        # Storage that is away comes back, as for the pictures to train on.
+        if isinstance(error, StorageError) or job.recipe.run.keep_best is not None:
+            raise
         problem = str(error)
-    lacking = torch.tensor(bool(problem), dtype=torch.int32, device=state.device)
-    dist.all_reduce(lacking)
-    if not lacking:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    lacks = torch.tensor(rank if problem else world, device=state.device)
+    dist.all_reduce(lacks, dist.ReduceOp.MIN)
+    if lacks == world:
         return holdout
-    if problem:
+    if lacks == rank:  # one tells, for all
         error = f"{problem}; nothing is measured until that is mended, and the workers start again"
         job.events.send({"kind": "not_measured", "step": state.step, "error": error})
     return None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -106,7 +107,7 @@ def draw_courses(
         path: PNG to write.
     """
     labels = list(dict.fromkeys(course.label for _, courses, _ in panels for course in courses))
-    colours = dict(zip(labels, COLOURS, strict=False))
+    colours = dict(zip(labels, cycle(COLOURS), strict=False))
     layout = ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.2)
     figure = Figure(figsize=(5.4 * len(panels), 5), dpi=140, layout=layout, facecolor="white")
     for panel, (title, courses, levels) in zip(

@@ -34,6 +34,7 @@ from pipelines.finetune import read_labels
 from pipelines.finetune_worker import labelled
 from pipelines.kept_state import kept_state, restore
 from pipelines.order import Schedule
+from pipelines.parts import DamagedError
 from pipelines.pretrain import located, plan
 from pipelines.recipe import Data, Recipe, Run
 from pipelines.shards import load_manifest
@@ -103,7 +104,11 @@ def pretrain_here(recipe: Recipe, on_loss: OnLoss = lambda step, loss: None) -> 
         state = create_state(recipe, schedule.steps_per_epoch)
         saved = checkpoints.newest(home)
         check_resume(recipe, schedule, saved, resume=True, allow_changes=False)
-        restore(state, saved)
+        try:
+            restore(state, saved)
+        except DamagedError as error:  # whoever begins again goes on from the one before
+            checkpoints.set_aside_if_damaged(home, str(error))
+            raise
         losses: list[Tensor] = []
         for batch in stream(recipe, schedule, state.step):
             report = train_step(state, [micro_batch(batch)])

@@ -49,7 +49,8 @@ def due(jobs: list[Job], began: float, now: float) -> bool:
         return False
     if not jobs:
         return now - began > START_S
-    return now - max((job.get("end_time") or 0) / 1000 for job in jobs) > GRACE_S
+    # On a cluster that is used again the jobs of before ended long ago, and the next is to come.
+    return now - max(began, *((job.get("end_time") or 0) / 1000 for job in jobs)) > GRACE_S
 
 
 def watch(

@@ -149,7 +149,7 @@ def caretaker(cluster: str, region: str) -> str:
     """Write the command that has a head end its cluster when nobody follows its jobs."""
     care = shlex.join(["python", "-m", "pipelines.launch.caretaker", cluster, region])
     # In a session of its own, or it ends with the ssh that started it.
-    return f"nohup setsid {care} > ~/caretaker.log 2>&1 < /dev/null &"
+    return f"nohup setsid {care} >> ~/caretaker.log 2>&1 < /dev/null &"
 
 
 def _fill_machine(machine: dict[str, Any], role: str, facts: Facts) -> None:

@@ -161,7 +161,7 @@ from tests.droppos.ranks import BATCH, MODEL, train
 
 # What inductor makes of a graph is torch's to test, and takes it a minute.
 compile_block = nn.Module.compile
-nn.Module.compile = lambda block: compile_block(block, backend="aot_eager")
+nn.Module.compile = lambda block, **told: compile_block(block, backend="aot_eager", **told)
 losses = []
 for compiled in (False, True):
     compute = Compute(

@@ -104,10 +104,6 @@ def test_flags_override_the_recipe(tmp_path: Path) -> None:
             ["--data.holdout", "x", "--measure.mask-ratio", "0.999"],
             ["measure.mask_ratio 0.999", "no visible patch"],
         ),
-        (
-            ["--data.holdout", "x", "--run.keep-best", "holdout/position/skil"],
-            ["run.keep_best", "did you mean holdout/position/skill?"],
-        ),
         (["--optim.global-batch", "7", "--run.workers", "2"], ["global_batch", "7", "take 6"]),
         (
             ["--compute.strategy", "single", "--run.workers", "2"],
@@ -166,6 +162,15 @@ def test_export_and_evaluate_say_what_was_there_instead(
     assert code == 1 and "--workers must be 1 or more, got 0" in text
     code, text = said(capsys, "finetune", "backbone", data, "--holdout", data, "--mixup", "-1")
     assert code == 1 and "mixup must be 0 or more" in text
+
+
+def test_what_a_checkpoint_is_to_be_the_best_by_has_to_be_measured(
+    capsys: pytest.CaptureFixture[str], data: str
+) -> None:
+    places = ["--data.path", data, "--data.holdout", data]
+    code, text = said(capsys, "pretrain", *places, "--run.keep-best", "holdout/position/skil")
+    assert code == 1 and "did you mean holdout/position/skill?" in text
+    assert "hold the very pictures of data.path" in text
 
 
 def test_a_folder_of_pictures_is_no_data_set_and_is_not_to_become_one(

@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from time import sleep
 from typing import Any
@@ -134,7 +133,7 @@ def test_room_is_wanted_until_the_driver_leaves(monkeypatch: pytest.MonkeyPatch)
     joined, wished = True, list[int]()
     monkeypatch.setattr(crew.ray, "is_initialized", lambda: joined)
     monkeypatch.setattr(crew, "request_resources", lambda bundles: wished.append(len(bundles)))
-    monkeypatch.setattr(crew, "_watched", threading.Event)
+    monkeypatch.setattr(crew, "_have_watched", lambda ended: None)
     monkeypatch.setattr(crew.ray, "kill", lambda watch: None)
     monkeypatch.setattr(crew.ray, "get_actor", lambda *name: None)
     with crew.room_wanted(recipe(workers=4), gpu=False):
@@ -151,17 +150,28 @@ def test_room_that_a_dead_driver_asked_for_is_asked_for_no_more() -> None:
         asked = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
         return json.loads(asked) if asked else []
 
-    watch = ray.remote(num_cpus=0)(crew.RoomWatch).remote(silent_s=2)
+    watch = ray.remote(num_cpus=0)(crew.RoomWatch).remote(silent_s=6)
     request_resources(bundles=[{"CPU": 1.0}] * 3)
     for _ in range(4):
         ray.get(watch.alive.remote())
-        sleep(1)
+        sleep(2)
         assert len(wanted()) == 3
     with pytest.raises(RayActorError):  # nothing is heard of the driver any more
         while True:
             ray.get(watch.__ray_ready__.remote())
             sleep(0.2)
     assert wanted() == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_watch_stands_by_while_room_is_wanted() -> None:
+    with crew.room_wanted(recipe(workers=4), gpu=False):
+        ray.get(ray.get_actor(crew.WATCH, crew.WATCH).alive.remote())
+        with crew.room_wanted(recipe(workers=2), gpu=False):  # of the next driver: the same one
+            pass
+    with pytest.raises(ValueError, match=crew.WATCH):
+        ray.get_actor(crew.WATCH, crew.WATCH)
 
 
 def test_room_that_another_job_holds_is_none() -> None:

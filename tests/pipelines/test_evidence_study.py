@@ -48,10 +48,10 @@ def test_a_study_ends_goes_on_and_knows_all(folder: Path, tmp_path: Path) -> Non
     assert done.missing == 0
     rows = read_rows(tmp_path / "out" / RESULTS)
     assert {key[3] for key in rows if key[0] == "paper"} == {
-        "knn", "linear", "rank", "location", "position", "tenth", "all",
+        "knn", "linear", "blocks", "rank", "location", "position", "tenth", "all",
     }  # fmt: skip
     assert {key[3] for key in rows if key[0] == "supervised"} == {
-        "knn", "linear", "rank", "location", "tenth", "all",
+        "knn", "linear", "blocks", "rank", "location", "tenth", "all",
     }  # fmt: skip
     for row in rows.values():
         assert row.epochs >= 1

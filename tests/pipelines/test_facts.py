@@ -127,6 +127,17 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(tmp_path:
     saved.place.delete()
     with pytest.raises(ConfigError, match=r"had a checkpoint at step 3, and none that counts"):
         check_resume(recipe, SCHEDULE, None, resume=True, allow_changes=False)
+    check_resume(recipe, SCHEDULE, None, resume=True, allow_changes=True)
+
+
+def test_another_protocol_of_measuring_is_told_and_how_often_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = saved_at(tmp_path)
+    check(saved, replace(RECIPE, measure=replace(RECIPE.measure, every_epochs=3)))
+    assert not caplog.messages
+    check(saved, replace(RECIPE, measure=replace(RECIPE.measure, pictures=7)))
+    assert "measure.pictures 1024 in the checkpoint, 7 now" in caplog.text
 
 
 def test_a_fine_tuning_is_no_pre_training_to_go_on_with(tmp_path: Path) -> None:

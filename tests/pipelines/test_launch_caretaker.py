@@ -1,8 +1,9 @@
 """A cluster that nobody follows ends by itself, and what its job said stays."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import IncompleteRead
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,12 @@ def states(ec2: Any) -> dict[str, str]:
     return {i["InstanceId"]: i["State"]["Name"] for r in found for i in r["Instances"]}
 
 
+def long_ago() -> Callable[[], float]:
+    """A clock that is first looked at long before all else."""
+    times = chain([NOW - 10 * GRACE_S], repeat(NOW))
+    return lambda: next(times)
+
+
 class Own(Metadata):
     """Of the head."""
 
@@ -97,6 +104,13 @@ class Answers:
         return answer
 
 
+def test_a_cluster_that_is_used_again_is_not_ended_for_jobs_of_before() -> None:
+    before = [job("SUCCEEDED", ended_s_ago=50 * GRACE_S)]
+    assert not due(before, NOW, NOW)
+    assert not due(before, NOW - GRACE_S + 1, NOW)
+    assert due(before, NOW - GRACE_S - 1, NOW)
+
+
 def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None:
     """Nobody starts it again, and they cost money as long as they stand."""
     head = machine(account, CLUSTER, "head")
@@ -115,7 +129,7 @@ def test_machines_that_cannot_be_ended_yet_are_ended_later(account: Any) -> None
 
     waits: list[float] = []
     ask = Answers(answers)
-    watch(CLUSTER, REGION, ask=ask, metadata=Slow(head), clock=lambda: NOW, wait=waits.append)
+    watch(CLUSTER, REGION, ask=ask, metadata=Slow(head), clock=long_ago(), wait=waits.append)
     assert len(waits) == 5  # for the jobs, for the metadata, for who had come back
     assert states(account)[head] == "terminated"
 
@@ -133,7 +147,7 @@ def test_the_output_is_kept_and_then_every_machine_of_the_cluster_is_ended(
     ]
     ask = Answers(answers)
     waits: list[float] = []
-    watch(CLUSTER, REGION, ask=ask, metadata=Own(head), clock=lambda: NOW, wait=waits.append)
+    watch(CLUSTER, REGION, ask=ask, metadata=Own(head), clock=long_ago(), wait=waits.append)
     assert ask.asked == ["", "", "", "vit/logs"]
     assert len(waits) == 2
     assert (tmp_path / "vit/launches/vit.log").read_text() == "step 1\nstep 2\n"
@@ -151,7 +165,7 @@ def test_machines_end_though_the_output_cannot_be_kept(account: Any) -> None:
         REGION,
         ask=lambda path: answers.pop(0),
         metadata=Own(head),
-        clock=lambda: NOW,
+        clock=long_ago(),
     )
     assert states(account)[head] == "terminated"
 

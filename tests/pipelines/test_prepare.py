@@ -173,6 +173,19 @@ def test_what_an_archive_has_besides_plain_files_is_kept_or_named(
     }
 
 
+def test_a_link_beside_the_folder_of_an_archive_costs_no_labels(
+    photographs: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("cat", "rocket"):
+            archive.add(photographs / name / "00.jpg", f"photos/{name}/00.jpg")
+        latest = tarfile.TarInfo("latest")
+        latest.type, latest.linkname = tarfile.SYMTYPE, "photos"
+        archive.addfile(latest)
+    assert _prepare(tmp_path / "a.tar", tmp_path / "out").classes == ("cat", "rocket")
+    assert {row.key for row in _rows(tmp_path / "out")} == {"cat/00.jpg", "rocket/00.jpg"}
+
+
 def test_a_damaged_member_of_a_zip_is_set_aside(photographs: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in ("00.jpg", "01.jpg"):

@@ -44,6 +44,12 @@ def test_every_field_has_a_dotted_name() -> None:
     assert flatten(json.loads(json.dumps(asdict(UNUSUAL)))) == flat
 
 
+def test_fields_may_be_merged_in_and_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("run: &run {seed: 1, workers: 2}\nmeasure:\n  <<: *run\n  seed: 3\n")
+    assert read(str(file))["measure"] == {"seed": 3, "workers": 2}
+
+
 def test_a_file_goes_before_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "search_ratios" in shipped()

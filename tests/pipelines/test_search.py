@@ -159,13 +159,18 @@ def test_asha_knows_of_trials_that_were_measured_before(tiny: Recipe) -> None:
         table.records[str(number)] = Record(
             number, str(number), {}, state=state, steps=36, history=[(4, skill)]
         )
-    trial: Any = SimpleNamespace(trial_id="new")
+    trial: Any = SimpleNamespace(trial_id="x7", config={"name": "new"})
     nobody: Any = None
     for ended, decision in ((TrialTable(open_place(tiny.home)), "CONTINUE"), (table, "STOP")):
         asha = scheduler_of(tiny, ended)
         asha.on_trial_add(nobody, trial)
         poor = {"epoch": 1.0, "objective": 0.21}  # only those that were under way did better
         assert asha.on_trial_result(nobody, trial, poor) == decision
+    # One that goes on has another identifier, and is not held against itself.
+    again: Any = SimpleNamespace(trial_id="x8", config={"name": "1"})
+    asha = scheduler_of(tiny, table)
+    asha.on_trial_add(nobody, again)
+    assert asha.on_trial_result(nobody, again, {"epoch": 1.0, "objective": 0.01}) == "CONTINUE"
 
 
 def test_a_trial_of_a_population_goes_on_from_the_checkpoint_of_another(tiny: Recipe) -> None:

@@ -283,7 +283,7 @@ def test_rays_own_watcher_does_not_end_a_group_that_works_on(
         constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR,
         constants.WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
     ):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # and so put back at the end
         assert name in constants.ENV_VARS_TO_PROPAGATE
     supervisor._trainer(supervisor._recipe)
     assert os.environ[constants.ENABLE_PREEMPTION_WATCHER_ENV_VAR] == "0"
