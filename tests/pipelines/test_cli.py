@@ -165,12 +165,12 @@ def test_export_and_evaluate_say_what_was_there_instead(
 
 
 def test_what_a_checkpoint_is_to_be_the_best_by_has_to_be_measured(
-    capsys: pytest.CaptureFixture[str], data: str
+    capsys: pytest.CaptureFixture[str], data: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     places = ["--data.path", data, "--data.holdout", data]
     code, text = said(capsys, "pretrain", *places, "--run.keep-best", "holdout/position/skil")
     assert code == 1 and "did you mean holdout/position/skill?" in text
-    assert "hold the very pictures of data.path" in text
+    assert "hold the very pictures of data.path" in caplog.text
 
 
 def test_a_folder_of_pictures_is_no_data_set_and_is_not_to_become_one(
