@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -88,7 +89,7 @@ def _bars(panel: Axes, title: str, bars: Sequence[Bar], labels: Sequence[str]) -
             color=INK,
             fontsize=10,
         )
-    panel.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold")
+    panel.set_title(fill(title, 24), loc="left", color=INK, fontsize=12, fontweight="bold")
     frame(panel)
     panel.grid(axis="y", visible=False)
     panel.grid(axis="x", color=RULE, linewidth=1)
