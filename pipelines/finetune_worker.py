@@ -88,7 +88,7 @@ def _finetune(job: FinetuneJob) -> None:
     state = _create(job, weights)
     home = open_place(recipe.home)
     attempt = claim_for_group(home, job.driver, state.device)  # nobody else adds one now
-    _restore(state, checkpoints.newest(home))
+    _restore(state, stored_state.newest_for_all(home, state.device))
     job.events.send(started(state.step, state.device))
     pace = Pace(recipe.optim.global_batch, 0, 1)
     for group in steps_from(state.step, recipe, schedule):

@@ -25,6 +25,7 @@ from pipelines.checkpoints import (
     FileRecord,
     Retention,
     Saved,
+    newest,
     parse,
     prune,
     set_aside,
@@ -104,6 +105,21 @@ def save(
     if not dist.is_initialized() or dist.get_rank() == 0:
         prune(home, retention)
     return parse(place, metadata.storage_data)
+
+
+def newest_for_all(home: Place, device: torch.device) -> Saved | None:
+    """Find a run's newest checkpoint that counts; every rank of the process group calls this.
+
+    Rank 0 looks, for all: one that is still being written would count for some and not for others,
+    and each look is a listing.
+
+    Args:
+        home: Folder of the run.
+        device: Where the process group speaks.
+    """
+    found = [newest(home) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0, device=device)
+    return found[0]
 
 
 def load(saved: Saved, state: dict[str, Any]) -> None:

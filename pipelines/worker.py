@@ -17,7 +17,7 @@ from droppos.errors import DataError, StorageError
 from droppos.flops import guide_flops, matmul_peak, step_flops
 from droppos.parallel import guide_dtype
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
-from pipelines import checkpoints
+from pipelines import stored_state
 from pipelines.agreement import Agreement
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
@@ -63,7 +63,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     recipe, schedule = job.recipe, job.schedule
     state = create_state(recipe, schedule.steps_per_epoch)
     attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
-    saved = checkpoints.newest(job.home)
+    saved = stored_state.newest_for_all(job.home, state.device)
     pace = Pace(recipe.optim.global_batch, step_flops(recipe.model, recipe.method), peak_of(state))
     init_from = started_from(saved, job.home)
     if saved is None and init_from is not None:
