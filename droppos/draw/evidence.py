@@ -122,10 +122,12 @@ def draw_courses(
             panel.axhline(100 * level.value, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
             panel.annotate(
                 f"{level.label} {100 * level.value:.1f}",
-                (0, 100 * level.value),
+                (1, 100 * level.value),
                 xycoords=("axes fraction", "data"),
-                xytext=(4, 4),
+                xytext=(-4, -4),
                 textcoords="offset points",
+                ha="right",
+                va="top",
                 color=SOFT,
                 fontsize=10,
             )
