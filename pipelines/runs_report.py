@@ -31,7 +31,7 @@ def show_runs(console: Console, runs: list[RunFacts]) -> None:
     table.add_column("run", overflow="fold")
     for heading in ("status", "started"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("took", "step", *SHOWN.values()):
+    for heading in ("start to end", "step", *SHOWN.values()):
         table.add_column(heading, justify="right")
     for run in runs:
         values = [_number(run.metrics.get(name)) for name in SHOWN]
@@ -46,7 +46,7 @@ def show_run(console: Console, run: RunFacts, next_command: str) -> None:
     """Tell all of one run: what it was told, what came of it, and how to go on."""
     rows: list[Row] = [
         ("status", f"{run.status}, step {run.step:,}"),
-        ("started", f"{run.started:%Y-%m-%d %H:%M} UTC, took {clock(run.seconds)}"),
+        ("started", f"{run.started:%Y-%m-%d %H:%M} UTC, to its end {clock(run.seconds)}"),
         ("id", run.run_id),
     ]
     wanted = ("hardware.workers", "mlflow.source.git.commit", "code.changed_files", "command")
