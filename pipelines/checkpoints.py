@@ -267,10 +267,12 @@ def hashed(place: Place) -> FileRecord:
 def lost(home: Place) -> int | None:
     """Find the newest checkpoint that counted once and is gone, or damaged, if there is one.
 
-    One that was cut short when it was about to count is none.
+    One that was cut short when it was about to count is none. Nor is a run's first one while it is
+    the only one: to begin again costs no more than before it.
     """
     there = {place.name: place for place in _folders(home)}
-    for step in sorted(chain.steps(home), reverse=True):
+    made = chain.steps(home)
+    for step in sorted(made, reverse=True) if len(made) > 1 else ():
         place = there.get(f"step-{step:08d}")
         if place is None or DAMAGED in place.children():
             return step

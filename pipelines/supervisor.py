@@ -139,6 +139,8 @@ class Supervisor:
                     return
                 group = Group(self._recipe.run.hang_timeout_s)
                 error = self._run_group(size, group, abort)
+                if isinstance(error, DamagedError):
+                    self._set_aside(error)
                 step = self._await_newest_step(abort)
                 if self._heard.too_many is not None:
                     raise self._heard.too_many
@@ -149,9 +151,6 @@ class Supervisor:
                 elif error is not None or step <= before:
                     if self._stopped and not group.started:
                         return  # nobody had begun, so there is nothing to keep
-                    if isinstance(error, DamagedError):
-                        # Here, for a group ends with its first worker, and all files are hashed.
-                        checkpoints.set_aside_if_damaged(self._home, str(error))
                     error = error or TrainingError(
                         "the workers ended without a newer checkpoint, and did not say why"
                     )
@@ -160,6 +159,16 @@ class Supervisor:
                     self._say("lost", error=str(error), step=step)
                 if self._stopped or step == self._schedule.steps:
                     return
+
+    def _set_aside(self, error: DropposError) -> None:
+        """Have a checkpoint that workers found damaged count no more, if it is.
+
+        Here and not in a worker: all of it is hashed again, and a group ends with its first worker.
+        """
+        try:
+            checkpoints.set_aside_if_damaged(self._home, str(error))
+        except StorageError as away:  # the next group will find it damaged, too
+            logger.warning("a damaged checkpoint still counts: %s", away)
 
     def _refuse(self, error: DropposError, failures: int) -> None:
         """Raise an error that will not pass, or has come too often."""
@@ -227,11 +236,11 @@ class Supervisor:
                 break
             if abort.wait(AGAIN_S):
                 raise KeyboardInterrupt
-        if self._furthest and not step:
+        if self._furthest and not step and (lost := checkpoints.lost(self._home)) is not None:
             raise TrainingError(
-                f"no checkpoint of {self._home} counts any more, though step {self._furthest} was "
-                "saved: they were deleted, or found damaged (damaged.json in their folders says "
-                "of which file); restore one and --resume, or begin again as another run.name"
+                f"no checkpoint of {self._home} counts any more, though step {lost} was saved: "
+                "they were deleted, or found damaged (damaged.json in their folders says of which "
+                "file); restore one and --resume, or begin again as another run.name"
             )
         self._furthest = max(self._furthest, step)
         return step

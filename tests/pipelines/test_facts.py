@@ -30,10 +30,10 @@ RECIPE = Recipe(
 )
 
 
-def saved_at(folder: Path, **without: None) -> Saved:
+def saved_at(folder: Path, step: int = 3, **without: None) -> Saved:
     told = {k: v for k, v in facts(RECIPE, DATA).items() if k not in without}
     return stored_state.save(
-        open_place(str(folder)), 3, {"w": torch.ones(1)}, told, checkpoints.Retention(1)
+        open_place(str(folder)), step, {"w": torch.ones(1)}, told, checkpoints.Retention(1)
     )
 
 
@@ -123,8 +123,8 @@ def test_another_seed_or_batch_is_refused_by_name(
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again_unasked(tmp_path: Path) -> None:
     recipe = replace(RECIPE, run=replace(RECIPE.run, storage=str(tmp_path), name="run"))
-    saved = saved_at(tmp_path / "run")
-    saved.place.delete()
+    for step in (2, 3):
+        saved_at(tmp_path / "run", step).place.delete()
     with pytest.raises(ConfigError, match=r"had a checkpoint at step 3, and none that counts"):
         check_resume(recipe, SCHEDULE, None, resume=True, allow_changes=False)
     check_resume(recipe, SCHEDULE, None, resume=True, allow_changes=True)
