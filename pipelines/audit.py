@@ -78,15 +78,15 @@ class Audit:
         """All of it in one sentence."""
         pictures = sum(epoch.expected for epoch in self.epochs)
         if self.is_exact:
-            passed = (
-                f"; {self.passed:,} steps of these changed no weight, their gradient being not "
-                f"finite ({PASSED_FILE} names their pictures)"
-            )
-            return (
+            exact = (
                 f"the run trained on exactly the schedule up to step {self.step:,}: "
                 f"{pictures:,} pictures in {len(self.epochs):,} epochs, none missing, none twice"
-                + passed
-                * bool(self.passed)
+            )
+            if not self.passed:
+                return exact
+            return (
+                f"{exact}; {self.passed:,} steps of these changed no weight, their gradient being "
+                f"not finite ({PASSED_FILE} names their pictures)"
             )
         wrong = self.inexact
         verdict = (

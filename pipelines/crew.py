@@ -117,7 +117,6 @@ def _have_watched(ended: Event) -> None:
         "get_if_exists": True,
         "num_cpus": 0,
         "resources": AT_HEAD,
-        "max_concurrency": 2,
     }
     actor: Any = ray.remote(RoomWatch)
     watch = actor.options(**options).remote()

@@ -13,7 +13,8 @@ from jaxtyping import Float, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from droppos.errors import DataError, TrainingError
+from droppos.errors import DataError
+from droppos.measure.features import require_finite
 from droppos.model import normalise
 
 SHOWN = 3
@@ -45,11 +46,7 @@ def components(features: Float[Tensor, "P N D"]) -> Components:
         DataError: If the features have less than three directions.
         TrainingError: If one is not finite.
     """
-    if not features.isfinite().all():
-        raise TrainingError(
-            "features hold NaN or infinity, so have no components; the model diverged: go back to "
-            "an earlier checkpoint and lower optim.lr_per_256"
-        )
+    require_finite(features, "features hold NaN or infinity, so have no components")
     pictures, cells, width = features.shape
     patches = features.flatten(0, 1).double()
     patches = patches - patches.mean(dim=0)

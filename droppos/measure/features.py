@@ -12,8 +12,25 @@ from jaxtyping import Float, UInt8
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from droppos.errors import ConfigError, DataError
+from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.model import normalise
+
+
+def require_finite(features: Tensor, complaint: str) -> None:
+    """Refuse features of a model that diverged: what is made of them looks like a figure.
+
+    Args:
+        features: Of any shape.
+        complaint: What is to be said of those that hold NaN or infinity.
+
+    Raises:
+        TrainingError: If one is not finite.
+    """
+    if not features.isfinite().all():
+        raise TrainingError(
+            f"{complaint}; the model diverged: go back to an earlier checkpoint and lower "
+            "optim.lr_per_256"
+        )
 
 
 def patch_mean(tokens: Float[Tensor, "B T D"], prefix_tokens: int = 1) -> Float[Tensor, "B D"]:

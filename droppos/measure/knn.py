@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from droppos.errors import DataError, TrainingError
+from droppos.errors import DataError
+from droppos.measure.features import require_finite
 from droppos.measure.intervals import Proportion
 
 SIMILARITIES_AT_ONCE = 2**24
@@ -37,11 +38,8 @@ def check_labels(what: str, features: Tensor, labels: Tensor) -> None:
             f"{int((labels < 0).sum())} of {len(labels)} {what} pictures have no label; leave "
             "them out, or measure without labels (position accuracy, effective rank)"
         )
-    if not features.isfinite().all():  # they would be put into some class all the same
-        raise TrainingError(
-            f"features of {what} pictures hold NaN or infinity; the model diverged: go back to an "
-            "earlier checkpoint and lower optim.lr_per_256"
-        )
+    # They would be put into some class all the same.
+    require_finite(features, f"features of {what} pictures hold NaN or infinity")
 
 
 def knn_accuracy(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from droppos.errors import TrainingError
+from droppos.measure.features import require_finite
 
 
 def effective_rank(features: Float[Tensor, "P D"]) -> float:
@@ -26,11 +26,10 @@ def effective_rank(features: Float[Tensor, "P D"]) -> float:
     Raises:
         TrainingError: If a feature is not finite.
     """
-    if not features.isfinite().all():
-        raise TrainingError(
-            f"features of {features.shape[0]} pictures hold NaN or infinity, so have no rank; "
-            "the model diverged: go back to an earlier checkpoint and lower optim.lr_per_256"
-        )
+    pictures = features.shape[0]
+    require_finite(
+        features, f"features of {pictures} pictures hold NaN or infinity, so have no rank"
+    )
     singular = torch.linalg.svdvals(features.double())
     total = singular.sum()
     if total == 0:
