@@ -6,26 +6,32 @@ the driver decides (:mod:`pipelines.supervisor`), and a group leaves after a che
 """
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from threading import Event, Thread
-from time import monotonic, sleep, time
+from threading import Event, Lock, Thread
+from time import time
 from typing import Any
 
 import ray
 import ray._private.state
-from ray.autoscaler.sdk import request_resources
+from ray.data._internal.cluster_autoscaler.base_autoscaling_coordinator import (
+    ResourceRequestPriority,
+)
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.recipe import Recipe
+from pipelines.words import counted
 
 AT_HEAD = {"node:__internal_head__": 0.001}
 """Ray's own name for the head, there as long as the cluster is: a spot machine that goes would take
 along what is to outlive it."""
-WATCH = "droppos-room"
-ALIVE_S, SILENT_S = 30.0, 900.0
-"""Seconds between two words of a living driver, and without one after which it is dead."""
+ASK_S, LAPSES_S = 30.0, 180.0
+"""Seconds after which the autoscaler is asked again, and after which what it was asked lapses: as
+long as what Ray Train asks."""
 SIGNAL_S = 10
 """Seconds to wait for a node to pass a signal on."""
 
@@ -88,82 +94,76 @@ def more(recipe: Recipe, gpu: bool, workers: int) -> dict[str, float]:
     return {name: workers * each for name, each in worker_resources(recipe, gpu).items()}
 
 
-@contextmanager
-def room_wanted(recipe: Recipe, gpu: bool) -> Iterator[None]:
-    """Ask the cluster's autoscaler, if it has one, for room for all workers while the block runs.
+class RoomWanted:
+    """What a run wants of the cluster's autoscaler, if it has one, besides what its group asks for.
 
-    A run that goes on with fewer asks for no more by itself, and one that waits for a cluster that
-    is still empty asks for nothing at all. The request is the cluster's, and outlives a driver that
-    is killed, with all the machines that it keeps: so a process of its own takes it back when
-    nothing is heard of the driver any more.
+    A group that runs with fewer workers asks for no more by itself, and a run that waits for a
+    cluster that is still empty asks for nothing at all. Ray Train asks for the workers of a group
+    and Ray Data for tasks, both through one actor that adds up what all of the cluster want and
+    tells the autoscaler anew every 20 s: so it is asked here, too. A request of one's own
+    (`ray.autoscaler.sdk`) would be overwritten, and one for workers that run be met twice.
+
+    What is asked for lapses unless it is asked again, so a driver that is killed keeps no machines.
     """
-    decoder: dict[str, float] = {"CPU": 1}
-    ended = Event()
-    try:
-        request_resources(bundles=[worker_resources(recipe, gpu)] * recipe.run.workers + [decoder])
-        _have_watched(ended)
-        yield
-    finally:
-        ended.set()
-        no_room_wanted()
 
-
-def _have_watched(ended: Event) -> None:
-    """Have the request taken back should this process die before the event is set."""
-    options: dict[str, Any] = {
-        "name": WATCH,
-        "namespace": WATCH,
-        "lifetime": "detached",
-        "get_if_exists": True,
-        "num_cpus": 0,
-        "resources": AT_HEAD,
-    }
-    actor: Any = ray.remote(RoomWatch)
-    watch = actor.options(**options).remote()
-
-    def tell() -> None:
-        while True:
-            with suppress(Exception):  # of a cluster that is gone, or that this driver has left
-                watch.alive.remote()
-            if ended.wait(ALIVE_S):
-                return
-
-    Thread(target=tell, name="alive", daemon=True).start()
-
-
-class RoomWatch:
-    """Runs in an actor that nobody owns, and takes the request for room back for a dead driver."""
-
-    def __init__(self, silent_s: float | None = None) -> None:
-        """Begin to watch.
+    def __init__(self, recipe: Recipe, gpu: bool) -> None:
+        """Ask for nothing yet.
 
         Args:
-            silent_s: Seconds without a word after which the driver is dead; SILENT_S by default.
+            recipe: The run. With a fixed size (no run.min_workers) nothing is ever asked for: its
+                group asks for all its workers, and waits.
+            gpu: Whether a worker has a GPU.
         """
-        self._silent_s = SILENT_S if silent_s is None else silent_s
-        self._heard = monotonic()
-        Thread(target=self._watch, daemon=True).start()
+        self._each = worker_resources(recipe, gpu)
+        self._workers = recipe.run.workers
+        self._name = f"droppos-{recipe.home}"
+        self._bundles = list[dict[str, float]]()
+        self._lock = Lock()
+        self._ended = Event()
+        if recipe.run.min_workers is None:
+            self._ended.set()
 
-    def alive(self) -> None:
-        """Hear from the driver: this one, or the next one of the cluster."""
-        self._heard = monotonic()
+    def besides(self, running: int) -> None:
+        """Ask for room for all workers but those of the group that runs, or is about to.
 
-    def _watch(self) -> None:
-        while monotonic() - self._heard < self._silent_s:
-            sleep(self._silent_s / 20)
-        request_resources(bundles=[])
-        os._exit(0)
+        Args:
+            running: Its workers; to be told before it starts, and after it has ended.
+        """
+        decoder: dict[str, float] = {"CPU": 1}
+        first = not self._bundles
+        self._bundles = [self._each] * (self._workers - running) + [decoder]
+        self._ask()
+        if first:
+            Thread(target=self._ask_again, name="room wanted", daemon=True).start()
+
+    def close(self) -> None:
+        """Take it back, before the driver leaves the cluster; afterwards it does nothing."""
+        with self._lock:
+            if not self._ended.is_set() and ray.is_initialized():
+                with suppress(Exception):  # a cluster that fails needs no room; its error is news
+                    _coordinator().cancel_request.remote(self._name)
+            self._ended.set()
+
+    def _ask_again(self) -> None:
+        while not self._ended.wait(ASK_S):
+            self._ask()
+
+    def _ask(self) -> None:
+        with self._lock:
+            if self._ended.is_set() or not ray.is_initialized():  # Ray would start a cluster here
+                return
+            with suppress(Exception):
+                _coordinator().request_resources.remote(
+                    self._name,
+                    self._bundles,
+                    expire_after_s=LAPSES_S,
+                    priority=ResourceRequestPriority.LOW,  # groups that run come first
+                )
 
 
-def no_room_wanted() -> None:
-    """Take back what `room_wanted` asked for, which would outlive this driver and cost money.
-
-    To be called before the driver leaves the cluster; afterwards it does nothing.
-    """
-    if ray.is_initialized():
-        with suppress(Exception):  # a cluster that fails needs no room; its error is the news
-            request_resources(bundles=[])
-            ray.kill(ray.get_actor(WATCH, WATCH))
+def _coordinator() -> Any:
+    """Find the actor that adds up what is asked of the autoscaler, anew each time: it may die."""
+    return get_or_create_autoscaling_coordinator()
 
 
 def best_size(recipe: Recipe, fit: int) -> int | None:
@@ -213,13 +213,16 @@ def advise(
         saves = frozenset(notices)
         if best is not None:
             return Advice(
-                saves, f"a node is about to go, and {best} workers fit on the others", True
+                saves,
+                f"a node is about to go, and {counted(best, 'worker fits', 'workers fit')} on the "
+                "others",
+                True,
             )
         if soonest - now < recipe.run.notice_margin_s:
             return Advice(saves, f"a node goes in {max(0, soonest - now):.0f} s", True)
         return Advice(saves)  # nowhere to go: until shortly before, it works as well as any
     if best is not None and best > size and room.has_free(more(recipe, gpu, best - size)):
-        return Advice(leave=f"there is room for {best} workers now, not only {size}")
+        return Advice(leave=f"there is room for {counted(best, 'worker')} now, not only {size}")
     return Advice()
 
 

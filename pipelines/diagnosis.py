@@ -6,6 +6,7 @@ from droppos.draw.ingest import Bar
 from pipelines.advice import Advice, advise
 from pipelines.bottleneck import Bound, allowed_per_s, bound_of, cores_for, per_core
 from pipelines.readings import Readings
+from pipelines.words import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def diagnose(readings: Readings) -> Diagnosis:
         cores_per_gpu=cores_for(site.gpu_images_per_s, per_core_s),
         cores=cores_for(site.demand, per_core_s),
         network_bytes_per_s=site.demand * contents.bytes_per_picture,
-        demand_words=f"{site.gpus} {_plural(site.gpus, 'GPU')}: {site.demand:,.0f}",
+        demand_words=f"{counted(site.gpus, 'GPU')}: {site.demand:,.0f}",
         advice=tuple(advise(readings, bound)),
         notes=tuple(notes(readings)),
     )
@@ -87,7 +88,7 @@ def bars(readings: Readings) -> list[Bar]:
     """Say what each stage could do, for a picture."""
     site = readings.site
     where = "from a folder, perhaps its cache" if site.local_data else "from S3"
-    tasks = f"{site.decode_cpus} {_plural(site.decode_cpus, 'process', 'processes')}"
+    tasks = counted(site.decode_cpus, "process", "processes")
     return [
         Bar("storage alone", readings.storage_per_s, f"{tasks}, {where}"),
         Bar("decode and crop alone", readings.decode_per_s, f"{tasks}, nothing read"),
@@ -130,7 +131,3 @@ def _bound_words(readings: Readings, bound: Bound) -> str:
                 f"the hand-over from tasks to trainer: its stages allow "
                 f"{allowed_per_s(readings):,.0f} pictures/s, {streaming.per_s:,.0f} arrive"
             )
-
-
-def _plural(number: int, one: str, more: str | None = None) -> str:
-    return one if number == 1 else more or f"{one}s"

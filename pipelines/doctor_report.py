@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipelines.report import Row, print_table
+from pipelines.words import counted
 
 if TYPE_CHECKING:
     from pipelines.diagnosis import Diagnosis
@@ -49,11 +50,9 @@ def measured_rows(readings: Readings) -> list[Row]:
     """Write the figures of each stage."""
     site, alone, decoding = readings.site, readings.alone, readings.decoding
     streaming = readings.streaming
-    where = (
-        "this machine" if site.cores else f"{site.nodes} {'node' if site.nodes == 1 else 'nodes'}"
-    )
-    gpus = f"{site.gpus} {'GPU' if site.gpus == 1 else 'GPUs'}"
-    tasks = f"{site.decode_cpus} {'process' if site.decode_cpus == 1 else 'processes'}"
+    where = "this machine" if site.cores else counted(site.nodes, "node")
+    gpus = counted(site.gpus, "GPU")
+    tasks = counted(site.decode_cpus, "process", "processes")
     per_core = f", {streaming.per_core_s:,.0f} per core" if streaming.per_core_s else ""
     return [
         ("cluster", f"{where}, {site.decode_cpus} CPUs to decode, {gpus} to feed"),

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pipelines.words import counted
+
 
 def told(event: Mapping[str, Any]) -> str | None:
     """Put into words what happened to a run, and what is done about it; None if it is no news."""
@@ -12,11 +14,14 @@ def told(event: Mapping[str, Any]) -> str | None:
         case "started_from":
             return event["said"]
         case "notice":
-            return f"{len(event['nodes'])} nodes are about to go: saving a checkpoint"
+            who = counted(len(event["nodes"]), "node is", "nodes are")
+            return f"{who} about to go: saving a checkpoint"
         case "leave":
             return f"{event['why']}: the workers leave after a checkpoint"
         case "waiting":
-            return f"{event['fit']} workers fit the cluster now, {event['workers']} are needed"
+            fit = counted(event["fit"], "worker fits", "workers fit")
+            needed = counted(event["workers"], "is needed", "are needed")
+            return f"{fit} the cluster now, {needed}"
         case "unstarted":
             return (
                 f"no worker was heard of for {event['seconds']:.0f} s: {event['workers']} are to "

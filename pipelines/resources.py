@@ -20,6 +20,7 @@ from rich.table import Table
 from droppos.errors import ConfigError
 from pipelines.machines import Cluster, Machine
 from pipelines.recipe import Recipe
+from pipelines.words import counted
 
 
 class FitError(ConfigError):
@@ -315,19 +316,19 @@ def _missing(cluster: Cluster, demand: Demand) -> str:
     bundles = max(0, demand.workers - room.bundles)
     cpus = max(demand.cpus(1) - room.cpus, bundles * demand.cpus_per_worker)
     if not bundles:
-        return _count(cpus, "CPU")
+        return counted(cpus, "CPU")
     if demand.gpu:
-        return f"a machine with {_count(bundles, 'GPU')} and {_count(cpus, 'CPU')}"
-    return f"a machine with {_count(cpus, 'CPU')}"
+        return f"a machine with {counted(bundles, 'GPU')} and {counted(cpus, 'CPU')}"
+    return f"a machine with {counted(cpus, 'CPU')}"
 
 
 def _needs(demand: Demand, at_once: int) -> str:
     trials = "" if at_once == 1 else f"{at_once} x "
-    gpus = f" and {_count(at_once * demand.workers, 'GPU')}" if demand.gpu else ""
+    gpus = f" and {counted(at_once * demand.workers, 'GPU')}" if demand.gpu else ""
     decoders = "" if demand.shared_decoding else trials
     aside = f", {trials}{demand.aside_cpus} to measure" if demand.aside_cpus else ""
     return (
-        f"{_count(demand.cpus(at_once), 'CPU')}{gpus} "
+        f"{counted(demand.cpus(at_once), 'CPU')}{gpus} "
         f"({trials}{demand.workers_field} {demand.workers} x run.cpus_per_worker "
         f"{demand.cpus_per_worker} to train, {decoders}{demand.decode_cpus or 1} to decode{aside})"
     )
@@ -337,9 +338,9 @@ def _has(cluster: Cluster, demand: Demand, at_once: int) -> str:
     room = _largest(cluster, demand, at_once)
     machines = _chosen(cluster, room)
     gpus = sum(machine.count * machine.gpus for machine in machines)
-    has = f"the cluster has {_count(room.cpus, 'CPU')}"
+    has = f"the cluster has {counted(room.cpus, 'CPU')}"
     if demand.gpu:
-        has += f" and {_count(gpus, 'GPU')}"
+        has += f" and {counted(gpus, 'GPU')}"
     if cluster.growth:
         has += " at its largest"
     wanted = at_once * demand.workers
@@ -354,7 +355,7 @@ def _has(cluster: Cluster, demand: Demand, at_once: int) -> str:
 
 
 def _bundle(demand: Demand) -> str:
-    return _count(demand.cpus_per_worker, "CPU") + (" + 1 GPU" if demand.gpu else "")
+    return counted(demand.cpus_per_worker, "CPU") + (" + 1 GPU" if demand.gpu else "")
 
 
 def _listed(machines: Iterable[Machine]) -> str:
@@ -362,21 +363,17 @@ def _listed(machines: Iterable[Machine]) -> str:
     for machine in machines:
         if not (machine.cpus or machine.gpus):
             continue
-        shape = _count(machine.cpus, "CPU")
-        shape += f" + {_count(machine.gpus, 'GPU')}" if machine.gpus else ""
+        shape = counted(machine.cpus, "CPU")
+        shape += f" + {counted(machine.gpus, 'GPU')}" if machine.gpus else ""
         shapes[shape] = shapes.get(shape, 0) + machine.count
     return ", ".join(f"{count} x {shape}" for shape, count in shapes.items() if count)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _aside_row(fit: Fit) -> list[tuple[str, str, str, int, int]]:
     cpus = fit.demand.aside_cpus
     if not cpus:
         return []
-    return [("measuring", _count(cpus, "CPU"), str(fit.at_once), fit.at_once * cpus, 0)]
+    return [("measuring", counted(cpus, "CPU"), str(fit.at_once), fit.at_once * cpus, 0)]
 
 
 def table(fit: Fit) -> Table:
@@ -393,7 +390,7 @@ def table(fit: Fit) -> Table:
         ),
         (
             "decoding",
-            "shared" if shared else _count(fit.decoding, "CPU"),
+            "shared" if shared else counted(fit.decoding, "CPU"),
             "" if shared else str(fit.at_once),
             fit.decoding_at_once,
             0,

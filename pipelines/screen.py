@@ -15,6 +15,7 @@ from rich.text import Text
 from droppos.measure.intervals import read_metric
 from pipelines.news import told
 from pipelines.recipe import Recipe
+from pipelines.words import counted
 
 PLAIN_EVERY_S = 10
 """Seconds between two lines where there is no terminal, in a job's log say."""
@@ -59,7 +60,8 @@ class Screen:
                 self._step, self._steps = event["step"], event["steps"]
             case "started":
                 if not self._console.is_terminal and event["rank"] == 0:
-                    self.say(f"{event['workers']} workers begin at step {event['step']:,}")
+                    who = counted(event["workers"], "worker begins", "workers begin")
+                    self.say(f"{who} at step {event['step']:,}")
                 self._step = event["step"]
                 self._activity = "waiting for the first pictures"
                 self._pace = TimeLeft()
@@ -72,7 +74,7 @@ class Screen:
             case "skipped":
                 self._skipped |= event["problems"].keys()
             case "group":
-                self._activity = f"starting {event['workers']} workers"
+                self._activity = f"starting {counted(event['workers'], 'worker')}"
                 if not self._console.is_terminal:
                     self.say(self._activity)
             case "checkpoint":

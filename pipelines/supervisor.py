@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import closing, suppress
 from functools import partial
 from time import monotonic, sleep
 from typing import Any, cast
@@ -31,10 +31,9 @@ from pipelines.cluster import decode_tasks_of, group_share
 from pipelines.crew import (
     Advice,
     Room,
+    RoomWanted,
     advise,
     best_size,
-    no_room_wanted,
-    room_wanted,
     send_signal,
     worker_resources,
 )
@@ -115,6 +114,7 @@ class Supervisor:
         self._driver = driver
         self._origin = origin()  # the workers' own command says nothing
         self._saves = 0
+        self._room_wanted = RoomWanted(recipe, on_gpu)
         self._noticed: set[str] = set()
         self._stopped = False
         self._stopped_at = 0.0
@@ -131,13 +131,15 @@ class Supervisor:
             DropposError: As raised in a worker.
         """
         failures = 0
-        with self._room_wanted(), stop_on_signal(self._stop) as abort:
+        with closing(self._room_wanted), stop_on_signal(self._stop) as abort:
             while True:
+                self._room_wanted.besides(running=0)
                 before = self._await_newest_step(abort)
                 size = self._await_room(abort)
                 if size is None:
                     return
                 group = Group(self._recipe.run.hang_timeout_s)
+                self._room_wanted.besides(running=size)
                 error = self._run_group(size, group, abort)
                 if isinstance(error, DamagedError):
                     self._set_aside(error)
@@ -203,16 +205,9 @@ class Supervisor:
             return None
         return self._most[0]
 
-    def _room_wanted(self) -> AbstractContextManager[None]:
-        """Ask an autoscaler for the whole crew; groups of a fixed size ask by waiting."""
-        if self._recipe.run.min_workers is None:
-            return nullcontext()
-        return room_wanted(self._recipe, self._on_gpu)
-
     def _leave(self) -> None:
         """Leave the cluster, and with it end the workers."""
-        if self._recipe.run.min_workers is not None:
-            no_room_wanted()
+        self._room_wanted.close()
         ray.shutdown()
 
     def _await_newest_step(self, abort: threading.Event) -> int:

@@ -6,6 +6,7 @@ from droppos.draw.trials import words
 from droppos.measure.intervals import student_95
 from pipelines.findings import Findings, Lead, Row
 from pipelines.ranking import chance_of_lead
+from pipelines.words import counted
 
 RARE, COMMON = 0.05, 0.5
 """A lead is called large that so few searches over equally good settings would show, and small that
@@ -114,5 +115,5 @@ def _chance(lead: Lead) -> str:
 def _counts(findings: Findings) -> str:
     states = Counter(row.state for row in findings.rows)
     ended = [f"{states[state]} {words}" for state, words in STATES.items() if states[state]]
-    many = f"{len(findings.rows)} trial" + ("" if len(findings.rows) == 1 else "s")
+    many = counted(len(findings.rows), "trial")
     return f"{many}: {', '.join(ended)}." if ended else "No trial was run."

@@ -80,17 +80,24 @@ class Cost:
         return said + (f"; {self.note}" if self.note else "")
 
 
+def sources(cost: Cost) -> list[str]:
+    """Say where the prices were found, each source once."""
+    found: dict[str, list[str]] = {}
+    for kind in cost.kinds:
+        found.setdefault(kind.source, []).append(kind.name)
+    return [f"price of {', '.join(names)}: {source}" for source, names in found.items()]
+
+
 def table(cost: Cost) -> Table:
     """Show the price of each kind."""
     shown = Table(box=SIMPLE_HEAD, title="what an hour costs, in US dollars", title_justify="left")
-    for name in ("kind", "machine"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("from the start", "at most", "each", "all, at most"):
-        shown.add_column(name, justify="right")
-    shown.add_column("price by", overflow="fold")
+    shown.add_column("kind", no_wrap=True)
+    shown.add_column("machine")
+    for name in ("min", "max", "each", "all"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for kind in cost.kinds:
-        each = "unknown" if kind.dollars is None else f"{kind.dollars:.3f}"
-        each += "" if kind.dearest is None else f" to {kind.dearest:.3f}"
+        each = "unknown" if kind.dollars is None else f"{kind.dollars:.2f}"
+        each += "" if kind.dearest is None else f" to {kind.dearest:.2f}"
         whole = "unknown" if kind.dollars is None else f"{kind.most * kind.at_most:.2f}"
         shown.add_row(
             escape(kind.name),
@@ -99,6 +106,5 @@ def table(cost: Cost) -> Table:
             str(kind.most),
             each,
             whole,
-            escape(kind.source),
         )
     return shown

@@ -76,6 +76,8 @@ def terminal(console: Console, *, yes: bool) -> Terminal:
         if told.kinds:
             with _gone_or_not():
                 console.print(cost.table(told))
+            for line in cost.sources(told):
+                say(line)
         say(told.line)
 
     return Terminal(say, show, ask, tell_checks, tell_cost)

@@ -4,8 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -13,8 +14,6 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
-from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayActorError
 from ray.experimental.internal_kv import _internal_kv_get
 
 from droppos.config import Compute, Optim
@@ -128,50 +127,72 @@ def test_a_signal_reaches_processes_on_their_node() -> None:
     assert [process.wait(10) for process in sleepers] == [-signal.SIGKILL] * 2
 
 
-def test_room_is_wanted_until_the_driver_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+class Coordinator:
+    """Stands in for Ray's, to be asked without a cluster."""
+
+    def __init__(self, asked: list[int]) -> None:
+        self.request_resources = self.cancel_request = self
+        self.asked = asked
+
+    def remote(self, name: str, bundles: Sequence[Any] = (), **how: Any) -> None:
+        assert name.startswith("droppos-")
+        self.asked.append(len(bundles))
+
+
+@pytest.mark.parametrize(("least", "expected"), [(1, [5, 2, 5, 0]), (None, [])])
+def test_room_is_wanted_besides_what_runs_until_the_driver_leaves(
+    least: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once, leaving the cluster inside left the wish to the autoscaler, and raised."""
-    joined, wished = True, list[int]()
+    joined, asked = True, list[int]()
     monkeypatch.setattr(crew.ray, "is_initialized", lambda: joined)
-    monkeypatch.setattr(crew, "request_resources", lambda bundles: wished.append(len(bundles)))
-    monkeypatch.setattr(crew, "_have_watched", lambda ended: None)
-    monkeypatch.setattr(crew.ray, "kill", lambda watch: None)
-    monkeypatch.setattr(crew.ray, "get_actor", lambda *name: None)
-    with crew.room_wanted(recipe(workers=4), gpu=False):
-        assert wished == [5]
-        crew.no_room_wanted()
-        joined = False
-    assert wished == [5, 0]
+    monkeypatch.setattr(crew, "_coordinator", lambda: Coordinator(asked))
+    wanted = crew.RoomWanted(recipe(workers=4, least=least), gpu=False)
+    wanted.besides(running=0)
+    wanted.besides(running=3)
+    wanted.besides(running=0)
+    wanted.close()
+    wanted.besides(running=0)
+    joined = False
+    wanted.close()
+    assert asked == expected
+
+
+def wished_for(cpus: int) -> int:
+    """Count what the autoscaler is asked for, of bundles with so many CPUs."""
+    wished = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    return sum(each == {"CPU": cpus} for each in json.loads(wished or b"[]"))
+
+
+def until_wished(count: int, cpus: int) -> None:
+    ends = monotonic() + 60
+    while wished_for(cpus) != count:
+        assert monotonic() < ends, f"the autoscaler is asked for {wished_for(cpus)}, not {count}"
+        sleep(0.2)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_room_that_a_dead_driver_asked_for_is_asked_for_no_more() -> None:
-    def wanted() -> list[Any]:
-        asked = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
-        return json.loads(asked) if asked else []
-
-    watch = ray.remote(num_cpus=0)(crew.RoomWatch).remote(silent_s=6)
-    request_resources(bundles=[{"CPU": 1.0}] * 3)
-    for _ in range(4):
-        ray.get(watch.alive.remote())
-        sleep(2)
-        assert len(wanted()) == 3
-    with pytest.raises(RayActorError):  # nothing is heard of the driver any more
-        while True:
-            ray.get(watch.__ray_ready__.remote())
-            sleep(0.2)
-    assert wanted() == []
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_watch_stands_by_while_room_is_wanted() -> None:
-    with crew.room_wanted(recipe(workers=4), gpu=False):
-        ray.get(ray.get_actor(crew.WATCH, crew.WATCH).alive.remote())
-        with crew.room_wanted(recipe(workers=2), gpu=False):  # of the next driver: the same one
-            pass
-    with pytest.raises(ValueError, match=crew.WATCH):
-        ray.get_actor(crew.WATCH, crew.WATCH)
+def test_room_is_wanted_beside_what_others_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, the next word of Ray's own coordinator wiped it out: no room for more was asked for."""
+    monkeypatch.setattr(crew, "LAPSES_S", 5.0)
+    monkeypatch.setattr(crew, "ASK_S", 0.5)
+    whole = replace(recipe(), run=Run(name="whole", workers=4, min_workers=1, cpus_per_worker=7))
+    train, wanted = crew._coordinator(), crew.RoomWanted(whole, gpu=False)
+    wanted.besides(running=0)
+    until_wished(4, cpus=7)
+    wanted.besides(running=3)
+    train.request_resources.remote("train", [{"CPU": 5}] * 3, expire_after_s=600)
+    until_wished(3, cpus=5)
+    sleep(6)  # longer than until it lapses
+    ray.get(train.get_reserved_resources.remote("train", recompute=True))
+    assert (wished_for(cpus=5), wished_for(cpus=7)) == (3, 1)
+    wanted._ended.set()  # as if the driver were killed
+    sleep(6)
+    ray.get(train.get_reserved_resources.remote("train", recompute=True))
+    assert (wished_for(cpus=5), wished_for(cpus=7)) == (3, 0)
+    train.cancel_request.remote("train")
+    until_wished(0, cpus=5)
 
 
 def test_room_that_another_job_holds_is_none() -> None:

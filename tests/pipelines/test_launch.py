@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from droppos.config import Compute, Optim
 from droppos.errors import ConfigError, DataError
 from pipelines import recipe_file
 from pipelines.cli import main, with_recipe
+from pipelines.launch import cost as costs
 from pipelines.launch import flow, folder, jobs, record, request
 from pipelines.launch.backend import Address, Say
 from pipelines.launch.check import Look, Note, Wrong, look, passed
@@ -304,6 +306,29 @@ def test_a_price_that_nobody_knows_is_said_to_be_missing() -> None:
     known = Kind(name="head", machine="m", standing=1, most=1, dollars=0.2, source="s")
     unknown = replace(known, name="gpu", standing=0, dollars=None)
     assert "what gpu cost" in Cost([known, unknown]).line
+
+
+def test_prices_can_be_read_in_a_terminal_of_eighty_columns() -> None:
+    """Once, where a price was found stood in a column two letters wide."""
+    catalogue = "catalogue, us-east-1, 2026-09-24"
+    head = Kind(
+        name="head", machine="m7i.xlarge, on demand", standing=1, most=1, dollars=0.2,
+        source=catalogue,
+    )  # fmt: skip
+    gpu = Kind(
+        name="gpu_single", machine="g6e.12xlarge, spot, else on demand", standing=0, most=2,
+        dollars=4.1, dearest=10.49, source=f"spot price in us-east-1a, 2006-01-02; {catalogue}",
+    )  # fmt: skip
+    console = Console(width=80, file=StringIO())
+    console.print(costs.table(Cost([head, gpu])))
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    (row,) = [line for line in lines if "gpu_single" in line]
+    assert row.endswith("0     2   4.10 to 10.49   20.98  ")
+    assert costs.sources(Cost([head, gpu, replace(head, name="decode")])) == [
+        f"price of head, decode: {catalogue}",
+        f"price of gpu_single: spot price in us-east-1a, 2006-01-02; {catalogue}",
+    ]
 
 
 class Machines:

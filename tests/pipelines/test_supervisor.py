@@ -62,17 +62,16 @@ def test_a_group_knows_where_its_workers_are() -> None:
     assert ours.nodes == {"node 0", "node 1"}
 
 
-@pytest.mark.parametrize(("least", "done"), [(1, ["no room", "left"]), (None, ["left"])])
 def test_whoever_leaves_first_takes_back_what_was_asked_of_the_autoscaler(
-    least: int | None, done: list[str], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     did: list[str] = []
-    monkeypatch.setattr(module, "no_room_wanted", lambda: did.append("no room"))
+    monkeypatch.setattr(module.RoomWanted, "close", lambda self: did.append("no room"))
     monkeypatch.setattr(module.ray, "shutdown", lambda: did.append("left"))
     supervisor = object.__new__(Supervisor)
-    supervisor._recipe = Recipe(run=Run(workers=2, min_workers=least))
+    supervisor._room_wanted = module.RoomWanted(Recipe(), gpu=False)
     supervisor._leave()
-    assert did == done
+    assert did == ["no room", "left"]
 
 
 def test_while_one_worker_gets_on_nobody_hangs() -> None:
@@ -134,7 +133,10 @@ def test_what_is_no_error_of_ours_is_one_line() -> None:
         ({"kind": "lost", "error": "worker 1 died", "step": 8}, "going on from step 8"),
         ({"kind": "notice", "nodes": ["a", "b"]}, "2 nodes are about to go"),
         ({"kind": "leave", "why": "there is room for 4 workers"}, "after a checkpoint"),
-        ({"kind": "waiting", "workers": 2, "fit": 1}, "1 workers fit"),
+        (
+            {"kind": "waiting", "workers": 2, "fit": 1},
+            "1 worker fits the cluster now, 2 are needed",
+        ),
         ({"kind": "rewind", "why": "NaN", "steps": [3, 4], "rewinds": 1}, "steps 3, 4"),
         ({"kind": "not_saved", "error": "no answer"}, "no answer"),
         ({"kind": "ledger_away"}, "does not answer"),
