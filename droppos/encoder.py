@@ -164,6 +164,22 @@ def build_encoder(config: Model) -> VisionTransformer:
     return encoder
 
 
+def timm_classifier(config: Model, classes: int, drop_path: float = 0.0) -> VisionTransformer:
+    """Make timm's own classifier in the encoder's shape; it averages its patches.
+
+    Args:
+        config: The encoder's.
+        classes: Outputs of the head.
+        drop_path: Share of images that leave out the last block's branches.
+    """
+    name, arguments = timm_arguments(config)
+    model = timm.create_model(
+        name, num_classes=classes, global_pool="avg", drop_path_rate=drop_path, **arguments
+    )
+    assert isinstance(model, VisionTransformer)
+    return model
+
+
 def exact(values: Tensor) -> Tensor:
     """Lift half precision to float32; float64 stays what it is."""
     return values if values.dtype == torch.float64 else values.float()

@@ -17,6 +17,8 @@ class Trained:
     model: Model
     task: DropPos | None = None
     """The same encoder with all its decoders; None where only the encoder is known."""
+    classes: tuple[str, ...] = ()
+    """Of a fine-tuned classifier: what its head tells apart; `encoder` is the whole model then."""
 
     @property
     def whole(self) -> DropPos:

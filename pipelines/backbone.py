@@ -10,8 +10,9 @@ from typing import Any
 import timm
 from timm.models.vision_transformer import VisionTransformer
 
-from droppos.config import Heads
+from droppos.config import Heads, Model
 from droppos.errors import ConfigError, DataError, TrainingError
+from droppos.export.classifiers import assemble_classifier
 from droppos.export.folder import OWN_CONFIG
 from droppos.export.timm_vit import TIMM_CONFIG, WEIGHTS, assemble, load_export
 from droppos.foreign import SUFFIXES, read_weights, understand
@@ -35,7 +36,11 @@ class Backbone(Trained):
     of each of its files; empty for what timm downloaded."""
 
 
-def open_backbone(uri: str, heads: Heads = Heads()) -> Backbone:  # noqa: B008 - frozen
+def open_backbone(
+    uri: str,
+    heads: Heads = Heads(),  # noqa: B008 - frozen
+    classifiers: bool = False,
+) -> Backbone:
     """Load a trained model, as much of it as is there.
 
     Args:
@@ -43,6 +48,7 @@ def open_backbone(uri: str, heads: Heads = Heads()) -> Backbone:  # noqa: B008 -
             timm, MAE or the DropPos reference, a folder that timm wrote, ``timm:NAME``, or a model
             of MLflow's registry: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
         heads: Attention heads, for files of weights that don't tell.
+        classifiers: Load also what `droppos finetune` made, with its classes.
 
     Raises:
         DataError: If it is none of these; the message says what is there.
@@ -61,7 +67,10 @@ def open_backbone(uri: str, heads: Heads = Heads()) -> Backbone:  # noqa: B008 -
         return _export(place)
     if TIMM_CONFIG in found:
         return _timm_folder(place, found, heads)
-    return from_checkpoint(checkpoints.at(uri))
+    saved = checkpoints.at(uri)
+    if classifiers and "finetune" in saved.record:
+        return _classifier(saved)
+    return from_checkpoint(saved)
 
 
 def from_checkpoint(saved: checkpoints.Saved) -> Backbone:
@@ -78,6 +87,29 @@ def from_checkpoint(saved: checkpoints.Saved) -> Backbone:
         trained = assemble(weights, recipe.model, recipe.method)
     except RuntimeError as error:
         raise TrainingError(f"checkpoint {saved.uri} does not fit its recipe: {error}") from error
+    return _named(trained, saved.uri, saved.sha256)
+
+
+def _classifier(saved: checkpoints.Saved) -> Backbone:
+    """Build what was fine-tuned.
+
+    Raises:
+        DataError: If it does not tell what its classes are.
+        TrainingError: If its weights are not those of its model.
+    """
+    said = saved.record.get("classifier")
+    if said is None:
+        raise DataError(
+            f"checkpoint {saved.uri} does not name its classes: an older droppos made it; "
+            "fine-tune again under another --name, or load its state with "
+            "pipelines.stored_state.load_full"
+        )
+    model = Model(**{**said["model"], "image_size": tuple(said["model"]["image_size"])})
+    weights = stored_state.load_full(saved, {"model"})["model"]
+    try:
+        trained = assemble_classifier(weights, model, said["classes"])
+    except RuntimeError as error:
+        raise TrainingError(f"checkpoint {saved.uri} does not fit its model: {error}") from error
     return _named(trained, saved.uri, saved.sha256)
 
 
@@ -140,4 +172,6 @@ def _downloaded(uri: str, heads: Heads) -> Backbone:
 
 
 def _named(trained: Trained, uri: str, sha256: str) -> Backbone:
-    return Backbone(trained.encoder, trained.model, trained.task, uri, sha256)
+    return Backbone(
+        trained.encoder, trained.model, trained.task, trained.classes, uri=uri, sha256=sha256
+    )

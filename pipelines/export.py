@@ -7,11 +7,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from droppos.config import Heads
+from droppos.errors import ConfigError
 from droppos.export import FormatName
-from droppos.export.flow import ExportReport, export
+from droppos.export.classifiers import CLASSIFIERS
+from droppos.export.flow import ExportReport, Format, export
 from droppos.export.folder import OWN_CONFIG, refuse_foreign, unfinished
 from droppos.export.formats import FORMATS
 from droppos.export.sizes import at_size
+from droppos.trained import Trained
 from pipelines.backbone import open_backbone
 from pipelines.storage import Place, open_place
 
@@ -29,7 +32,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: What :func:`open_backbone` opens: a checkpoint, a run, an export to timm, or
-            another project's weights.
+            another project's weights. Of a fine-tuning it is the whole classifier.
         out: Folder to write, path or s3:// URI.
         form: Whose format.
         image_size: Height and width of the pictures it will be given; those it was trained on when
@@ -43,18 +46,30 @@ def export_checkpoint(
         TrainingError: If what was written does not compute what was trained.
     """
     place = open_place(out)
-    trained = open_backbone(checkpoint, heads)
+    trained = open_backbone(checkpoint, heads, classifiers=True)
+    written = _format(trained, form)
     if image_size is not None:
         trained = at_size(trained, image_size)
     _tell_replaced(place, form)
     if not place.is_s3:
-        return export(trained, Path(place.path), FORMATS[form])
+        return export(trained, Path(place.path), written)
     previous = _names(place)
     with TemporaryDirectory() as folder:
         # What S3 holds is loaded from a copy of the folder, under its own name.
-        report = export(trained, Path(folder) / "export", FORMATS[form], shown=place.name)
+        report = export(trained, Path(folder) / "export", written, shown=place.name)
         _put(report.path, place, previous)
     return replace(report, path=Path(place.name))
+
+
+def _format(trained: Trained, form: FormatName) -> Format:
+    if not trained.classes:
+        return FORMATS[form]
+    if form not in CLASSIFIERS:
+        raise ConfigError(
+            f"a fine-tuned classifier averages its patches, for which {form} has no words; "
+            f"expected --format {' or '.join(CLASSIFIERS)}"
+        )
+    return CLASSIFIERS[form]
 
 
 def _tell_replaced(place: Place, form: FormatName) -> None:

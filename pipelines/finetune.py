@@ -150,7 +150,7 @@ def finetune(
             recipe=whole,
             finetune=recipe,
             schedule=schedule,
-            classes=len(classes),
+            classes=classes,
             facts=facts,
             driver=driver,
             events=Events.start(),

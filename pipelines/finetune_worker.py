@@ -5,7 +5,7 @@ Every rank runs this. As in pre-training, where it starts is decided by storage 
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
@@ -36,6 +36,7 @@ from pipelines.holdout import choose
 from pipelines.order import Schedule
 from pipelines.pace import Pace
 from pipelines.recipe import Recipe
+from pipelines.recipe_file import plain
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch
@@ -53,7 +54,8 @@ class FinetuneJob:
     """Model, stream, schedule and places, as of a pre-training."""
     finetune: Finetune
     schedule: Schedule
-    classes: int
+    classes: Sequence[str]
+    """Their names."""
     facts: Mapping[str, Any]
     """What a checkpoint depends on."""
     driver: str
@@ -132,11 +134,11 @@ def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
 def _create(job: FinetuneJob, weights: Mapping[str, Tensor]) -> FinetuneState:
     recipe = job.recipe
     device = resolve_device(recipe.compute)
-    model = build_classifier(weights, recipe.model, job.classes, job.finetune, recipe.run.seed)
+    model = build_classifier(weights, recipe.model, len(job.classes), job.finetune, recipe.run.seed)
     return FinetuneState.create(
         job.finetune,
         DistributedDataParallel(model.to(device)),
-        job.classes,
+        len(job.classes),
         compute=recipe.compute,
         steps_per_epoch=job.schedule.steps_per_epoch,
         device=device,
@@ -161,12 +163,17 @@ def _save(job: FinetuneJob, state: FinetuneState, attempt: Attempt) -> None:
         open_place(job.recipe.home),
         state.step,
         {"model": model, "optimizer": optimizer},
-        {"finetune": dict(job.facts)},
+        {"finetune": dict(job.facts), "classifier": _described(job)},
         checkpoints.Retention(job.recipe.run.keep_checkpoints),
         attempt.check,
     )
     if dist.get_rank() == 0:
         job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})
+
+
+def _described(job: FinetuneJob) -> dict[str, Any]:
+    """Tell what model a checkpoint's weights are of."""
+    return {"model": plain(asdict(job.recipe.model)), "classes": list(job.classes)}
 
 
 def _log(job: FinetuneJob, state: FinetuneState, loss: Tensor, pace: Pace) -> None:

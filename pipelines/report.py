@@ -142,15 +142,18 @@ def show_search(console: Console, recipe: Recipe, outcome: SearchOutcome) -> Non
 
 def show_export(console: Console, report: ExportReport, out: str) -> None:
     """Tell what was written, and how to load it."""
-    print_table(console, "Backbone", [*export_rows(report), ("folder", out)])
+    kind = "Classifier" if report.classes else "Backbone"
+    print_table(console, kind, [*export_rows(report), ("folder", out)])
     _next(console, report.command)
 
 
 def export_rows(report: ExportReport) -> list[Row]:
     """Write the facts of an export."""
+    classes = [("classes", f"{report.classes:,}")] if report.classes else []
     return [
         ("format", report.format),
         ("architecture", report.architecture),
+        *classes,
         ("parameters", f"{report.parameters / 1e6:,.2f} million"),
         ("pictures of", f"{report.image_size[0]} x {report.image_size[1]} pixels"),
         ("verified", report.verified),
@@ -171,6 +174,7 @@ def show_finetuned(console: Console, done: Finetuned) -> None:
     if done.top_5 is not None:
         rows.append(("  among the first five", str(done.top_5)))
     print_table(console, "Fine-tuning", [*rows, ("folder", done.home)])
+    _next(console, f"droppos export {done.home} OUT")
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Row]:

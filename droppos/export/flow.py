@@ -24,7 +24,7 @@ from droppos.export.folder import draft_of, write_own
 from droppos.trained import Trained
 
 Features = Callable[[Tensor], Tensor]
-"""From normalised pictures (B 3 rows columns) to the tokens that are compared (B T D)."""
+"""From normalised pictures (B 3 rows columns) to what is compared: tokens (B T D), or logits."""
 
 BATCHES = (2, 3)
 """Pictures at once, one size after the other: a format may have the first one built in."""
@@ -78,6 +78,8 @@ class ExportReport:
     """Height and width of the pictures it takes, in pixels."""
     parameters: int
     """Of the encoder, fixed positions included."""
+    classes: int
+    """That its head tells apart; 0 without a head."""
     size: int
     """Bytes of the whole folder."""
     largest_difference: float
@@ -112,21 +114,24 @@ def export(trained: Trained, out: Path, form: Format, shown: str | None = None) 
         form.write(trained, draft)
         about = {"for": form.name, "load": code, "model": asdict(trained.model)}
         method = None if trained.method is None else asdict(trained.method)
-        write_own(draft, {**about, "method": method})
+        classes = {"classes": list(trained.classes)} if trained.classes else {}
+        write_own(draft, {**about, "method": method, **classes})
         difference = _largest_difference(trained, draft, form)
         if not difference <= form.tolerance:  # NaN is a failure, too
             raise TrainingError(
-                f"the exported encoder's features differ from the trained one's by {difference:g}, "
-                f"expected at most {form.tolerance:g}; nothing was written to {out}. Are the "
-                "weights finite, and is this the configuration the model was made from?"
+                f"what was exported computes otherwise than what was trained: it differs by "
+                f"{difference:g}, expected at most {form.tolerance:g}; nothing was written to "
+                f"{out}. Are the weights finite, and is this the configuration the model was made "
+                "from?"
             )
     architecture, arguments = timm_arguments(trained.model)
     return ExportReport(
         path=out,
         format=form.name,
         architecture=architecture,
-        arguments={**arguments, "num_classes": 0},
+        arguments={**arguments, "num_classes": len(trained.classes)},
         image_size=trained.model.image_size,
+        classes=len(trained.classes),
         parameters=sum(weight.numel() for weight in trained.encoder.state_dict().values()),
         size=sum(file.stat().st_size for file in out.iterdir()),
         largest_difference=difference,

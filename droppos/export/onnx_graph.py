@@ -10,8 +10,9 @@ All three are after the last norm. Models near 2 GB, the most that one ONNX file
 their weights in ``model.onnx.data`` beside it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -44,42 +45,76 @@ class _Outputs(nn.Module):
 
 
 def _write(trained: Trained, folder: Path) -> None:
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 - torch's exporter looks for it late, and says less
-    except ImportError as error:
-        raise _missing(error) from error
     name, arguments = timm_arguments(trained.model)
     with torch.random.fork_rng(devices=[]):
         # timm's own blocks: ours can be asked for some tokens, which a graph need not carry.
         encoder = timm.create_model(name, num_classes=0, **arguments)
     assert isinstance(encoder, VisionTransformer)
-    weights = plain(trained.encoder.state_dict())
-    encoder.load_state_dict(weights)
+    encoder.load_state_dict(plain(trained.encoder.state_dict()))
+    write_graph(_Outputs(encoder), folder, trained.model, OUTPUTS)
+
+
+def write_graph(
+    module: nn.Module,
+    folder: Path,
+    model: Model,
+    outputs: Sequence[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Trace a module that takes normalised pictures, and write its graph.
+
+    Args:
+        module: In float32 on the CPU.
+        folder: Where the graph goes.
+        model: Tells the size of the pictures.
+        outputs: Names of what the module gives, in its order.
+        metadata: Texts that go with the graph.
+
+    Raises:
+        ConfigError: If a package is missing.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch's exporter looks for it late, and says less
+    except ImportError as error:
+        raise _missing(error) from error
     program = torch.onnx.export(
-        _Outputs(encoder).eval(),
+        module.eval(),
         # Two pictures: a first dimension of 1 would be taken for a constant.
-        (torch.zeros(2, 3, *trained.model.image_size),),
+        (torch.zeros(2, 3, *model.image_size),),
         dynamo=True,
         input_names=[INPUT],
-        output_names=list(OUTPUTS),
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+        output_names=list(outputs),
+        # By place, since each module has its own name for what it takes.
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
         verbose=False,
     )
     assert program is not None
-    size = sum(value.numel() * value.element_size() for value in weights.values())
+    program.model.metadata_props.update(metadata or {})
+    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     program.save(folder / GRAPH, external_data=size > ONE_FILE)
     onnx.checker.check_model(folder / GRAPH, full_check=True)
 
 
-def _read(folder: Path, _model: Model) -> Iterator[Features]:
+def session_of(folder: Path, outputs: Sequence[str]) -> Any:
+    """Load a graph as its users do.
+
+    Raises:
+        ConfigError: If onnxruntime is not installed.
+        TrainingError: If it has other outputs.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise _missing(error) from error
     session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
-    if (found := [output.name for output in session.get_outputs()]) != list(OUTPUTS):
-        raise TrainingError(f"{GRAPH} has the outputs {found}, expected {list(OUTPUTS)}")
+    if (found := [output.name for output in session.get_outputs()]) != list(outputs):
+        raise TrainingError(f"{GRAPH} has the outputs {found}, expected {list(outputs)}")
+    return session
+
+
+def _read(folder: Path, _model: Model) -> Iterator[Features]:
+    session = session_of(folder, OUTPUTS)
 
     def tokens(pictures: Tensor) -> Tensor:
         outputs = session.run(OUTPUTS, {INPUT: pictures.numpy()})

@@ -7,6 +7,7 @@ fine-tunes at another resolution (ViT, DeiT, MAE), what timm does when it is tol
 ``img_size``, and the one way for positions that were learnt.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 from droppos.encoder import build_encoder, positions, resample_positions
@@ -21,7 +22,8 @@ def at_size(trained: Trained, image_size: tuple[int, int]) -> Trained:
         image_size: Height and width, in pixels.
 
     Returns:
-        The encoder alone at another size: a position head knows the cells of one grid only.
+        The encoder (or classifier) alone at another size: a position head knows the cells of one
+        grid only.
 
     Raises:
         ConfigError: If the size is no multiple of the patch size.
@@ -29,6 +31,10 @@ def at_size(trained: Trained, image_size: tuple[int, int]) -> Trained:
     if tuple(image_size) == trained.model.image_size:
         return trained
     model = replace(trained.model, image_size=tuple(image_size))
+    if trained.classes:
+        classifier = deepcopy(trained.encoder)
+        classifier.set_input_size(img_size=model.image_size)  # timm resamples as we do
+        return Trained(classifier, model, classes=trained.classes)
     encoder = build_encoder(model)
     stretched = resample_positions(positions(trained.encoder), trained.model.grid, model.grid)
     encoder.load_state_dict({**trained.encoder.state_dict(), "pos_embed": stretched})

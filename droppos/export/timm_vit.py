@@ -48,6 +48,11 @@ def load_export(path: Path) -> Trained:
             f"{path} is an export for {own['for']}, which only {own['for']} loads; export the "
             f"checkpoint with --format {TIMM.name}"
         )
+    if own.get("classes"):
+        raise DataError(
+            f"{path} is an export of a fine-tuned classifier, which is no backbone; name the "
+            "export, checkpoint or run that it began with"
+        )
     try:
         model = Model(**{**own["model"], "image_size": tuple(own["model"]["image_size"])})
         method = None if own["method"] is None else Method(**own["method"])
@@ -93,18 +98,19 @@ def assemble(weights: dict[str, torch.Tensor], model: Model, method: Method | No
 
 def _write(trained: Trained, folder: Path) -> None:
     write_weights(folder / WEIGHTS, plain(trained.encoder.state_dict()))
-    write_json(folder / TIMM_CONFIG, _timm_config(trained.model))
+    write_json(folder / TIMM_CONFIG, timm_config(trained.model))
     if trained.task is not None:
         weights = trained.task.state_dict().items()
         others = {name: value for name, value in weights if not name.startswith("encoder.")}
         write_weights(folder / HEAD, plain(others))
 
 
-def _timm_config(config: Model) -> dict[str, Any]:
+def timm_config(config: Model, classes: int = 0) -> dict[str, Any]:
+    """Write what timm is to make, and what pictures it takes; without classes, an encoder."""
     architecture, arguments = timm_arguments(config)
     return {
         "architecture": architecture,
-        "num_classes": 0,
+        "num_classes": classes,
         "num_features": config.shape.width,
         "global_pool": "token",
         "model_args": arguments,
@@ -118,7 +124,7 @@ def _timm_config(config: Model) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
-            "num_classes": 0,
+            "num_classes": classes,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

@@ -18,7 +18,6 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
-import timm
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from timm.data.mixup import Mixup
@@ -32,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from droppos.config import Compute, Model
-from droppos.encoder import timm_arguments
+from droppos.encoder import timm_arguments, timm_classifier
 from droppos.errors import DataError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import normalise
@@ -62,23 +61,16 @@ def build_classifier(
     Raises:
         TrainingError: If the weights are not those of the model.
     """
-    name, arguments = timm_arguments(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = timm.create_model(
-            name,
-            num_classes=classes,
-            global_pool="avg",
-            drop_path_rate=finetune.drop_path,
-            **arguments,
-        )
-        assert isinstance(model, VisionTransformer) and isinstance(model.head, nn.Linear)
+        model = timm_classifier(config, classes, finetune.drop_path)
+        assert isinstance(model.head, nn.Linear)
         trunc_normal_(model.head.weight, std=HEAD_STD)
         nn.init.zeros_(model.head.bias)
     kept = {name: value for name, value in encoder.items() if not name.startswith("norm.")}
     own = {name for name in model.state_dict() if not name.startswith(("fc_norm.", "head."))}
     if kept.keys() != own:
-        odd = sorted(kept.keys() ^ own)
+        odd, (name, _) = sorted(kept.keys() ^ own), timm_arguments(config)
         raise TrainingError(
             f"the encoder's weights are not those of {name}: {', '.join(odd[:3])} "
             f"{'is' if len(odd) == 1 else 'are'} in one and not in the other; name the backbone's "

@@ -11,6 +11,7 @@ from droppos.measure.finetune_recipe import Finetune
 from pipelines.commands.flags import (
     EXPERIMENT,
     BackboneName,
+    ExportedName,
     FinetuneFlags,
     FinetuneRunFlags,
     MeasureFlags,
@@ -23,19 +24,20 @@ from pipelines.spread import Spread
 
 
 def export(
-    checkpoint: BackboneName,
+    checkpoint: ExportedName,
     out: tyro.conf.Positional[str],
     format: FormatName = "timm",
     image_size: tuple[int, int] | None = None,
     heads: Heads = Heads(),  # noqa: B008 - frozen
 ) -> None:
-    """Write a backbone that others load, compared with the trained model before it says done.
+    """Write a backbone, or a fine-tuned classifier, that others load; compared before it says done.
 
     Args:
-        checkpoint: As `BackboneName` says.
+        checkpoint: As `ExportedName` says.
         out: Folder to write; path or s3:// URI.
-        format: Whose format. torchvision and detectron2 know square pictures only; detectron2 and
-            mmseg are written without those projects, and compared by mapping their names back.
+        format: Whose format; of a classifier timm or onnx. torchvision and detectron2 know square
+            pictures only; detectron2 and mmseg are written without those projects, and compared by
+            mapping their names back.
         image_size: Height and width of the pictures it will be given: positions are resampled, and
             the position head is left out. The model's own when not given.
         heads: For a file of weights.

@@ -25,11 +25,12 @@ StudyFlags = Annotated[Study, tyro.conf.arg(name="")]
 WhereFlags = Annotated[Where, tyro.conf.arg(name="")]
 OnFlags = Annotated[On, tyro.conf.arg(name="")]
 RecipeName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE]")]
-BackboneName = Annotated[
+_BACKBONE = (
+    "Folder of an export to timm, of a checkpoint, or of a run (its newest); models:/NAME@ALIAS; "
+    "a file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm downloads"
+)
+BackboneName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"{_BACKBONE}.")]
+ExportedName = Annotated[
     tyro.conf.Positional[str],
-    tyro.conf.arg(
-        help="Folder of an export to timm, of a checkpoint, or of a run (its newest); "
-        "models:/NAME@ALIAS; a file of weights of the DropPos reference, MAE or timm; or "
-        "timm:NAME, which timm downloads."
-    ),
+    tyro.conf.arg(help=f"{_BACKBONE}. Of a run of droppos finetune: its classifier."),
 ]

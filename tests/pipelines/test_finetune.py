@@ -1,6 +1,7 @@
 """Fine-tuning as a job: its labels, its augmentation, what it refuses, and a whole run on Ray."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from droppos.config import Method, Optim
@@ -17,7 +19,7 @@ from droppos.export.flow import export
 from droppos.export.timm_vit import TIMM
 from droppos.measure.finetune import FinetuneState, build_classifier
 from droppos.measure.finetune_recipe import Finetune
-from droppos.model import DropPos
+from droppos.model import DropPos, normalise
 from droppos.trained import Trained
 from pipelines import checkpoints, receipt, stored_state
 from pipelines.attempt import SupersededError, claim_for_driver, claim_for_group
@@ -25,9 +27,12 @@ from pipelines.augmented import read_augmented
 from pipelines.backbone import Backbone, from_checkpoint
 from pipelines.cost import HOURS
 from pipelines.events import Events
+from pipelines.export import export_checkpoint
+from pipelines.extraction import decode, pieces_of
 from pipelines.finetune import Finetuned, _facts, finetune, lie_by_class
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import DivergedError, FinetuneJob, _save, labelled, mean_loss
+from pipelines.holdout import choose
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
 from pipelines.pretrain import plan
@@ -225,7 +230,7 @@ def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_pat
         recipe=whole,
         finetune=RECIPE,
         schedule=plan(whole),
-        classes=6,
+        classes=["c"] * 6,
         facts={},
         driver=claim_for_driver(home),
         events=Events(None),
@@ -248,8 +253,10 @@ def test_a_checkpoint_of_a_fine_tuning_says_why_it_is_no_backbone(tmp_path: Path
     facts, state = {"finetune": {}}, {"w": torch.ones(3)}
     saved = stored_state.save(home, 6, state, facts, checkpoints.Retention(1))
     for refuse in (from_checkpoint, receipt.make, run_report):
-        with pytest.raises(DataError, match=r"a fine-tuned classifier; .*finetune\.backbone"):
+        with pytest.raises(DataError, match=r"a fine-tuned classifier, .*finetune\.backbone"):
             refuse(saved)
+    with pytest.raises(DataError, match="does not name its classes: an older droppos made it"):
+        export_checkpoint(saved.uri, str(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +291,29 @@ def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
         tune(backbone, data, folder)
     with pytest.raises(ConfigError, match=r"layer_decay: 0\.75 in the checkpoint, 0\.5 now"):
         tune(backbone, data, folder, replace(RECIPE, layer_decay=0.5), resume=True)
+
+
+@pytest.mark.slow
+def test_what_it_made_is_exported_and_classifies_as_it_was_counted(
+    whole: Finetuned, data: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "classifier"
+    report = export_checkpoint(whole.home, str(out))
+    assert report.classes == 6
+    model: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    place = open_place(data)
+    manifest = load_manifest(place)
+    assert model.pretrained_cfg["label_names"] == list(manifest.classes)
+    hits = 0
+    for piece in pieces_of(choose(manifest)):
+        with ThreadPoolExecutor(1) as threads:
+            rows, pixels = decode(place, manifest, piece, TINY.image_size, threads)
+        with torch.no_grad():
+            found = model(normalise(pixels)).argmax(1).tolist()
+        hits += sum(row.label == each for row, each in zip(rows, found, strict=True))
+    assert hits == whole.top_1.hits
+    with pytest.raises(ConfigError, match="transformers has no words; expected --format timm or"):
+        export_checkpoint(whole.home, str(tmp_path / "other"), "transformers")
 
 
 @pytest.mark.long
