@@ -61,7 +61,7 @@ def rand_augment(name: str, side: int) -> Callable[[Image.Image], Image.Image]:
     Raises:
         ConfigError: If timm knows no such RandAugment.
     """
-    from timm.data.auto_augment import rand_augment_transform
+    from timm.data.auto_augment import posterize, rand_augment_transform
 
     from droppos.model import IMAGENET_MEAN
 
@@ -71,9 +71,18 @@ def rand_augment(name: str, side: int) -> Callable[[Image.Image], Image.Image]:
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
-        return rand_augment_transform(name, settings)
+        made = rand_augment_transform(name, settings)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"augment must be one of timm's RandAugments, got {name!r}, of which timm says "
             f"{error!r}; rand-m9-mstd0.5-inc1 is the published one, an empty name does none"
         ) from error
+
+    def posterize_a_bit(image: Image.Image, bits: int, **told: Any) -> Image.Image:
+        """Keep one bit where timm's greatest magnitude keeps none, which Pillow 13 refuses."""
+        return posterize(image, max(1, bits), **told)
+
+    for operation in made.ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = posterize_a_bit
+    return made

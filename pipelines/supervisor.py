@@ -55,6 +55,8 @@ from pipelines.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
+RAYS_ADVICE = ("Failed to apply UDF", "To change retry attempts")
+"""Lines that Ray Data puts below what went wrong in a task."""
 POLL_S = 0.2
 """Seconds between two looks at what the workers said."""
 LOOK_S = 1.0
@@ -434,7 +436,11 @@ def cause_of(error: TrainingFailedError) -> DropposError:
             if isinstance(link, DropposError):
                 return link
             link = getattr(link, "cause", None) or link.__cause__
-    reason = str(failures[0]).strip().splitlines()[-1]
+    first = failures[0]
+    said = [line for line in str(first).strip().splitlines() if not line.startswith(RAYS_ADVICE)]
+    reason = said[-1] if said else ""
+    if not isinstance(first, RayError | RuntimeError):  # those say what is wrong by themselves
+        reason = f"{type(first).__name__}: {reason}"
     if re.search("gloo|nccl", reason, re.IGNORECASE):  # not what to look into
         reason = "a connection between two of them was closed, as when one dies"
     return TrainingError(f"the workers failed: {reason.strip()}")

@@ -120,6 +120,11 @@ def test_what_is_no_error_of_ours_is_one_line() -> None:
     error = cause_of(failed)
     assert isinstance(error, TrainingError)
     assert str(error) == "the workers failed: worker died: OOM"
+    advised = (
+        "no such picture\nFailed to apply UDF f after 1/1 attempts\nTo change retry attempts, x"
+    )
+    failed.worker_failures = {0: ValueError(advised)}  # pyright: ignore
+    assert str(cause_of(failed)) == "the workers failed: ValueError: no such picture"
     gloo = "[/pytorch/third_party/gloo/pair.cc:561] Connection closed by peer. GLHF!"
     failed.worker_failures = {0: RuntimeError(gloo)}  # pyright: ignore
     assert str(cause_of(failed)) == (
