@@ -5,6 +5,7 @@ DropposError
 ├── DataError        fix the pictures, the shards or the storage they are on
 │   └── StorageError storage does not answer just now; what it holds may be perfect
 └── TrainingError    the run itself: a checkpoint that does not fit, a stream out of step
+    └── DivergedError the loss is not finite, and would not be the next time
 
 Every message names the thing, the value it had, what was expected and what to do.
 """
@@ -32,3 +33,7 @@ class StorageError(DataError):
 
 class TrainingError(DropposError):
     """A run cannot go on, or cannot go on from where it was asked to."""
+
+
+class DivergedError(TrainingError):
+    """The loss is not finite any more; starting again as it is would only repeat it."""

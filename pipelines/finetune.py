@@ -2,42 +2,36 @@
 
 The stream is the pre-training's, exact and resumable, with the published augmentation where it
 decodes (:mod:`pipelines.augmented`); labels go by the number of each picture. Workers hold whole
-copies of the model (DDP). A checkpoint is made at the end of every epoch; the newest one is where a
-lost worker, or `--resume`, goes on.
+copies of the model (DDP), under the pre-training's supervisor: the newest checkpoint is where lost
+workers, others than before, or `--resume` go on.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
-from time import sleep
 from typing import Any
 
 import ray
 import torch
 from jaxtyping import Int64
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from droppos.config import Heads, Method
-from droppos.errors import ConfigError, DataError, TrainingError
+from droppos.errors import ConfigError, DataError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from pipelines import checkpoints
-from pipelines.attempt import claim_for_driver
+from pipelines.attempt import taken_over
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
-from pipelines.background import in_background
-from pipelines.cluster import connect, decode_tasks_of, gpu_workers, group_share
-from pipelines.crew import worker_resources
-from pipelines.events import Events
+from pipelines.cluster import connect, gpu_workers
 from pipelines.extraction import heads_of
 from pipelines.facts import classes_apart
 from pipelines.finetune_run import FinetuneRun
-from pipelines.finetune_worker import FinetuneJob, finetune_worker
+from pipelines.finetune_worker import Tuning, finetune_worker
 from pipelines.heard import Heard, OnEvent
 from pipelines.ledger import Ledger
 from pipelines.order import Schedule
@@ -46,10 +40,10 @@ from pipelines.recipe import Recipe, Tracking
 from pipelines.recipe_file import plain
 from pipelines.shards import Manifest, load_manifest, read_row_group
 from pipelines.skipped import Skipped
-from pipelines.source import Remaining, data_config
 from pipelines.storage import Place, open_place
-from pipelines.supervisor import POLL_S, cause_of
+from pipelines.supervisor import Supervisor, Work
 from pipelines.windows import read_window
+from pipelines.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -62,17 +56,25 @@ class Finetuned:
     """What a fine-tuning came to."""
 
     home: str
-    top_1: Proportion
-    """Held-out pictures classified right."""
-    top_5: Proportion | None
-    """Those whose class is among the five likeliest; None where there are not more than five."""
+    step: int
+    """Of the newest checkpoint; 0 without one."""
     steps: int
+    """That the whole run has."""
     tracking_run: str
     """Identifier of the MLflow run."""
+    top_1: Proportion | None = None
+    """Held-out pictures classified right; None if it was stopped before."""
+    top_5: Proportion | None = None
+    """Those whose class is among the five likeliest; None where there are not more than five."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done and the held-out pictures classified."""
+        return self.top_1 is not None
 
     def metrics(self) -> dict[str, float]:
-        """Name the figures for a ledger, each with its 95 % interval."""
-        figures = self.top_1.metrics("finetune/accuracy")
+        """Name the figures for a ledger, each with its 95 % interval; none if it was stopped."""
+        figures = {} if self.top_1 is None else self.top_1.metrics("finetune/accuracy")
         if self.top_5 is not None:
             figures |= self.top_5.metrics("finetune/top_5_accuracy")
         return figures
@@ -91,6 +93,9 @@ def finetune(
     on_event: OnEvent | None = None,
 ) -> Finetuned:
     """Fine-tune a backbone, and classify held-out pictures with the result.
+
+    Ctrl-C or SIGTERM asks the workers for one more checkpoint and ends the run there; a second one
+    ends it at once.
 
     Args:
         backbone: Export, checkpoint or run.
@@ -131,13 +136,24 @@ def finetune(
     saved = checkpoints.newest(home)
     _check_resume(whole, saved, facts, resume)
     connect(whole)
-    driver = claim_for_driver(home)
-    with Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger:
+    with (
+        taken_over(home) as taken,
+        Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger,
+    ):
+        taken.begun = True
         described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
         ledger.tag({**described, "finetune.backbone": trained.uri})
         limit = whole.data.skip_limit
         skipped = Skipped(home, schedule.manifest.rows, limit, resumed=saved is not None)
-        heard = Heard(ledger, skipped, tracking.price_per_worker_hour, on_event)
+        tested: list[int] = []
+
+        def hear(event: Mapping[str, Any]) -> None:
+            if event["kind"] == "tested":
+                tested[:] = event["counts"]
+            if on_event is not None:
+                on_event(event)
+
+        heard = Heard(ledger, skipped, tracking.price_per_worker_hour, hear)
         heard.event(
             {
                 "kind": "plan",
@@ -146,98 +162,53 @@ def finetune(
                 "tracking_run": ledger.run_id,
             }
         )
-        job = FinetuneJob(
-            recipe=whole,
+        tuning = Tuning(
             finetune=recipe,
-            schedule=schedule,
             classes=classes,
             facts=facts,
-            driver=driver,
-            events=Events.start(),
             held=[ray.put((trained.encoder.state_dict(), labels))],
         )
+        read = partial(read_augmented, augment=recipe.augment) if recipe.augment else read_window
+        on_gpu = gpu_workers(whole)
+        device = "cuda" if on_gpu else "cpu"
+        supervisor = Supervisor(
+            replace(whole, compute=replace(whole.compute, device=device)),
+            schedule,
+            heard,
+            driver=taken.driver,
+            on_gpu=on_gpu,
+            work=Work(partial(finetune_worker, tuning), read, done=lambda: bool(tested)),
+        )
         try:
-            hits, among_five, total = _run(job, heard)
+            supervisor.run()
         finally:
             heard.keep_skipped(last=True)
-        five = Proportion(among_five, total) if len(classes) > 5 else None
-        done = Finetuned(whole.home, Proportion(hits, total), five, schedule.steps, ledger.run_id)
+        newest = checkpoints.newest(home)
+        done = Finetuned(
+            whole.home, newest.step if newest else 0, schedule.steps, ledger.run_id,
+            *_accuracies(tested, len(classes)),
+        )  # fmt: skip
         ledger.log(schedule.steps, done.metrics())
+        ledger.finish("FINISHED" if done.finished else "KILLED")
     return done
 
 
-def _run(job: FinetuneJob, heard: Heard) -> list[int]:
-    """Run the workers to their end, and hear what they say; return what they counted."""
-    on_gpu = gpu_workers(job.recipe)
-    device = "cuda" if on_gpu else "cpu"
-    recipe = replace(job.recipe, compute=replace(job.recipe.compute, device=device))
-    job = replace(job, recipe=recipe)
-    counts: list[int] = []
-    gave_up: list[str] = []
-
-    def told(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "tested":
-            counts[:] = event["counts"]
-        if event["kind"] == "gave_up":
-            gave_up.append(event["error"])
-
-    running = in_background(_trainer(job, on_gpu).fit)
-    try:
-        while not running.done():
-            heard.drain(job.events, told)
-            if heard.too_many is not None:
-                raise heard.too_many
-            sleep(POLL_S)
-    except BaseException:
-        ray.shutdown()  # whatever went wrong here, workers must not go on by themselves
-        raise
-    heard.drain(job.events, told)
-    error = running.exception()
-    if isinstance(error, TrainingFailedError):
-        raise cause_of(error) from error
-    if error is not None:
-        raise error
-    if gave_up:
-        raise TrainingError(gave_up[-1])
-    if not counts:
-        raise TrainingError(
-            "the workers ended without a word of what they classified; add --resume: the newest "
-            "checkpoint is kept, and is tested again"
-        )
-    return counts
-
-
-def _trainer(job: FinetuneJob, on_gpu: bool) -> TorchTrainer:
-    recipe, home = job.recipe, open_place(job.recipe.home)
-    read = read_window
-    if job.finetune.augment:
-        read = partial(read_augmented, augment=job.finetune.augment)
-    tasks = decode_tasks_of(recipe, group_share(recipe))
-    return TorchTrainer(
-        partial(finetune_worker, job),
-        datasets={"train": Remaining(recipe, job.schedule, tasks, read=read)},
-        dataset_config=data_config(recipe.data.buffer_mb),
-        scaling_config=ScalingConfig(
-            num_workers=recipe.run.workers,
-            use_gpu=on_gpu,
-            resources_per_worker=worker_resources(recipe, on_gpu),
-        ),
-        run_config=RunConfig(
-            name="ray",  # Ray's own bookkeeping; ours is in checkpoints/
-            storage_path=home.path,
-            storage_filesystem=home.fs,
-            failure_config=FailureConfig(max_failures=recipe.run.max_failures),
-        ),
-    )
+def _accuracies(tested: Sequence[int], classes: int) -> tuple[Proportion | None, Proportion | None]:
+    if not tested:
+        return None, None
+    hits, among_five, total = tested
+    return Proportion(hits, total), Proportion(among_five, total) if classes > 5 else None
 
 
 def _require_pairs(recipe: Finetune, whole: Recipe) -> None:
-    if recipe.mixes and whole.worker_batch % 2:
-        raise ConfigError(
-            f"mixup and cutmix blend images in pairs, but a worker's micro-batch has "
-            f"{whole.worker_batch} (optim.global_batch {whole.optim.global_batch} over run.workers "
-            f"{whole.run.workers} x optim.accumulate {whole.optim.accumulate}); make it even"
-        )
+    for size in whole.sizes if recipe.mixes else ():
+        at = whole.at(size)
+        if at.worker_batch % 2:
+            raise ConfigError(
+                f"mixup and cutmix blend images in pairs, but a worker's micro-batch has "
+                f"{at.worker_batch} (optim.global_batch {at.optim.global_batch} over "
+                f"{counted(size, 'worker')} x optim.accumulate {at.optim.accumulate}); make it even"
+            )
 
 
 def _labels(recipe: Recipe, manifest: Manifest) -> tuple[Int64[Tensor, " rows"], tuple[str, ...]]:

@@ -19,6 +19,9 @@ class FinetuneRun:
     """Seed of the head, the order, the crops and all that is drawn."""
     workers: int = 1
     """Training workers; on a GPU cluster, one each GPU."""
+    min_workers: int | None = None
+    """Fewest workers to go on with while nodes are lost, as in a pre-training; what is drawn in a
+    step depends on their number. None waits for all of them."""
     cpus_per_worker: int = 1
     """CPUs reserved for each training worker."""
     decode_cpus: int | None = None
@@ -32,10 +35,15 @@ class FinetuneRun:
     """auto takes a GPU for each worker if the cluster shows as many."""
     log_every: int = 10
     """Optimizer steps between two lines of metrics."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between two checkpoints; the end of each epoch has one besides."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; one is made at the end of each epoch."""
+    """Newest checkpoints to keep."""
+    hang_timeout_s: float = 600
+    """Seconds without any progress after which the workers are taken to hang, are killed, and start
+    again."""
     max_failures: int = 3
-    """Times that the workers may be lost, and started again from the newest checkpoint."""
+    """Times in a row that workers may be lost, and started again, without a newer checkpoint."""
 
     def __post_init__(self) -> None:
         _ = self.run, self.data("", "")  # their checks are ours
@@ -48,9 +56,12 @@ class FinetuneRun:
             storage=self.storage,
             seed=self.seed,
             workers=self.workers,
+            min_workers=self.min_workers,
             cpus_per_worker=self.cpus_per_worker,
             log_every=self.log_every,
+            checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
+            hang_timeout_s=self.hang_timeout_s,
             max_failures=self.max_failures,
         )
 

@@ -1,4 +1,4 @@
-"""The worker's loop of fine-tuning: next batch, step, maybe log, at an epoch's end save; then test.
+"""The worker's loop of fine-tuning: next batch, step, maybe log, maybe save; in the end, test.
 
 Every rank runs this. As in pre-training, where it starts is decided by storage alone.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from droppos.errors import DataError, TrainingError
+from droppos.errors import DataError, DivergedError
 from droppos.measure.finetune import (
     FinetuneState,
     Labelled,
@@ -29,13 +29,13 @@ from droppos.measure.finetune import (
 from droppos.measure.finetune_recipe import Finetune
 from droppos.parallel import resolve_device
 from pipelines import checkpoints, stored_state
+from pipelines.asked import Ear
 from pipelines.attempt import Attempt, SupersededError, claim_for_group
-from pipelines.events import Events
 from pipelines.extraction import decode, pieces_of
 from pipelines.holdout import choose
-from pipelines.order import Schedule
+from pipelines.job import Job
 from pipelines.pace import Pace
-from pipelines.recipe import Recipe
+from pipelines.pulse import Pulse
 from pipelines.recipe_file import plain
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
@@ -47,63 +47,63 @@ TEST_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
-class FinetuneJob:
-    """What every worker is told."""
+class Tuning:
+    """What every worker is told besides its job, whose recipe has model, stream and places."""
 
-    recipe: Recipe
-    """Model, stream, schedule and places, as of a pre-training."""
     finetune: Finetune
-    schedule: Schedule
     classes: Sequence[str]
     """Their names."""
     facts: Mapping[str, Any]
     """What a checkpoint depends on."""
-    driver: str
-    """Who took the run over (:mod:`pipelines.attempt`)."""
-    events: Events
     held: Sequence[Any]
     """A reference to the encoder's weights and each row's label, in a list: fetched by the worker
     itself, or every message to it would carry them."""
 
 
-class DivergedError(TrainingError):
-    """The loss is not finite any more; starting again as it is would only repeat it."""
-
-
-def finetune_worker(job: FinetuneJob) -> None:
-    """Fine-tune from the newest checkpoint to the last step, then classify held-out pictures.
-
-    What all ranks found at once, and starting again as it is would only repeat, ends here.
-    """
-    try:
-        _finetune(job)
-    except (DivergedError, SupersededError) as error:
-        if dist.get_rank() == 0:
-            job.events.send({"kind": "gave_up", "error": str(error)})
+def finetune_worker(tuning: Tuning, job: Job) -> None:
+    """Fine-tune from the newest checkpoint to the last step, then classify held-out pictures."""
+    rank = dist.get_rank()
+    with Pulse(job.events, rank) as pulse:
+        try:
+            _finetune(tuning, job, pulse)
+        except SupersededError as error:  # found by all ranks at once; the others would repeat it
+            if rank == 0:
+                job.events.send({"kind": "gave_up", "error": str(error), "bad_steps": []})
     job.events.flush(FLUSH_S)
 
 
-def _finetune(job: FinetuneJob) -> None:
+def _finetune(tuning: Tuning, job: Job, pulse: Pulse) -> None:
     recipe, schedule = job.recipe, job.schedule
     torch.set_num_threads(recipe.run.cpus_per_worker)
-    weights, labels = ray.get(job.held[0])
-    state = _create(job, weights)
-    home = open_place(recipe.home)
-    attempt = claim_for_group(home, job.driver, state.device)  # nobody else adds one now
-    _restore(state, stored_state.newest_for_all(home, state.device))
+    weights, labels = ray.get(tuning.held[0])
+    state = _create(tuning, job, weights)
+    attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
+    _restore(state, stored_state.newest_for_all(job.home, state.device))
+    ear = Ear(job.events, recipe.run.hang_timeout_s)
     job.events.send(started(state.step, state.device))
     pace = Pace(recipe.optim.global_batch, 0, 1)
+    pulse.now("waiting for pictures", state.step)
     for group in steps_from(state.step, recipe, schedule):
+        pulse.now("training", state.step)
         loss = finetune_step(state, [labelled(batch, labels) for batch in group])
         pace.count(group)
         tell_skipped(job.events, group)
-        ended = state.step % schedule.steps_per_epoch == 0
-        if ended or state.step % recipe.run.log_every == 0:
+        asked = ear.hear()
+        last = state.step == schedule.steps
+        due = last or asked.leave or asked.save or state.step % recipe.run.checkpoint_every == 0
+        due |= state.step % schedule.steps_per_epoch == 0
+        if due or state.step % recipe.run.log_every == 0:
             _log(job, state, loss, pace)
-        if ended:
-            _save(job, state, attempt)
+        if due:
+            pulse.now("saving", state.step)
+            _save(tuning, job, state, attempt)
             pace.pause()
-    _test(job, state)
+        if not last and due and asked.leave_after_next:
+            ear.close()
+            return
+        pulse.now("waiting for pictures", state.step)
+    ear.close()
+    _test(job, state, pulse)
 
 
 def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
@@ -131,14 +131,14 @@ def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
     return Labelled(batch.images[taken], labels[batch.rows[taken]], batch.mirrored[taken])
 
 
-def _create(job: FinetuneJob, weights: Mapping[str, Tensor]) -> FinetuneState:
-    recipe = job.recipe
+def _create(tuning: Tuning, job: Job, weights: Mapping[str, Tensor]) -> FinetuneState:
+    recipe, classes = job.recipe, len(tuning.classes)
     device = resolve_device(recipe.compute)
-    model = build_classifier(weights, recipe.model, len(job.classes), job.finetune, recipe.run.seed)
+    model = build_classifier(weights, recipe.model, classes, tuning.finetune, recipe.run.seed)
     return FinetuneState.create(
-        job.finetune,
+        tuning.finetune,
         DistributedDataParallel(model.to(device)),
-        len(job.classes),
+        classes,
         compute=recipe.compute,
         steps_per_epoch=job.schedule.steps_per_epoch,
         device=device,
@@ -156,14 +156,14 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     state.step = saved.step
 
 
-def _save(job: FinetuneJob, state: FinetuneState, attempt: Attempt) -> None:
-    """Write a checkpoint, all ranks together; training waits, once an epoch."""
+def _save(tuning: Tuning, job: Job, state: FinetuneState, attempt: Attempt) -> None:
+    """Write a checkpoint, all ranks together; training waits for it."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
     saved = stored_state.save(
-        open_place(job.recipe.home),
+        job.home,
         state.step,
         {"model": model, "optimizer": optimizer},
-        {"finetune": dict(job.facts), "classifier": _described(job)},
+        {"finetune": dict(tuning.facts), "classifier": _described(tuning, job)},
         checkpoints.Retention(job.recipe.run.keep_checkpoints),
         attempt.check,
     )
@@ -171,12 +171,12 @@ def _save(job: FinetuneJob, state: FinetuneState, attempt: Attempt) -> None:
         job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})
 
 
-def _described(job: FinetuneJob) -> dict[str, Any]:
+def _described(tuning: Tuning, job: Job) -> dict[str, Any]:
     """Tell what model a checkpoint's weights are of."""
-    return {"model": plain(asdict(job.recipe.model)), "classes": list(job.classes)}
+    return {"model": plain(asdict(job.recipe.model)), "classes": list(tuning.classes)}
 
 
-def _log(job: FinetuneJob, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
+def _log(job: Job, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
     """Average over ranks and tell the driver: where a step waits for the device."""
     mean = mean_loss(loss, state.step)
     if dist.get_rank() == 0:
@@ -209,20 +209,23 @@ def mean_loss(loss: Tensor, step: int) -> float:
     return value
 
 
-def _test(job: FinetuneJob, state: FinetuneState) -> None:
+def _test(job: Job, state: FinetuneState, pulse: Pulse) -> None:
     """Classify all held-out pictures, each by one rank, and tell the driver the counts."""
     assert job.recipe.data.holdout is not None
     place = open_place(job.recipe.data.holdout)
     manifest = load_manifest(place)
     counts = torch.zeros(3, dtype=torch.int64, device=state.device)
+    seen = 0
     with ThreadPoolExecutor(job.recipe.run.cpus_per_worker) as threads:
         for piece in pieces_of(choose(manifest))[dist.get_rank() :: dist.get_world_size()]:
+            pulse.now(f"testing after {seen} pictures", state.step)
             rows, pixels = decode(place, manifest, piece, job.recipe.model.image_size, threads)
             labels = torch.tensor([row.label for row in rows])
             parts = zip(pixels.split(TEST_BATCH), labels.split(TEST_BATCH), strict=True)
             for images, truth in parts:
                 counts[:2] += count_right(state, images, truth)
-            counts[2] += len(rows)
+            seen += len(rows)
+    counts[2] = seen
     dist.all_reduce(counts)
     if dist.get_rank() == 0:
         job.events.send({"kind": "tested", "counts": counts.tolist()})

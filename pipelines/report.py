@@ -170,6 +170,11 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
 
 def show_finetuned(console: Console, done: Finetuned) -> None:
     """Tell how well a fine-tuned backbone classifies."""
+    if done.top_1 is None:
+        title = f"Fine-tuning, stopped at step {done.step:,} of {done.steps:,}"
+        print_table(console, title, [("folder", done.home)])
+        _next(console, "the same command with --resume goes on from there")
+        return
     rows: list[Row] = [("steps", f"{done.steps:,}"), ("classified right", str(done.top_1))]
     if done.top_5 is not None:
         rows.append(("  among the first five", str(done.top_5)))

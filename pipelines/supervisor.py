@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic, sleep
 from typing import Any, cast
@@ -23,7 +24,13 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from droppos.errors import ConfigError, DropposError, StorageError, TrainingError
+from droppos.errors import (
+    ConfigError,
+    DivergedError,
+    DropposError,
+    StorageError,
+    TrainingError,
+)
 from pipelines import checkpoints
 from pipelines.attempt import SupersededError
 from pipelines.background import in_background, stop_on_signal
@@ -47,10 +54,11 @@ from pipelines.passed import FILE as PASSED_FILE
 from pipelines.passed import pass_over
 from pipelines.provenance import origin
 from pipelines.recipe import Recipe
-from pipelines.sharing import Sharing
+from pipelines.sharing import ReadWindow, Sharing
 from pipelines.source import Remaining, data_config
 from pipelines.storage import open_place, will_pass
 from pipelines.terminate import ListeningTorch
+from pipelines.windows import read_window
 from pipelines.worker import train_worker
 
 logger = logging.getLogger(__name__)
@@ -80,6 +88,18 @@ START_S = 60.0
 """Seconds after a request to stop in which workers may still start, and save a checkpoint."""
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a group of workers does; by default, pre-training."""
+
+    loop: Callable[[Job], None] = train_worker
+    """Runs on each worker, from the newest checkpoint on."""
+    read: ReadWindow = read_window
+    """What reads and decodes a window for it."""
+    done: Callable[[], bool] = lambda: True
+    """Whether all is done, once the last step is in a checkpoint."""
+
+
 class Supervisor:
     """Runs a recipe to its end."""
 
@@ -93,6 +113,7 @@ class Supervisor:
         on_gpu: bool,
         stop: Callable[[], bool] = lambda: False,
         sharing: Sharing | None = None,
+        work: Work = Work(),
     ) -> None:
         """Take all that is needed; nothing starts yet.
 
@@ -104,8 +125,10 @@ class Supervisor:
             on_gpu: Whether each worker has a GPU.
             stop: Asked now and then; once it says yes, the run ends after a checkpoint.
             sharing: Decode together with other trials that read the same.
+            work: What the workers do.
         """
         self._sharing = sharing
+        self._work = work
         self._recipe = recipe
         self._asked_to_stop = stop
         self._schedule = schedule
@@ -152,7 +175,7 @@ class Supervisor:
                     failures = 0
                 if group.gave_up is not None:
                     self._take_back(group)
-                elif error is not None or step <= before:
+                elif error is not None or (step <= before and not self._done(step)):
                     if self._stopped and not group.started:
                         return  # nobody had begun, so there is nothing to keep
                     error = error or TrainingError(
@@ -161,8 +184,12 @@ class Supervisor:
                     failures += not self._try_fewer(size, group)
                     self._refuse(error, failures)
                     self._say("lost", error=str(error), step=step)
-                if self._stopped or step == self._schedule.steps:
+                if self._stopped or self._done(step):
                     return
+
+    def _done(self, step: int) -> bool:
+        """Tell whether a run whose newest checkpoint is of this step has nothing left to do."""
+        return step == self._schedule.steps and self._work.done()
 
     def _set_aside(self, error: DropposError) -> None:
         """Have a checkpoint that workers found damaged count no more, if it is.
@@ -176,7 +203,7 @@ class Supervisor:
 
     def _refuse(self, error: DropposError, failures: int) -> None:
         """Raise an error that will not pass, or has come too often."""
-        if isinstance(error, ConfigError):
+        if isinstance(error, ConfigError | DivergedError):
             raise error
         if failures > self._recipe.run.max_failures:
             raise type(error)(
@@ -336,10 +363,14 @@ class Supervisor:
             os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_S)
         return TorchTrainer(
             partial(
-                train_worker,
+                self._work.loop,
                 Job(recipe, self._schedule, self._events, self._driver, self._origin),
             ),
-            datasets={"train": Remaining(recipe, self._schedule, tasks, self._sharing)},
+            datasets={
+                "train": Remaining(
+                    recipe, self._schedule, tasks, self._sharing, read=self._work.read
+                )
+            },
             dataset_config=data_config(recipe.data.buffer_mb),
             torch_config=cast(Any, ListeningTorch()),  # only its type is another
             scaling_config=ScalingConfig(

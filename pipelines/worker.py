@@ -18,7 +18,7 @@ from droppos.flops import guide_flops, matmul_peak, step_flops
 from droppos.parallel import guide_dtype
 from droppos.step import MicroBatch, StepReport, TrainState, train_step
 from pipelines import stored_state
-from pipelines.agreement import Agreement
+from pipelines.asked import Ear
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
 from pipelines.events import Event, Events
@@ -35,7 +35,6 @@ from pipelines.pulse import Pulse
 from pipelines.recipe import Recipe
 from pipelines.start import load_start, started_from
 from pipelines.stream import Batch, batches
-from pipelines.terminate import asked_to_terminate
 
 FLUSH_S = 10
 """Seconds a worker waits, at its end, for its last events to arrive."""
@@ -71,7 +70,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     restore(state, saved)
     passed = PassedOver.read(job.home, schedule)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
-    agreement = Agreement(3, recipe.run.hang_timeout_s)
+    ear = Ear(job.events, recipe.run.hang_timeout_s)
     keeper = Keeper(job, state, proof, saved, init_from)
     job.events.send(started(state.step, state.device))
 
@@ -80,8 +79,7 @@ def _train(job: Job, pulse: Pulse) -> None:
     holdout = None if aside else open_holdout(job, state)
     pace.reset()
     bad = BadSteps(recipe.run.bad_steps)
-    saves = 0
-    leave = told_to_go = False
+    leave = False
     pulse.now("waiting for pictures", state.step)
     for group in stream:
         pulse.now("training", state.step)
@@ -95,27 +93,19 @@ def _train(job: Job, pulse: Pulse) -> None:
         pace.count(group)
         tell_skipped(job.events, group)
 
-        if asked_to_terminate() and not told_to_go:
-            told_to_go = True
-            why = f"worker {dist.get_rank()} was sent SIGTERM"
-            job.events.send({"kind": "leave", "why": why})
-        wish = job.events.wished  # of rank 0's pulse; the other ranks wish for nothing
-        wished_leave = max(wish.leave, 2 * asked_to_terminate())
-        # The largest of what is negative is the least: 0 unless all ranks have ended the same one.
-        heard = agreement.settle(wish.saves, wished_leave, -keeper.ended)
+        asked = ear.hear(keeper.ended)
+        leave = asked.leave
         last = state.step == schedule.steps
-        leave = heard[1] > 1
         measured = last or at_epoch(state, recipe.measure.every_epochs)
-        due = last or leave or heard[0] > saves or state.step % recipe.run.checkpoint_every == 0
+        due = last or leave or asked.save or state.step % recipe.run.checkpoint_every == 0
         due |= aside and measured
-        saves = max(saves, heard[0])
         if report and (due or state.step % recipe.run.log_every == 0):
             log(job, proof, state, report, pace, bad)
         elif due:  # a step that was passed over has nothing to log; those before it count
             read_bad_steps(job, bad)
         if bad.too_many:
             break
-        keeper.finish_if(-heard[2])
+        keeper.finish_if(asked.ended)
         metrics = {}
         if holdout and measured:
             pulse.now("measuring", state.step)
@@ -124,14 +114,14 @@ def _train(job: Job, pulse: Pulse) -> None:
         if due:
             pulse.now("saving", state.step)
             bad.forgive()
-            leave |= heard[1] > 0
+            leave |= asked.leave_after_next
             keeper.begin(metrics)
             pace.pause()
         if leave:
             break
         pulse.now("waiting for pictures", state.step)
     pulse.now("saving", state.step)
-    agreement.close()
+    ear.close()
     keeper.finish(last=not bad.too_many)  # the newest good one is what a rewind goes back to
     keeper.close()
     bad.refuse()

@@ -1,5 +1,6 @@
 """What was trained: handed on, measured, looked at, trained on."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -141,6 +142,8 @@ def finetune(
             on_event=screen.event,
         )
     show_finetuned(console, done)
+    if not done.finished:
+        sys.exit(130)
 
 
 def look(

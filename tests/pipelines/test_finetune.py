@@ -1,5 +1,7 @@
 """Fine-tuning as a job: its labels, its augmentation, what it refuses, and a whole run on Ray."""
 
+import os
+import signal
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +17,7 @@ from PIL import Image
 
 from droppos.config import Method, Optim
 from droppos.encoder import build_encoder
-from droppos.errors import ConfigError, DataError
+from droppos.errors import ConfigError, DataError, DivergedError
 from droppos.export.flow import export
 from droppos.export.timm_vit import TIMM
 from droppos.measure.finetune import FinetuneState, build_classifier
@@ -32,8 +34,9 @@ from pipelines.export import export_checkpoint
 from pipelines.extraction import decode, pieces_of
 from pipelines.finetune import Finetuned, _facts, finetune, lie_by_class
 from pipelines.finetune_run import FinetuneRun
-from pipelines.finetune_worker import DivergedError, FinetuneJob, _save, labelled, mean_loss
+from pipelines.finetune_worker import Tuning, _save, labelled, mean_loss
 from pipelines.holdout import choose
+from pipelines.job import Job
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
 from pipelines.pretrain import plan
@@ -239,16 +242,8 @@ def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_pat
     run = FinetuneRun(storage=str(tmp_path))
     whole = Recipe(model=TINY, optim=RECIPE.optim, data=run.data(data, data), run=run.run)
     home = open_place(whole.home)
-    job = FinetuneJob(
-        recipe=whole,
-        finetune=RECIPE,
-        schedule=plan(whole),
-        classes=["c"] * 6,
-        facts={},
-        driver=claim_for_driver(home),
-        events=Events(None),
-        held=[],
-    )
+    job = Job(whole, plan(whole), Events(None), claim_for_driver(home), {})
+    tuning = Tuning(finetune=RECIPE, classes=["c"] * 6, facts={}, held=[])
     cpu = torch.device("cpu")
     model = build_classifier(build_encoder(TINY).state_dict(), TINY, 6, RECIPE)
     state = FinetuneState.create(
@@ -257,7 +252,7 @@ def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_pat
     attempt = claim_for_group(home, job.driver, cpu)
     claim_for_driver(home)
     with pytest.raises(SupersededError, match="was taken over by process"):
-        _save(job, state, attempt)
+        _save(tuning, job, state, attempt)
     assert checkpoints.newest(home) is None
 
 
@@ -289,7 +284,8 @@ def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    assert whole.steps == 18 and whole.top_1.total == 72
+    assert whole.step == whole.steps == 18
+    assert whole.top_1 is not None and whole.top_1.total == 72
     assert whole.top_5 is not None and whole.top_5.hits >= whole.top_1.hits
     assert whole.top_1.interval[0] > 1 / 6  # more than a guess, of pictures it has learnt
     client = MlflowClient(tracking_uri=f"sqlite:///{folder}/mlflow.db")
@@ -324,24 +320,47 @@ def test_what_it_made_is_exported_and_classifies_as_it_was_counted(
         with torch.no_grad():
             found = model(normalise(pixels)).argmax(1).tolist()
         hits += sum(row.label == each for row, each in zip(rows, found, strict=True))
-    assert hits == whole.top_1.hits
+    assert whole.top_1 is not None and hits == whole.top_1.hits
     with pytest.raises(ConfigError, match="transformers has no words; expected --format timm or"):
         export_checkpoint(whole.home, str(tmp_path / "other"), "transformers")
 
 
 @pytest.mark.long
-def test_a_run_that_resumes_ends_where_the_whole_one_did(
-    whole: Finetuned, backbone: str, data: str, folder: Path
+def test_one_that_is_stopped_and_loses_a_worker_ends_where_the_whole_one_did(
+    backbone: str, data: str, tmp_path: Path, ray_cluster: None
 ) -> None:
-    home = open_place(whole.home)
-    saved = checkpoints.newest(home)
-    assert saved is not None and saved.step == 18
-    weights = stored_state.load_full(saved, {"model"})["model"]
-    saved.place.delete()  # as if it had been killed within the last epoch
-    again = tune(backbone, data, folder, resume=True)
-    assert again.tracking_run == whole.tracking_run
-    saved = checkpoints.newest(home)
-    assert saved is not None and saved.step == 18
-    for name, value in stored_state.load_full(saved, {"model"})["model"].items():
-        torch.testing.assert_close(value, weights[name], rtol=1e-4, atol=1e-5)
-    assert again.top_1 == whole.top_1
+    pids: dict[int, int] = {}
+    told: list[str] = []
+
+    def stop_in_an_epoch(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "metrics" and event["step"] == 20:
+            signal.raise_signal(signal.SIGTERM)
+
+    def kill_one(event: Mapping[str, Any]) -> None:
+        told.append(event["kind"])
+        if event["kind"] == "started":
+            pids[event["rank"]] = event["pid"]
+        if event["kind"] == "checkpoint" and "lost" not in told:
+            os.kill(pids[1], signal.SIGKILL)
+
+    longer = replace(RECIPE, optim=replace(RECIPE.optim, epochs=60))
+    whole = tune(backbone, data, tmp_path / "whole", longer)
+    first = tune(backbone, data, tmp_path, longer, on_event=stop_in_an_epoch)
+    assert not first.finished and 20 < first.step < 360
+    again = tune(backbone, data, tmp_path, longer, resume=True, on_event=kill_one)
+    assert "lost" in told and again.tracking_run == first.tracking_run
+    ends = [checkpoints.newest(open_place(run.home)) for run in (whole, again)]
+    assert all(saved is not None and saved.step == 360 for saved in ends)
+    ours, theirs = (stored_state.load_full(saved, {"model"})["model"] for saved in ends if saved)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+    assert whole.finished and (again.top_1, again.top_5) == (whole.top_1, whole.top_5)
+
+
+@pytest.mark.long
+def test_one_that_diverges_is_not_tried_again(backbone: str, data: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    hot = replace(RECIPE, optim=replace(RECIPE.optim, lr_per_256=1e30, warmup_epochs=0))
+    with pytest.raises(DivergedError, match="the fine-tuning diverged"):
+        tune(backbone, data, tmp_path, hot, on_event=lambda event: told.append(event["kind"]))
+    assert told.count("group") == 1
