@@ -23,7 +23,7 @@ class Asked(NamedTuple):
     leave_after_next: bool
     """Leave after the next checkpoint, whatever it is made for."""
     ended: int
-    """The number that all of them gave `hear`; 0 if they gave different ones."""
+    """The least of what all of them gave `hear`."""
 
 
 class Ear:
@@ -53,7 +53,7 @@ class Ear:
             self._events.send({"kind": "leave", "why": why})
         wish = self._events.wished  # of rank 0's pulse; the other ranks wish for nothing
         leave = max(wish.leave, 2 * asked_to_terminate())
-        # The largest of what is negative is the least: 0 unless all ranks have ended the same one.
+        # The largest of what is negative is the least.
         saves, leave, ended = self._agreement.settle(wish.saves, leave, -ended)
         save = saves > self._saves
         self._saves = max(self._saves, saves)

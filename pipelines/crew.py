@@ -5,6 +5,7 @@ by, and it ends the group where it stands: all since the last checkpoint would b
 the driver decides (:mod:`pipelines.supervisor`), and a group leaves after a checkpoint.
 """
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -26,12 +27,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.recipe import Recipe
 from pipelines.words import counted
 
+_log = logging.getLogger(__name__)
+
 AT_HEAD = {"node:__internal_head__": 0.001}
 """Ray's own name for the head, there as long as the cluster is: a spot machine that goes would take
 along what is to outlive it."""
 ASK_S, LAPSES_S = 30.0, 180.0
 """Seconds after which the autoscaler is asked again, and after which what it was asked lapses: as
 long as what Ray Train asks."""
+CANCEL_S = 5
+"""Seconds to wait until what was asked is taken back."""
 SIGNAL_S = 10
 """Seconds to wait for a node to pass a signal on."""
 
@@ -101,7 +106,8 @@ class RoomWanted:
     cluster that is still empty asks for nothing at all. Ray Train asks for the workers of a group
     and Ray Data for tasks, both through one actor that adds up what all of the cluster want and
     tells the autoscaler anew every 20 s: so it is asked here, too. A request of one's own
-    (`ray.autoscaler.sdk`) would be overwritten, and one for workers that run be met twice.
+    (`ray.autoscaler.sdk`) would be overwritten, and one for workers that run be met twice. What is
+    asked for is also kept from other jobs' tasks once it is there.
 
     What is asked for lapses unless it is asked again, so a driver that is killed keeps no machines.
     """
@@ -120,6 +126,8 @@ class RoomWanted:
         self._bundles = list[dict[str, float]]()
         self._lock = Lock()
         self._ended = Event()
+        self._warned = False
+        self._asking: Thread | None = None
         if recipe.run.min_workers is None:
             self._ended.set()
 
@@ -129,19 +137,21 @@ class RoomWanted:
         Args:
             running: Its workers; to be told before it starts, and after it has ended.
         """
-        decoder: dict[str, float] = {"CPU": 1}
-        first = not self._bundles
-        self._bundles = [self._each] * (self._workers - running) + [decoder]
+        self._bundles = [self._each] * (self._workers - running)
+        if not running:  # later Ray Data asks for its own tasks, and would go without this one
+            self._bundles.append({"CPU": 1})
         self._ask()
-        if first:
-            Thread(target=self._ask_again, name="room wanted", daemon=True).start()
+        if self._asking is None:
+            self._asking = Thread(target=self._ask_again, name="room wanted", daemon=True)
+            self._asking.start()
 
     def close(self) -> None:
         """Take it back, before the driver leaves the cluster; afterwards it does nothing."""
         with self._lock:
             if not self._ended.is_set() and ray.is_initialized():
                 with suppress(Exception):  # a cluster that fails needs no room; its error is news
-                    _coordinator().cancel_request.remote(self._name)
+                    # Waited for: what is under way when the driver leaves may never arrive.
+                    ray.get(_coordinator().cancel_request.remote(self._name), timeout=CANCEL_S)
             self._ended.set()
 
     def _ask_again(self) -> None:
@@ -152,13 +162,17 @@ class RoomWanted:
         with self._lock:
             if self._ended.is_set() or not ray.is_initialized():  # Ray would start a cluster here
                 return
-            with suppress(Exception):
+            try:
                 _coordinator().request_resources.remote(
                     self._name,
                     self._bundles,
                     expire_after_s=LAPSES_S,
                     priority=ResourceRequestPriority.LOW,  # groups that run come first
                 )
+            except Exception as error:
+                if not self._warned:
+                    _log.warning("the autoscaler cannot be asked for room now: %r", error)
+                self._warned = True
 
 
 def _coordinator() -> Any:

@@ -50,7 +50,7 @@ def export_checkpoint(
     written = _format(trained, form)
     if image_size is not None:
         trained = at_size(trained, image_size)
-    _tell_replaced(place, form)
+    _tell_replaced(place, form, bool(trained.classes))
     if not place.is_s3:
         return export(trained, Path(place.path), written)
     previous = _names(place)
@@ -72,18 +72,22 @@ def _format(trained: Trained, form: FormatName) -> Format:
     return CLASSIFIERS[form]
 
 
-def _tell_replaced(place: Place, form: FormatName) -> None:
-    """Say that an export for others goes: it may not be meant."""
+def _tell_replaced(place: Place, form: FormatName, classifier: bool) -> None:
+    """Say that an export of another kind goes: it may not be meant."""
     own = place / OWN_CONFIG
     if own.exists():
         try:
-            before = json.loads(own.read_bytes()).get("for")
+            said = json.loads(own.read_bytes())
+            before = _kind(said.get("for"), bool(said.get("classes")))
         except (ValueError, AttributeError):
             return
-        if before != form:
-            _log.warning(
-                "%s held an export for %s, which this one for %s replaces", place, before, form
-            )
+        now = _kind(form, classifier)
+        if before != now:
+            _log.warning("%s held %s, which this one, %s, replaces", place, before, now)
+
+
+def _kind(form: str, classifier: bool) -> str:
+    return f"{'a classifier' if classifier else 'an export'} for {form}"
 
 
 def _names(place: Place) -> list[str]:

@@ -145,15 +145,7 @@ def finetune(
         ledger.tag({**described, "finetune.backbone": trained.uri})
         limit = whole.data.skip_limit
         skipped = Skipped(home, schedule.manifest.rows, limit, resumed=saved is not None)
-        tested: list[int] = []
-
-        def hear(event: Mapping[str, Any]) -> None:
-            if event["kind"] == "tested":
-                tested[:] = event["counts"]
-            if on_event is not None:
-                on_event(event)
-
-        heard = Heard(ledger, skipped, tracking.price_per_worker_hour, hear)
+        heard = Heard(ledger, skipped, tracking.price_per_worker_hour, on_event)
         heard.event(
             {
                 "kind": "plan",
@@ -177,7 +169,9 @@ def finetune(
             heard,
             driver=taken.driver,
             on_gpu=on_gpu,
-            work=Work(partial(finetune_worker, tuning), read, done=lambda: bool(tested)),
+            work=Work(
+                partial(finetune_worker, tuning), read, done=lambda: heard.tested is not None
+            ),
         )
         try:
             supervisor.run()
@@ -186,15 +180,17 @@ def finetune(
         newest = checkpoints.newest(home)
         done = Finetuned(
             whole.home, newest.step if newest else 0, schedule.steps, ledger.run_id,
-            *_accuracies(tested, len(classes)),
+            *_accuracies(heard.tested, len(classes)),
         )  # fmt: skip
         ledger.log(schedule.steps, done.metrics())
         ledger.finish("FINISHED" if done.finished else "KILLED")
     return done
 
 
-def _accuracies(tested: Sequence[int], classes: int) -> tuple[Proportion | None, Proportion | None]:
-    if not tested:
+def _accuracies(
+    tested: Sequence[int] | None, classes: int
+) -> tuple[Proportion | None, Proportion | None]:
+    if tested is None:
         return None, None
     hits, among_five, total = tested
     return Proportion(hits, total), Proportion(among_five, total) if classes > 5 else None
@@ -208,6 +204,7 @@ def _require_pairs(recipe: Finetune, whole: Recipe) -> None:
                 f"mixup and cutmix blend images in pairs, but a worker's micro-batch has "
                 f"{at.worker_batch} (optim.global_batch {at.optim.global_batch} over "
                 f"{counted(size, 'worker')} x optim.accumulate {at.optim.accumulate}); make it even"
+                + (f", or min_workers more than {size}" if size < whole.run.workers else "")
             )
 
 

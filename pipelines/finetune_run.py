@@ -41,7 +41,7 @@ class FinetuneRun:
     """Newest checkpoints to keep."""
     hang_timeout_s: float = 600
     """Seconds without any progress after which the workers are taken to hang, are killed, and start
-    again."""
+    again. More than the longest step takes, which on CPUs may be minutes."""
     max_failures: int = 3
     """Times in a row that workers may be lost, and started again, without a newer checkpoint."""
 

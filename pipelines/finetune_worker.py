@@ -151,7 +151,7 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     if saved is None:
         return
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    stored_state.load_or_set_aside(saved, {"model": model, "optimizer": optimizer})
+    stored_state.load(saved, {"model": model, "optimizer": optimizer})
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     state.step = saved.step
 

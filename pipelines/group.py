@@ -55,7 +55,8 @@ class Group:
     @property
     def hangs(self) -> str:
         """Describe who hangs and where; empty while somebody gets on, or nobody has begun."""
-        return self._still(self._hang_timeout_s)
+        still = self._still(self._hang_timeout_s)
+        return f"{still} (hang_timeout_s {self._hang_timeout_s:g})" if still else ""
 
     @property
     def stalls(self) -> str:

@@ -1,7 +1,7 @@
 """What workers say, on its way to the ledger and to whoever listens."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from droppos.errors import DataError
@@ -52,6 +52,9 @@ class Heard:
         self._counted = 0
         self.last: dict[str, float] = {}
         """Last value of each metric."""
+        self.tested: Sequence[int] | None = None
+        """Held-out pictures that a fine-tuned classifier has right, has right among its first five,
+        and was asked; None until it was."""
 
     @property
     def too_many(self) -> DataError | None:
@@ -103,6 +106,8 @@ class Heard:
                 self._ledger.log(event["step"], values, event.get("time_ms"))
             case "skipped":
                 self._skipped.add(event["step"], event["problems"])
+            case "tested":
+                self.tested = event["counts"]
             case "checkpoint":
                 self._ledger.checkpoint(event["saved"])
                 if self._aside is not None:

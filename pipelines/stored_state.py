@@ -28,9 +28,8 @@ from pipelines.checkpoints import (
     newest,
     parse,
     prune,
-    set_aside,
 )
-from pipelines.parts import DamagedError, PartReader, PartWriter
+from pipelines.parts import PartReader, PartWriter
 from pipelines.state_index import PartLoadPlanner, PartSavePlanner, put
 from pipelines.storage import Place
 
@@ -141,20 +140,6 @@ def load(saved: Saved, state: dict[str, Any]) -> None:
     with _one_error(f"checkpoint {saved.uri} cannot be loaded"):
         reader = PartReader(saved.place, saved.files)
         state_dict_loader.load(state, storage_reader=reader, planner=PartLoadPlanner())
-
-
-def load_or_set_aside(saved: Saved, state: dict[str, Any]) -> None:
-    """Load in a process group, as :func:`load` does; what proves damaged counts no more.
-
-    Who starts again after the error so starts from the checkpoint before it. A pre-training's
-    driver looks itself (:func:`checkpoints.set_aside_if_damaged`).
-    """
-    try:
-        load(saved, state)
-    except DamagedError as error:
-        if dist.get_rank() == 0:
-            set_aside(saved, str(error))
-        raise
 
 
 def load_full(saved: Saved, only: Collection[str] | None = None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ from pipelines.worker import train_worker
 
 logger = logging.getLogger(__name__)
 
-RAYS_ADVICE = ("Failed to apply UDF", "To change retry attempts")
+RAYS_ADVICE = ("Failed to apply UDF", "This looks like an AWS S3 perm", "To change retry attempts")
 """Lines that Ray Data puts below what went wrong in a task."""
 POLL_S = 0.2
 """Seconds between two looks at what the workers said."""
@@ -470,8 +470,9 @@ def cause_of(error: TrainingFailedError) -> DropposError:
     first = failures[0]
     said = [line for line in str(first).strip().splitlines() if not line.startswith(RAYS_ADVICE)]
     reason = said[-1] if said else ""
-    if not isinstance(first, RayError | RuntimeError):  # those say what is wrong by themselves
-        reason = f"{type(first).__name__}: {reason}"
+    kind = type(first)
+    if not (kind.__module__.startswith("ray.") or kind is RuntimeError):
+        reason = f"{kind.__name__}: {reason}"  # of itself a text may say little
     if re.search("gloo|nccl", reason, re.IGNORECASE):  # not what to look into
         reason = "a connection between two of them was closed, as when one dies"
     return TrainingError(f"the workers failed: {reason.strip()}")

@@ -51,7 +51,8 @@ def load_export(path: Path) -> Trained:
     if own.get("classes"):
         raise DataError(
             f"{path} is an export of a fine-tuned classifier, which is no backbone; name the "
-            "export, checkpoint or run that it began with"
+            "export, checkpoint or run that it began with (or, to export the classifier once more, "
+            "the run of droppos finetune)"
         )
     try:
         model = Model(**{**own["model"], "image_size": tuple(own["model"]["image_size"])})

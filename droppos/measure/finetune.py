@@ -32,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from droppos.config import Compute, Model
 from droppos.encoder import timm_arguments, timm_classifier
-from droppos.errors import DataError, TrainingError
+from droppos.errors import DataError, DivergedError, TrainingError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import normalise
 from droppos.parallel import gradient_sync, precision, to_device
@@ -252,7 +252,7 @@ def count_right(
         the device.
 
     Raises:
-        TrainingError: If a logit is not finite.
+        DivergedError: If a logit is not finite.
     """
     model = _inner(state.model)  # not through DDP: ranks need not have equally many batches
     training = model.training
@@ -263,7 +263,7 @@ def count_right(
     finally:
         model.train(training)
     if not logits.isfinite().all():  # or the first class would be the likeliest of all
-        raise TrainingError(
+        raise DivergedError(
             f"the classifier of step {state.step} gives logits that are not finite: it diverged; "
             "fine-tune again with a lower optim.lr_per_256, or with optim.clip_norm"
         )

@@ -139,7 +139,7 @@ class Coordinator:
         self.asked.append(len(bundles))
 
 
-@pytest.mark.parametrize(("least", "expected"), [(1, [5, 2, 5, 0]), (None, [])])
+@pytest.mark.parametrize(("least", "expected"), [(1, [5, 1, 0, 5, 0]), (None, [])])
 def test_room_is_wanted_besides_what_runs_until_the_driver_leaves(
     least: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +150,7 @@ def test_room_is_wanted_besides_what_runs_until_the_driver_leaves(
     wanted = crew.RoomWanted(recipe(workers=4, least=least), gpu=False)
     wanted.besides(running=0)
     wanted.besides(running=3)
+    wanted.besides(running=4)
     wanted.besides(running=0)
     wanted.close()
     wanted.besides(running=0)

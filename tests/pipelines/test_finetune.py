@@ -98,12 +98,15 @@ def tune(
     folder: Path,
     recipe: Finetune = RECIPE,
     holdout: str | None = None,
+    workers: int = 2,
+    min_workers: int | None = None,
     **told: Any,
 ) -> Finetuned:
     run = FinetuneRun(
         name="tuned",
         storage=str(folder),
-        workers=2,
+        workers=workers,
+        min_workers=min_workers,
         decode_cpus=2,
         window=24,
         log_every=1,
@@ -197,6 +200,9 @@ def test_what_cannot_be_learnt_or_asked_is_refused(
             tune(backbone, data, tmp_path, replace(RECIPE, augment=name))
     with pytest.raises(ConfigError, match="in pairs, but a worker's micro-batch has 3"):
         tune(backbone, data, tmp_path, odd)
+    some = replace(RECIPE, optim=replace(RECIPE.optim, global_batch=20))
+    with pytest.raises(ConfigError, match=r"has 1 .*over 4 workers .*or min_workers more than 4"):
+        tune(backbone, data, tmp_path, some, workers=5, min_workers=2)
     prepare(str(photographs / "cat"), str(tmp_path / "cats"))
     with pytest.raises(DataError, match="must have the same two or more"):
         tune(backbone, data, tmp_path, holdout=str(tmp_path / "cats"))
@@ -347,7 +353,7 @@ def test_one_that_is_stopped_and_loses_a_worker_ends_where_the_whole_one_did(
     whole = tune(backbone, data, tmp_path / "whole", longer)
     first = tune(backbone, data, tmp_path, longer, on_event=stop_in_an_epoch)
     assert not first.finished and 20 < first.step < 360
-    again = tune(backbone, data, tmp_path, longer, resume=True, on_event=kill_one)
+    again = tune(backbone, data, tmp_path, longer, min_workers=1, resume=True, on_event=kill_one)
     assert "lost" in told and again.tracking_run == first.tracking_run
     ends = [checkpoints.newest(open_place(run.home)) for run in (whole, again)]
     assert all(saved is not None and saved.step == 360 for saved in ends)

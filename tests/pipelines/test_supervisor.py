@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from ray.train import TrainingFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from droppos.config import Compute
 from droppos.errors import ConfigError, StorageError, TrainingError
@@ -94,7 +95,7 @@ def test_when_all_stand_still_who_does_what_and_who_is_mute_is_told() -> None:
     clock.now = 600
     assert ours.hangs == (
         "no worker got on for 600 s: worker 0 training at step 7, worker 1 saving at step 7; "
-        "nothing was heard of worker 1"
+        "nothing was heard of worker 1 (hang_timeout_s 600)"
     )
 
 
@@ -125,6 +126,9 @@ def test_what_is_no_error_of_ours_is_one_line() -> None:
     )
     failed.worker_failures = {0: ValueError(advised)}  # pyright: ignore
     assert str(cause_of(failed)) == "the workers failed: ValueError: no such picture"
+    died = WorkerHealthCheckFailedError("one is gone", RuntimeError("the actor died"))
+    failed.worker_failures = {0: died}  # pyright: ignore
+    assert str(cause_of(failed)) == "the workers failed: the actor died"
     gloo = "[/pytorch/third_party/gloo/pair.cc:561] Connection closed by peer. GLHF!"
     failed.worker_failures = {0: RuntimeError(gloo)}  # pyright: ignore
     assert str(cause_of(failed)) == (
@@ -192,6 +196,26 @@ class Groups:
         monkeypatch.setattr(supervisor, "_run_group", run)
         monkeypatch.setattr(supervisor, "_newest_step", lambda: step)
         monkeypatch.setattr(Room, "look", classmethod(lambda cls: Room({"n": {"CPU": 9}}, {})))
+
+
+@pytest.mark.slow
+def test_work_that_is_not_done_at_the_last_step_is_tried_again(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fine-tuning's test comes after its last checkpoint, and may lose a worker."""
+    heard: list[str] = []
+    supervisor._work = module.Work(done=lambda: len(groups.sizes) == 3)
+    groups = Groups(
+        supervisor, monkeypatch, (100, LOST, True), (100, LOST, True), (100, None, True)
+    )
+    monkeypatch.setattr(supervisor, "_say", lambda kind, **told: heard.append(kind))
+    supervisor.run()
+    assert len(groups.sizes) == 3 and heard.count("lost") == 2
+
+    supervisor._work = module.Work(done=lambda: False)
+    groups = Groups(supervisor, monkeypatch, *[(100, None, True)] * 9)
+    with pytest.raises(TrainingError, match=r"did not say why.* 3 times in a row"):
+        supervisor.run()
 
 
 @pytest.mark.slow
