@@ -433,7 +433,7 @@ def test_the_launchers_file_is_found_by_the_autoscaler_that_was_given_it(tmp_pat
     assert machines.launcher_limits("65001") is None  # it has ended
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_the_solver_two_trials_on_two_cpus_wait_for_ever(
     tmp_path: Path, photographs: Path
 ) -> None:
