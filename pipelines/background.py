@@ -6,9 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from time import monotonic
 from typing import TypeVar
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONCE_S = 1.0
+"""Seconds in which signals are one request: whoever started this process (`timeout`, make, a shell)
+may pass on what it was sent as well."""
 
 Result = TypeVar("Result")
 
@@ -45,14 +49,15 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield abort
         return
-    asked = False
+    asked_at = 0.0
 
     def on_signal(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            abort.set()
+        nonlocal asked_at
+        if asked_at:
+            if monotonic() - asked_at > ONCE_S:
+                abort.set()
             return
-        asked = True
+        asked_at = monotonic()
         logger.warning(
             "%s: saving a last checkpoint, then ending; once more ends at once, without it",
             signal.Signals(number).name,

@@ -1,0 +1,24 @@
+"""Signals as requests: once to stop, twice to end at once."""
+
+import signal
+
+import pytest
+
+from pipelines import background
+from pipelines.background import STOP_SIGNALS, stop_on_signal
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_asks_and_the_second_aborts(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    before = signal.getsignal(number)
+    with stop_on_signal(lambda: asked.append(1)) as abort:
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)  # of the same press, through whoever started this
+        assert asked == [1] and not abort.is_set()
+        monkeypatch.setattr(background, "ONCE_S", 0.0)
+        signal.raise_signal(number)
+        assert asked == [1] and abort.is_set()
+    assert signal.getsignal(number) is before
