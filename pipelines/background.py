@@ -37,17 +37,22 @@ def in_background(job: Callable[[], Result]) -> Future[Result]:
 
 
 @contextmanager
-def stop_on_signal(stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into a request for one more checkpoint; the second one aborts.
+def stop_on_signal(
+    stop: Callable[[], None],
+    abort: Callable[[], None],
+    words: str = "saving a last checkpoint, then ending; once more ends at once, without it",
+) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into a request to end well; a second one ends at once.
 
     Only a main thread is sent signals; elsewhere (a Tune trial) nothing changes.
 
-    Yields:
-        An event that is set when the run is to end at once.
+    Args:
+        stop: Called at the first one.
+        abort: Called at each later one.
+        words: What is done at the first one, for the log.
     """
-    abort = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield abort
+        yield
         return
     asked_at = 0.0
 
@@ -55,18 +60,15 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[threading.Event]:
         nonlocal asked_at
         if asked_at:
             if monotonic() - asked_at > ONCE_S:
-                abort.set()
+                abort()
             return
         asked_at = monotonic()
-        logger.warning(
-            "%s: saving a last checkpoint, then ending; once more ends at once, without it",
-            signal.Signals(number).name,
-        )
+        logger.warning("%s: %s", signal.Signals(number).name, words)
         stop()
 
     before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
     try:
-        yield abort
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

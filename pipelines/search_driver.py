@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from ray.tune import Callback, FailureConfig, TuneConfig, Tuner
 
 from droppos.errors import DataError
 from pipelines.attempt import Attempt, SupersededError, claim_for_driver
-from pipelines.background import STOP_SIGNALS
+from pipelines.background import stop_on_signal
 from pipelines.bell import Bell
 from pipelines.cluster import buffer_mb_of, connect
 from pipelines.crew import AT_HEAD
@@ -286,29 +285,12 @@ def _last_line(trial: Any) -> str:
 
 @contextmanager
 def interruptible(asked: threading.Event) -> Iterator[None]:
-    """Set an event on Ctrl-C or SIGTERM; the second one is as without this.
+    """Set an event on Ctrl-C or SIGTERM; a second one raises KeyboardInterrupt."""
 
-    Only a main thread is sent signals; elsewhere nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    def abort() -> None:
+        raise KeyboardInterrupt
+
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def on_signal(number: int, frame: object) -> None:
-        logger.warning(
-            "%s: ending the trials, each after a last checkpoint; --resume goes on from there",
-            signal.Signals(number).name,
-        )
-        asked.set()
-        for other, handler in before.items():
-            signal.signal(other, handler)
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
+    words = "ending the trials, each after a last checkpoint; --resume goes on from there"
+    with stop_on_signal(asked.set, abort, words):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -156,7 +156,8 @@ class Supervisor:
             DropposError: As raised in a worker.
         """
         failures = 0
-        with closing(self._room_wanted), stop_on_signal(self._stop) as abort:
+        abort = threading.Event()
+        with closing(self._room_wanted), stop_on_signal(self._stop, abort.set):
             while True:
                 self._room_wanted.besides(running=0)
                 before = self._await_newest_step(abort)
