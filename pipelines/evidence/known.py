@@ -48,8 +48,16 @@ class Known:
         """List the TFLOP of the trainings that are known, with what the figure came to."""
         return [
             (row.gflops / 1e3, found.mean)
-            for budget in budgets
+            for budget in self.budgets(arm, budgets, figure)
             if (row := self.any_of(arm, budget)) and (found := self.over_seeds(arm, budget, figure))
+        ]
+
+    def budgets(self, arm: str, budgets: Sequence[int], figure: str) -> list[int]:
+        """List those at which a figure of an arm is known."""
+        return [
+            budget
+            for budget in budgets
+            if self.any_of(arm, budget) and self.over_seeds(arm, budget, figure)
         ]
 
     def _of(self, arm: str, budget: int, figure: str) -> list[Row]:

@@ -52,8 +52,11 @@ def outlooks(study: Study, rows: Mapping[Key, Row]) -> Iterator[Outlook]:
             points = known.course(arm, study.budgets, figure)
             if len(points) < 2:
                 continue
-            (before, less), (tflop, now) = points[-2:]
-            if tflop <= before:  # budgets so near that whole epochs are the same
+            (before, _), (tflop, now) = points[-2:]
+            # Of the same seeds: there are fewer of a larger budget, and seeds differ.
+            smaller, larger = known.budgets(arm, study.budgets, figure)[-2:]
+            gained = known.paired((arm, larger), (arm, smaller), figure)
+            if gained is None or tflop <= before:  # budgets so near that whole epochs are the same
                 continue
-            pace = (now - less) / log2(tflop / before)
+            pace = gained.mean / log2(tflop / before)
             yield Outlook(arm, figure, hoped, now, tflop, pace)

@@ -231,6 +231,7 @@ def test_a_curve_points_where_its_last_doublings_went() -> None:
     study = Study(curve=(20, 40), curve_arms=("paper", "no_attentive"))
     rows = keyed(
         *(row("paper", budget, 0, "knn", value) for budget, value in ((5, 0.4), (20, 0.5))),
+        row("paper", 5, 1, "knn", 0.2),  # of a seed that the larger budget has not
         row("paper", 20, 0, "linear", 0.5),
         row("no_attentive", 20, 0, "knn", 0.55),
         row("no_attentive", 40, 0, "knn", 0.65),
