@@ -10,11 +10,11 @@ from typing import Any
 import timm
 from timm.models.vision_transformer import VisionTransformer
 
-from droppos.config import Heads, Model
+from droppos.config import Heads
 from droppos.errors import ConfigError, DataError, TrainingError
 from droppos.export.classifiers import assemble_classifier
 from droppos.export.folder import OWN_CONFIG
-from droppos.export.timm_vit import TIMM_CONFIG, WEIGHTS, assemble, load_export
+from droppos.export.timm_vit import TIMM_CONFIG, WEIGHTS, assemble, load_export, model_of
 from droppos.foreign import SUFFIXES, read_weights, understand
 from droppos.trained import Trained
 from pipelines import checkpoints, stored_state
@@ -104,10 +104,9 @@ def _classifier(saved: checkpoints.Saved) -> Backbone:
             "fine-tune again under another --name, or load its state with "
             "pipelines.stored_state.load_full"
         )
-    model = Model(**{**said["model"], "image_size": tuple(said["model"]["image_size"])})
     weights = stored_state.load_full(saved, {"model"})["model"]
     try:
-        trained = assemble_classifier(weights, model, said["classes"])
+        trained = assemble_classifier(weights, model_of(said["model"]), said["classes"])
     except RuntimeError as error:
         raise TrainingError(f"checkpoint {saved.uri} does not fit its model: {error}") from error
     return _named(trained, saved.uri, saved.sha256)

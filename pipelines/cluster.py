@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -179,6 +179,15 @@ def decode_tasks_of(recipe: Recipe, share: Share) -> int:
 def _most_cpus() -> int:
     """Count the cluster's CPUs, at its largest where an autoscaler stands behind it."""
     return most_cpus(read_cluster())
+
+
+def with_device(recipe: Recipe) -> Recipe:
+    """Settle compute.device, once and in the driver, when the cluster is joined.
+
+    A worker that sees a GPU it was not given must leave it alone.
+    """
+    device = "cuda" if gpu_workers(recipe) else "cpu"
+    return replace(recipe, compute=replace(recipe.compute, device=device))
 
 
 def gpu_workers(recipe: Recipe) -> bool:

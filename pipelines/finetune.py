@@ -9,7 +9,7 @@ workers, others than before, or `--resume` go on.
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -27,7 +27,7 @@ from pipelines import checkpoints
 from pipelines.attempt import taken_over
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
-from pipelines.cluster import connect, gpu_workers
+from pipelines.cluster import connect, with_device
 from pipelines.extraction import heads_of
 from pipelines.facts import classes_apart
 from pipelines.finetune_run import FinetuneRun
@@ -161,14 +161,11 @@ def finetune(
             held=[ray.put((trained.encoder.state_dict(), labels))],
         )
         read = partial(read_augmented, augment=recipe.augment) if recipe.augment else read_window
-        on_gpu = gpu_workers(whole)
-        device = "cuda" if on_gpu else "cpu"
         supervisor = Supervisor(
-            replace(whole, compute=replace(whole.compute, device=device)),
+            with_device(whole),
             schedule,
             heard,
             driver=taken.driver,
-            on_gpu=on_gpu,
             work=Work(
                 partial(finetune_worker, tuning), read, done=lambda: heard.tested is not None
             ),

@@ -94,7 +94,7 @@ class Keeper:
         """Finish the checkpoint under way if all ranks' parts of it have ended.
 
         Args:
-            ended: The step that all ranks said a step ago; 0 if they said different ones.
+            ended: The least of what the ranks said a step ago; 0 unless all of theirs have.
         """
         if ended == self._saver.step:  # or it is one that was finished meanwhile
             self.finish()

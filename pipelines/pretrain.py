@@ -17,7 +17,7 @@ from pipelines import checkpoints, history
 from pipelines.aside import Aside
 from pipelines.attempt import taken_over
 from pipelines.backbone import from_checkpoint
-from pipelines.cluster import connect, gpu_workers
+from pipelines.cluster import connect, with_device
 from pipelines.facts import check_resume
 from pipelines.gallery import draw_gallery
 from pipelines.heard import Heard, OnEvent
@@ -144,18 +144,13 @@ def pretrain(
                 *(recipe.home, saved.step),
             )
         if saved is None or saved.step < schedule.steps:
-            on_gpu = gpu_workers(recipe)
-            # Decided once, here: a worker that sees a GPU it was not given must leave it alone.
-            device = "cuda" if on_gpu else "cpu"
-            sized = replace(recipe, compute=replace(recipe.compute, device=device))
             if sharing is not None:
                 join(sharing, recipe, schedule)
             supervisor = Supervisor(
-                sized,
+                with_device(recipe),
                 schedule,
                 heard,
                 driver=taken.driver,
-                on_gpu=on_gpu,
                 stop=stop,
                 sharing=sharing,
             )

@@ -179,7 +179,7 @@ def show_finetuned(console: Console, done: Finetuned) -> None:
     if done.top_5 is not None:
         rows.append(("  among the first five", str(done.top_5)))
     print_table(console, "Fine-tuning", [*rows, ("folder", done.home)])
-    _next(console, f"droppos export {done.home} OUT")
+    _next(console, f"droppos export {shlex.quote(done.home)} OUT")
 
 
 def evaluation_rows(evaluation: Evaluation) -> list[Row]:

@@ -110,7 +110,6 @@ class Supervisor:
         heard: Heard,
         *,
         driver: str,
-        on_gpu: bool,
         stop: Callable[[], bool] = lambda: False,
         sharing: Sharing | None = None,
         work: Work = Work(),
@@ -122,7 +121,6 @@ class Supervisor:
             schedule: Its order.
             heard: Takes what workers say, and what is done about them.
             driver: This process, which has claimed the run (:mod:`pipelines.attempt`).
-            on_gpu: Whether each worker has a GPU.
             stop: Asked now and then; once it says yes, the run ends after a checkpoint.
             sharing: Decode together with other trials that read the same.
             work: What the workers do.
@@ -133,13 +131,13 @@ class Supervisor:
         self._asked_to_stop = stop
         self._schedule = schedule
         self._heard = heard
-        self._on_gpu = on_gpu
+        self._on_gpu = recipe.compute.device == "cuda"
         self._home = open_place(recipe.home)
         self._events = Events.start()
         self._driver = driver
         self._origin = origin()  # the workers' own command says nothing
         self._saves = 0
-        self._room_wanted = RoomWanted(recipe, on_gpu)
+        self._room_wanted = RoomWanted(recipe, self._on_gpu)
         self._noticed: set[str] = set()
         self._stopped = False
         self._stopped_at = 0.0

@@ -25,7 +25,7 @@ from droppos.encoder import timm_arguments, timm_classifier
 from droppos.export import FormatName
 from droppos.export.flow import Features, Format
 from droppos.export.folder import plain, write_json, write_weights
-from droppos.export.onnx_graph import GRAPH, INPUT, session_of, write_graph
+from droppos.export.onnx_graph import INPUT, code_for, session_of, write_graph
 from droppos.export.timm_vit import TIMM_CONFIG, WEIGHTS, timm_config
 from droppos.trained import Trained
 
@@ -99,10 +99,7 @@ def _read_onnx(folder: Path, _model: Model) -> Iterator[Features]:
 
 
 def _onnx_code(folder: str, _model: Model) -> str:
-    return (
-        f'onnxruntime.InferenceSession("{folder}/{GRAPH}").run(None, {{"{INPUT}": pictures}})'
-        "  # normalised float32; gives logits"
-    )
+    return code_for(folder, [LOGITS])
 
 
 CLASSIFIERS: dict[FormatName, Format] = {

@@ -136,11 +136,16 @@ def _missing(error: ImportError) -> ConfigError:
     )
 
 
-def _code(folder: str, _model: Model) -> str:
+def code_for(folder: str, outputs: Sequence[str]) -> str:
+    """Write what a user of a graph types."""
     return (
         f'onnxruntime.InferenceSession("{folder}/{GRAPH}").run(None, {{"{INPUT}": pictures}})'
-        "  # normalised float32; gives " + ", ".join(OUTPUTS)
+        "  # normalised float32; gives " + ", ".join(outputs)
     )
+
+
+def _code(folder: str, _model: Model) -> str:
+    return code_for(folder, OUTPUTS)
 
 
 ONNX = Format(

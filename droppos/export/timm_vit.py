@@ -10,7 +10,7 @@ timm takes ``model.safetensors`` before any other weights in a folder, so the he
 does no harm.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def load_export(path: Path) -> Trained:
             "the run of droppos finetune)"
         )
     try:
-        model = Model(**{**own["model"], "image_size": tuple(own["model"]["image_size"])})
+        model = model_of(own["model"])
         method = None if own["method"] is None else Method(**own["method"])
     except (KeyError, TypeError, ConfigError) as error:
         raise DataError(
@@ -72,6 +72,11 @@ def load_export(path: Path) -> Trained:
             f"weights in {path} are not those of the model in {OWN_CONFIG}: {error}; "
             "are the files of one export? Export again from the checkpoint"
         ) from error
+
+
+def model_of(said: Mapping[str, Any]) -> Model:
+    """Read a model's configuration as JSON has it."""
+    return Model(**{**said, "image_size": tuple(said["image_size"])})
 
 
 def assemble(weights: dict[str, torch.Tensor], model: Model, method: Method | None) -> Trained:

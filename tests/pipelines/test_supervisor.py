@@ -169,7 +169,7 @@ def supervisor(tmp_path: Path, ray_cluster: None) -> Supervisor:
     )
     heard = SimpleNamespace(event=lambda event: None, too_many=None)
     schedule = SimpleNamespace(steps=100)
-    return Supervisor(recipe, schedule, heard, driver="driver", on_gpu=False)  # pyright: ignore[reportArgumentType]
+    return Supervisor(recipe, schedule, heard, driver="driver")  # pyright: ignore[reportArgumentType]
 
 
 LOST = TrainingError("the workers failed")
