@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TypeVar
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONCE_S = 1.0
 """Seconds in which signals are one request: whoever started this process (`timeout`, make, a shell)
 may pass on what it was sent as well."""
@@ -42,9 +42,10 @@ def stop_on_signal(
     abort: Callable[[], None],
     words: str = "saving a last checkpoint, then ending; once more ends at once, without it",
 ) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into a request to end well; a second one ends at once.
+    """Turn Ctrl-C, SIGTERM and a closed terminal into a request to end well; a second ends at once.
 
-    Only a main thread is sent signals; elsewhere (a Tune trial) nothing changes.
+    Only a main thread is sent signals; elsewhere (a Tune trial) nothing changes. Under nohup a
+    terminal may close.
 
     Args:
         stop: Called at the first one.
@@ -66,7 +67,9 @@ def stop_on_signal(
         logger.warning("%s: %s", signal.Signals(number).name, words)
         stop()
 
-    before = {number: signal.signal(number, on_signal) for number in STOP_SIGNALS}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, on_signal) for number in heard}
     try:
         yield
     finally:

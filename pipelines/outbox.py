@@ -45,6 +45,8 @@ _PAUSES_S = (0.25, 5.0)
 """First and longest pause between two tries."""
 TRIES_OF_A_FILE = 4
 """Tries to send a file, some seconds in all, before metrics go on without it."""
+PART = -2
+"""End of what is a part of an entry, and not its last one: nothing is taken with it."""
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"}
 """Answers that trying again does not change."""
 
@@ -168,7 +170,7 @@ class Outbox:
 
     def _taken(self, batch: Sequence[Stored], sent: int) -> None:
         self.sent += sent
-        if batch:
+        if batch and batch[-1].end != PART:
             self._journal.take(batch[-1].end)
 
     def _fails(self, error: Exception) -> None:
@@ -200,8 +202,14 @@ class Outbox:
             return
         entry, end = batch[0]
         if isinstance(entry, Row) and len(entry.values) > 1:
-            for name, value in entry.values.items():
-                self._deliver([Stored(Row(entry.step, entry.time_ms, {name: value}), end)])
+            # The row's place is the last value's: it is taken once, when all of it was tried.
+            *before, last = (
+                Row(entry.step, entry.time_ms, {name: value})
+                for name, value in entry.values.items()
+            )
+            for row in before:
+                self._deliver([Stored(row, PART)])
+            self._deliver([Stored(last, end)])
             return
         what = next(iter(entry.values)) if isinstance(entry, Row) else type(entry).__name__
         _log.warning("MLflow will never take %s: %s", what, told(error))

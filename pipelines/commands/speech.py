@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from droppos.errors import ConfigError
+from pipelines.lasting import LastingConsole
 from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
     from pipelines.search_outcome import SearchOutcome
     from pipelines.search_screen import SearchScreen
 
-console = Console(stderr=True)
+console = LastingConsole(stderr=True)
 """For people; results that a script may want go to standard output."""
 
 

@@ -3,15 +3,15 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.prompt import Confirm
 
 from droppos.errors import ConfigError
+from pipelines.lasting import LastingConsole
 from pipelines.launch import check, cost
 from pipelines.launch.backend import Say
 from pipelines.launch.check import Check
@@ -35,17 +35,17 @@ class Terminal:
     cost: Callable[[Cost], None]
 
 
-def terminal(console: Console, *, yes: bool) -> Terminal:
+def terminal(console: LastingConsole, *, yes: bool) -> Terminal:
     """Speak through a console.
 
     Args:
-        console: For people; the job's output goes to standard output.
+        console: For people; the job's output goes to standard output. Machines are ended after it
+            has closed, too.
         yes: Answer every question with yes.
     """
 
     def say(text: str) -> None:
-        with _gone_or_not():
-            console.print(f"[dim]·[/] {escape(text)}", highlight=False, soft_wrap=True)
+        console.print(f"[dim]·[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def show(text: str) -> None:
         try:
@@ -67,28 +67,18 @@ def terminal(console: Console, *, yes: bool) -> Terminal:
             return False
 
     def tell_checks(checks: list[Check]) -> None:
-        with _gone_or_not():
-            console.print(check.table(checks), soft_wrap=False)
-            for line in check.ways_out(checks):
-                console.print(f"[bold]{escape(line)}[/]", highlight=False, soft_wrap=True)
+        console.print(check.table(checks), soft_wrap=False)
+        for line in check.ways_out(checks):
+            console.print(f"[bold]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
     def tell_cost(told: Cost) -> None:
         if told.kinds:
-            with _gone_or_not():
-                console.print(cost.table(told))
+            console.print(cost.table(told))
             for line in cost.sources(told):
                 say(line)
         say(told.line)
 
     return Terminal(say, show, ask, tell_checks, tell_cost)
-
-
-@contextmanager
-def _gone_or_not() -> Iterator[None]:
-    """Go on where nobody is left to hear it: machines are ended after the terminal has closed."""
-    # A closed terminal is an OSError; at a closed pipe rich leaves the program.
-    with suppress(OSError, SystemExit):
-        yield
 
 
 @contextmanager

@@ -22,3 +22,14 @@ def test_the_first_asks_and_the_second_aborts(
         signal.raise_signal(number)
         assert asked == ["stop", "abort"]
     assert signal.getsignal(number) is before
+
+
+def test_under_nohup_a_terminal_may_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signal(lambda: asked.append("stop"), lambda: asked.append("abort")):
+            signal.raise_signal(signal.SIGHUP)
+        assert not asked and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

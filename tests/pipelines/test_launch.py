@@ -24,6 +24,7 @@ from droppos.config import Compute, Optim
 from droppos.errors import ConfigError, DataError
 from pipelines import recipe_file
 from pipelines.cli import main, with_recipe
+from pipelines.lasting import LastingConsole
 from pipelines.launch import cost as costs
 from pipelines.launch import flow, folder, jobs, record, request
 from pipelines.launch.backend import Address, Say
@@ -426,7 +427,7 @@ def test_machines_are_ended_though_nobody_is_left_to_be_told(
     planned = Record(name="vit", on="aws")
     with os.fdopen(ours, "w", closefd=False) as gone, tempfile.TemporaryFile("w") as output:
         monkeypatch.setattr(sys, "stdout", output)  # which rich closes for a broken pipe
-        told = terminal(Console(file=gone), yes=True)
+        told = terminal(LastingConsole(file=gone), yes=True)
         os.close(end)
         with pytest.raises(KeyboardInterrupt):
             flow.launch(Request(recipe=RECIPE), machines, planned, told, start=clone)

@@ -16,9 +16,9 @@ from botocore.exceptions import (
     NoCredentialsError,
     ReadTimeoutError,
 )
-from rich.console import Console
 
 from droppos.errors import ConfigError
+from pipelines.lasting import LastingConsole
 from pipelines.launch import clusterfile, manifest, places, record
 from pipelines.launch.account import Account, asked
 from pipelines.launch.backend import Address
@@ -175,13 +175,13 @@ def test_no_answer_is_no(monkeypatch: pytest.MonkeyPatch) -> None:
             return True
 
     monkeypatch.setattr("sys.stdin", Nobody(""))
-    assert terminal(Console(file=io.StringIO()), yes=False).ask("launch?") is False
+    assert terminal(LastingConsole(file=io.StringIO()), yes=False).ask("launch?") is False
 
 
 def test_a_way_out_can_be_copied_from_a_narrow_screen() -> None:
     command = "ssh-keygen -t ed25519 -f /" + "long-folder/" * 10 + "droppos.pem, and so [on]"
     screen = io.StringIO()
-    speaking = terminal(Console(file=screen, width=80), yes=False)
+    speaking = terminal(LastingConsole(file=screen, width=80), yes=False)
     speaking.checks([Check("ssh", "wrong", "no key", "a key", command), Check("b", "ok", "fine")])
     assert f"ssh: {command}" in screen.getvalue().splitlines()
     assert screen.getvalue().count("ssh-keygen") == 1

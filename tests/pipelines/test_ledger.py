@@ -346,6 +346,8 @@ def test_values_of_secret_variables_are_blotted_out(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SLASHED_SECRET", "/K7MDENG/wJalrXUtnFEMI")
     monkeypatch.setenv("WANDB_KEY", "0123456789abcdef")
     monkeypatch.setenv("PASSWORD_FILE", __file__)
+    monkeypatch.setenv("A_WEB_TOKEN", "e" * 900)  # once an error that told it: no name is so long
+    assert redact("e" * 900) == "***"
     text = "run --x abcdef123456 wJalrXUtnFEMI/K7MDENG /K7MDENG/wJalrXUtnFEMI 0123456789abcdef"
     assert redact(f"{text} {__file__}") == f"run --x *** *** *** *** {__file__}"
     assert redact("postgresql+psycopg2://me:p/w#?@host/db") == "postgresql+psycopg2://***@host/db"
@@ -398,6 +400,18 @@ def test_one_value_that_mlflow_refuses_costs_no_other(
     assert len(history(uri, ours.run_id, "images_per_s")) == 21
     assert MlflowClient(uri).get_run(ours.run_id).data.tags["kept"] == "yes"
     assert "never take not*allowed" in caplog.text
+
+
+def test_nor_does_it_where_a_full_disk_keeps_rows_in_memory(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once each of its values took another row along, unsent."""
+    with ledger(uri, tmp_path) as ours:
+        monkeypatch.setattr(Journal, "_write", lambda self: None)
+        for step in range(6):
+            ours.log(step, {"loss": step, f"not*allowed{step % 3}": 1, "images_per_s": 1})
+    assert history(uri, ours.run_id, "loss") == [(step, step) for step in range(6)]
+    assert len(history(uri, ours.run_id, "images_per_s")) == 6
 
 
 def test_what_is_logged_to_a_deleted_run_waits_for_its_return(
