@@ -11,14 +11,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import boto3
 
 from droppos.errors import ConfigError
 from pipelines.launch.tagged import ALIVE, tagged
 from pipelines.launch.token import headers, read_token
-from pipelines.notices import Metadata, only_one
+from pipelines.notices import NEARBY, Metadata, only_one
 from pipelines.storage import open_place
 
 JOBS = "http://127.0.0.1:8265/api/jobs/"
@@ -98,7 +98,7 @@ def watch(
 
 def _asked(path: str) -> Any:
     request = Request(JOBS + path, headers=dict(headers(read_token())))
-    with urlopen(request, timeout=ANSWER_S) as answer:
+    with NEARBY.open(request, timeout=ANSWER_S) as answer:
         return json.loads(answer.read())
 
 

@@ -199,11 +199,13 @@ def test_the_repositorys_file_is_filled_from_the_stack_and_nothing_is_left(
         assert machine["SecurityGroupIds"] == [outputs[f"{role}SecurityGroupId"]]
         assert machine["IamInstanceProfile"] == {"Name": outputs[f"{role}Profile"]}
         assert (machine["KeyName"], machine["ImageId"]) == ("studio", "ami-0123abcd")
+        assert (
+            machine["UserData"] == before["available_node_types"][name]["node_config"]["UserData"]
+        )
     image = f"{outputs['ImageRepository']}@{ready_account}"
     assert filled["docker"]["image"] == image
     assert f"-e AWS_DEFAULT_REGION={REGION}" in filled["docker"]["run_options"]
-    login, alone = filled["initialization_commands"]
-    assert alone == before["initialization_commands"][1]
+    (login,) = filled["initialization_commands"]
     assert f"--region {REGION}" in login and login.endswith(image.partition("/")[0])
     assert before == clusterfile.read(source)
     # ssh and Ray read ~ differently where HOME is not the user's home: nothing is left to that.
