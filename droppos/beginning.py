@@ -111,7 +111,7 @@ def _notice(trained: Trained, model: Model, new: set[str], unused: set[str]) -> 
     if unused:
         said.append(f"not used: {', '.join(sorted(unused))}")
     if not _computed(trained, trained.model.grid):
-        said.append("its learnt positions stay fixed")
+        said.append("its positions are not computed ones; they stay fixed")
     if trained.model.grid != model.grid:
         old, now = trained.model.grid, model.grid
         said.append(

@@ -276,10 +276,17 @@ class Method:
         """Refuse what this model cannot be trained on.
 
         Raises:
-            ConfigError: If the ratios leave nothing to see or to ask on its grid, or the guide
-                needs another grid or more blocks.
+            ConfigError: If the ratios leave nothing to see or to ask on its grid, or conformance or
+                guide need another grid or more blocks.
         """
         self.counts(model.grid)
+        require(
+            self.conformance != "reference_as_trained" or model.grid == Grid(14, 14),
+            "method.conformance",
+            self.conformance,
+            f"another on a grid of {model.grid.rows} x {model.grid.columns} patches",
+            "it reproduces a slip made on one of 14 x 14; reference computes the rest as it does",
+        )
         require(
             self.guide != "half" or (model.grid.rows % 2 == 0 and model.grid.columns % 2 == 0),
             "method.guide",
@@ -421,7 +428,13 @@ class Compute:
     """single: one worker. ddp: every worker holds all weights. fsdp2: weights, gradients and
     optimizer state are sharded, one unit per transformer block."""
     precision: Literal["float32", "bf16"] = "bf16"
-    """Arithmetic of forward and backward; weights and optimizer state stay float32."""
+    """Arithmetic of forward and backward; weights and optimizer state stay float32.
+
+    bf16: under single and ddp autocast, so that products are bf16 and what blocks hand on and norms
+    are float32; under fsdp2 all of it but the loss is bf16, and what travels between workers with
+    it, but for the sum of the gradients. float32: cuDNN may still take TF32 for the convolution
+    that embeds patches, as is torch's default.
+    """
     guide_precision: Literal["bf16", "same"] = "bf16"
     """Arithmetic of the attentive guide, which has no gradient. bf16: where the device has units
     for it (a CPU may not), also under a float32 student, whose loss moves by parts in ten thousand.

@@ -24,6 +24,7 @@ UNREADABLE = (
     KeyError,
     TypeError,
     OverflowError,
+    RuntimeError,  # of AVIF; NotImplementedError, which is one, of DDS and BLP
     struct.error,
     zlib.error,
 )

@@ -6,8 +6,9 @@ checkpointing (inside a block), compilation (of a block), sharding or replicatio
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from math import gcd
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -80,10 +81,19 @@ def build(
         for block in blocks:
             block.compile(dynamic=False)
     if compute.strategy == "ddp":
-        return DistributedDataParallel(whole, broadcast_buffers=False)
+        return DistributedDataParallel(whole, **_BUFFERS_STAY)
     if compute.strategy == "fsdp2":
         _shard(whole, blocks, compute, device)
     return whole
+
+
+# A decoder's fixed positions, equal on all ranks; torch 2.15 has renamed what leaves them alone.
+_SYNCED = "forward_sync_buffers"
+_BUFFERS_STAY: dict[str, Any] = {
+    _SYNCED
+    if _SYNCED in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -269,7 +269,13 @@ def _rgb(image: Image.Image) -> Image.Image:
         raise DataError("cannot decode a picture of floating point: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         # Pillow's own conversion cuts 16-bit values off at 255 instead of scaling them.
-        values = np.clip(np.asarray(image, dtype=np.int64), 0, 65535) >> 8
+        values = np.asarray(image, dtype=np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError(
+                f"cannot decode a picture of integers from {values.min()} to {values.max()}, "
+                "which do not say what is white: save it with 8 or 16 bits"
+            )
+        values >>= 8
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode == "P":
         image = image.convert("RGBA")  # Pillow warns when a palette has transparency otherwise

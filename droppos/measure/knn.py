@@ -18,7 +18,9 @@ from droppos.measure.features import require_finite
 from droppos.measure.intervals import Proportion
 
 SIMILARITIES_AT_ONCE = 2**24
-"""Largest block of the Q x T similarities held at a time: 64 MiB of float32."""
+"""Largest block of the Q x T similarities held at a time, 64 MiB of float32, or ASKED_AT_ONCE."""
+ASKED_AT_ONCE = 256
+"""Pictures asked at a time, at least: each block reads all known features once."""
 
 
 def check_labels(what: str, features: Tensor, labels: Tensor) -> None:
@@ -74,7 +76,7 @@ def knn_accuracy(
     mean = known.mean(0)
     known, asked = F.normalize(known - mean, dim=1), F.normalize(asked - mean, dim=1)
 
-    chunk = max(1, SIMILARITIES_AT_ONCE // len(known))
+    chunk = max(ASKED_AT_ONCE, SIMILARITIES_AT_ONCE // len(known))
     hits = 0
     for part, truth in zip(asked.split(chunk), asked_labels.split(chunk), strict=True):
         votes = _vote(part @ known.T, known_labels, k, temperature)

@@ -83,7 +83,11 @@ def test_learnt_positions_come_along_resampled_and_stay_fixed() -> None:
     assert taken(first) == {"encoder"}
     expected = resample_positions(backbone.pos_embed.detach(), source.model.grid, TINY.grid)
     assert torch.equal(first.weights["encoder.pos_embed"], expected)
-    for words in ("learnt positions stay fixed", "from 6 x 6 to 4 x 6", "new: dropped_token, pix"):
+    for words in (
+        "positions are not computed ones; they stay fixed",
+        "from 6 x 6 to 4 x 6",
+        "new: dropped_token, pix",
+    ):
         assert words in first.notice
     droppos = DropPos(TINY, BOTH)
     droppos.load_state_dict(first.weights, strict=False)

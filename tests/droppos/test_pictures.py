@@ -325,6 +325,14 @@ def test_what_cannot_be_decoded_is_refused(data: bytes) -> None:
             use(data)
 
 
+@pytest.mark.parametrize("value", [-1, 70_000])
+def test_integers_that_are_no_16_bits_are_refused(value: int) -> None:
+    """Once they became black or white, without a word."""
+    data = _encode(Image.fromarray(np.full((8, 8), value, np.int32)), "TIFF")
+    with pytest.raises(DataError, match=f"integers from {value} to {value}.*8 or 16 bits"):
+        upright_size(data)
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     # A valid PNG header is all there is: decoding would fail in another way.
     for width, height in ((MAX_PIXELS + 1, 1), (60_000, 60_000)):
@@ -337,9 +345,11 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
 
 # pytest undoes the filters that droppos.pictures sets for the process.
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(
-    kind=st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000"]),
+    kind=st.sampled_from(
+        ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "JPEG2000", "AVIF", "DDS"]
+    ),
     seed=st.integers(0, 2**32 - 1),
     cut=st.floats(0, 1),
     flips=st.integers(0, 20),

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from droppos.config import Grid
+from droppos.config import Grid, Method, Model
 from droppos.errors import ConfigError
 from droppos.targets import attentive_weights, smoothed_targets
 
@@ -46,6 +46,8 @@ def test_as_trained_the_reference_mistakes_its_neighbours() -> None:
     assert variation.item() == pytest.approx(0.37, abs=0.005)
     with pytest.raises(ConfigError, match="14 x 14"):
         smoothed_targets(Grid(6, 6), 1.0, "reference_as_trained")
+    with pytest.raises(ConfigError, match="14 x 14"):  # before a cluster is up, whatever sigma
+        Method(conformance="reference_as_trained", sigma=0).check(Model(image_size=(96, 96)))
 
 
 def test_negative_sigma_is_refused() -> None:
