@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from droppos.errors import DataError, TrainingError
 from pipelines import chain, history
 from pipelines.recipe import Run
-from pipelines.storage import Place, open_place
+from pipelines.storage import Place, open_place, open_reachable
 
 FOLDER = "checkpoints"
 INDEX = "index.json"
@@ -139,12 +139,19 @@ def require_recipe(saved: Saved) -> None:
         )
 
 
-def newest(home: Place) -> Saved | None:
-    """Find a run's newest checkpoint that counts; newer ones that don't are named in the log."""
+def newest(home: Place, *, look_again: bool = True) -> Saved | None:
+    """Find a run's newest checkpoint that counts; newer ones that don't are named in the log.
+
+    Args:
+        home: Folder of the run.
+        look_again: Once more if one goes meanwhile, for its run has just made a newer one.
+    """
     for place in _folders(home):
         try:
             return _open(place)
         except TrainingError as error:
+            if look_again and not place.exists():
+                return newest(home, look_again=False)
             _log.warning("checkpoint passed over: %s", error)
     return None
 
@@ -155,7 +162,7 @@ def at(uri: str) -> Saved:
     Raises:
         DataError: If there is none that counts; the message says what is there instead.
     """
-    place = open_place(uri)
+    place = open_reachable(uri)
     found = place.children()
     if not found:
         run = place.uri.rpartition(f"/{FOLDER}/")[0]

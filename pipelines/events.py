@@ -61,13 +61,16 @@ class _Mailbox:
 class Events:
     """One queue. The driver starts and drains it; a copy in a worker sends."""
 
-    def __init__(self, mailbox: Any) -> None:
+    def __init__(self, mailbox: Any, group: int = 0) -> None:
         """Join a queue that runs; `start` makes one.
 
         Args:
             mailbox: Handle of the actor.
+            group: Which group of workers sends, and stands in each event: one of a node that was
+                cut off may speak again when the next group runs.
         """
         self._mailbox = mailbox
+        self.group = group
         self._under_way: deque[ray.ObjectRef] = deque()
         self._lock = Lock()  # a worker's pulse sends from a thread of its own
         self._lost = 0
@@ -97,7 +100,7 @@ class Events:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Events, (self._mailbox,)
+        return Events, (self._mailbox, self.group)
 
     def send(self, event: Event) -> None:
         """Hand an event over without waiting; what cannot be delivered is counted.
@@ -106,7 +109,7 @@ class Events:
             event: Values that pickle; of a device tensor that would cost a synchronisation.
         """
         try:
-            call = self._mailbox.put.remote(pickle.dumps(event))
+            call = self._mailbox.put.remote(pickle.dumps({**event, "group": self.group}))
             with self._lock:
                 self._under_way.append(call)
         except (PendingCallsLimitExceeded, RayError):

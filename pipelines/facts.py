@@ -12,7 +12,7 @@ from pipelines.order import VERSION, Schedule
 from pipelines.recipe import MeasureProtocol, Recipe
 from pipelines.recipe_file import flatten
 from pipelines.shards import Manifest
-from pipelines.storage import open_place
+from pipelines.storage import Place, open_place
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,10 @@ def check_resume(
         ConfigError: Naming the run or each difference, and the way out.
     """
     if saved is None:
-        step = None if allow_changes else lost(open_place(recipe.home))
-        if step is not None:
-            raise ConfigError(
-                f"run {recipe.home} had a checkpoint at step {step}, and none that counts is left: "
-                "it was deleted, or found damaged; restore it, choose another run.name, or begin "
-                "anew with --allow-changes"
+        if not allow_changes:
+            require_not_lost(
+                open_place(recipe.home),
+                "choose another run.name, or begin anew with --allow-changes",
             )
         return
     if "finetune" in saved.record:
@@ -182,3 +180,20 @@ def classes_apart(one: Sequence[str] | None, other: Sequence[str] | None) -> tup
         return f"{len(own)}{example}"
 
     return told(one, other), told(other, one)
+
+
+def require_not_lost(home: Place, way_out: str) -> None:
+    """Refuse to begin a run again that is deleted, in part at least.
+
+    Args:
+        home: Folder of the run, of which no checkpoint counts.
+        way_out: What to do, but to restore it.
+
+    Raises:
+        ConfigError: If one was made that is gone or damaged.
+    """
+    if (step := lost(home)) is not None:
+        raise ConfigError(
+            f"run {home} had a checkpoint at step {step}, and none that counts is left: it was "
+            f"deleted, or found damaged; restore it, {way_out}"
+        )

@@ -29,7 +29,7 @@ from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.cluster import connect, with_device
 from pipelines.extraction import heads_of
-from pipelines.facts import classes_apart
+from pipelines.facts import classes_apart, require_not_lost
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import Tuning, finetune_worker
 from pipelines.heard import Heard, OnEvent
@@ -138,7 +138,7 @@ def finetune(
     connect(whole)
     with (
         taken_over(home) as taken,
-        Ledger.open(whole, schedule.manifest.digest, resume=saved is not None) as ledger,
+        Ledger.open(whole, schedule.manifest.digest, resume=resume) as ledger,
     ):
         taken.begun = True
         described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
@@ -286,6 +286,7 @@ def _check_resume(
 ) -> None:
     """Refuse to overwrite a run, or to go on with one as if it were another."""
     if saved is None:
+        require_not_lost(open_place(recipe.home), "choose another --name")
         return
     if not resume:
         raise ConfigError(

@@ -3,7 +3,7 @@
 Every rank runs this. As in pre-training, where it starts is decided by storage alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -37,9 +37,11 @@ from pipelines.job import Job
 from pipelines.pace import Pace
 from pipelines.pulse import Pulse
 from pipelines.recipe_file import plain
+from pipelines.saver import Saver
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch
+from pipelines.tally import Tally
 from pipelines.worker import FLUSH_S, started, steps_from, tell_skipped
 
 TEST_BATCH = 64
@@ -79,31 +81,44 @@ def _finetune(tuning: Tuning, job: Job, pulse: Pulse) -> None:
     state = _create(tuning, job, weights)
     attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
     _restore(state, stored_state.newest_for_all(job.home, state.device))
+    begun = schedule.position(state.step).batch * schedule.global_batch
+    tally = Tally(schedule, state.step, begun, state.device)
+    saver = _open_saver(job, state, attempt, pulse.moved)
     ear = Ear(job.events, recipe.run.hang_timeout_s)
     job.events.send(started(state.step, state.device))
     pace = Pace(recipe.optim.global_batch, 0, 1)
+    leave = False
     pulse.now("waiting for pictures", state.step)
     for group in steps_from(state.step, recipe, schedule):
         pulse.now("training", state.step)
+        tally.count(group)  # before the step: what is not of the schedule is not trained on
         loss = finetune_step(state, [labelled(batch, labels) for batch in group])
         pace.count(group)
         tell_skipped(job.events, group)
-        asked = ear.hear()
+        asked = ear.hear(saver.ended)
         last = state.step == schedule.steps
         due = last or asked.leave or asked.save or state.step % recipe.run.checkpoint_every == 0
         due |= state.step % schedule.steps_per_epoch == 0
         if due or state.step % recipe.run.log_every == 0:
             _log(job, state, loss, pace)
+        if asked.ended == saver.step:  # on all ranks
+            _finish(job, saver)
         if due:
             pulse.now("saving", state.step)
-            _save(tuning, job, state, attempt)
+            tally.settle()
+            _finish(job, saver)
+            _save(tuning, job, state, saver)
             pace.pause()
-        if not last and due and asked.leave_after_next:
-            ear.close()
-            return
+        leave = not last and due and asked.leave_after_next
+        if leave:
+            break
         pulse.now("waiting for pictures", state.step)
+    pulse.now("saving", state.step)
     ear.close()
-    _test(job, state, pulse)
+    _finish(job, saver, last=True)
+    saver.close()
+    if not leave:
+        _test(job, state, pulse)
 
 
 def labelled(batch: Batch, labels: Int64[Tensor, " rows"]) -> Labelled:
@@ -156,19 +171,36 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     state.step = saved.step
 
 
-def _save(tuning: Tuning, job: Job, state: FinetuneState, attempt: Attempt) -> None:
-    """Write a checkpoint, all ranks together; training waits for it."""
+def _open_saver(
+    job: Job, state: FinetuneState, attempt: Attempt, moved: Callable[[], None]
+) -> Saver:
+    retention = checkpoints.Retention(job.recipe.run.keep_checkpoints)
+    return Saver(job.home, retention, state.device, may_write=attempt.check, moved=moved)
+
+
+def _save(tuning: Tuning, job: Job, state: FinetuneState, saver: Saver) -> None:
+    """Begin a checkpoint, all ranks together."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    saved = stored_state.save(
-        job.home,
+    saver.begin(
         state.step,
         {"model": model, "optimizer": optimizer},
         {"finetune": dict(tuning.facts), "classifier": _described(tuning, job)},
-        checkpoints.Retention(job.recipe.run.keep_checkpoints),
-        attempt.check,
     )
-    if dist.get_rank() == 0:
-        job.events.send({"kind": "checkpoint", "step": state.step, "saved": saved})
+
+
+def _finish(job: Job, saver: Saver, *, last: bool = False) -> None:
+    """Wait for the checkpoint under way, if there is one, and tell the driver; all ranks together.
+
+    Raises:
+        DropposError: On all ranks, if it failed for good.
+    """
+    done = saver.finish(last)
+    if done is None or dist.get_rank() != 0:
+        return
+    if done.saved is None:
+        job.events.send({"kind": "not_saved", "error": done.error})
+    else:
+        job.events.send({"kind": "checkpoint", "step": done.saved.step, "saved": done.saved})
 
 
 def _described(tuning: Tuning, job: Job) -> dict[str, Any]:

@@ -12,11 +12,15 @@ run.hang_timeout_s."""
 class Group:
     """What the driver knows of the workers that are running, from what they say."""
 
-    def __init__(self, hang_timeout_s: float, now: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, hang_timeout_s: float, now: Callable[[], float] = monotonic, number: int = 0
+    ) -> None:
+        self.number = number
+        """Stands in the events of its workers; others' are not heard."""
         self._hang_timeout_s = hang_timeout_s
         self._now = now
         self._moved = now()
-        self._doing: dict[int, tuple[str, int]] = {}
+        self._doing: dict[int, tuple[str, int, int]] = {}
         self._heard: dict[int, float] = {}
         self.processes: dict[int, tuple[str, int]] = {}
         """Node and process of each rank."""
@@ -36,6 +40,8 @@ class Group:
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event."""
+        if event["group"] != self.number:
+            return
         match event["kind"]:
             case "started":
                 self.started = True
@@ -43,7 +49,7 @@ class Group:
             case "beat":
                 # From the first on, so that one that freezes before it has started is found, too.
                 self.processes[event["rank"]] = (event["node"], event["pid"])
-                doing = (event["doing"], event["step"])
+                doing = (event["doing"], event["step"], event["moves"])
                 if self._doing.get(event["rank"]) != doing:
                     self._moved = self._now()
                 self._doing[event["rank"]] = doing
@@ -70,7 +76,7 @@ class Group:
         silent = [rank for rank, at in self._heard.items() if now - at > max(20, longest_s / 2)]
         doing = ", ".join(
             f"worker {rank} {what} at step {step}"
-            for rank, (what, step) in sorted(self._doing.items())
+            for rank, (what, step, _) in sorted(self._doing.items())
         )
         mute = f"; nothing was heard of worker {', '.join(map(str, silent))}" if silent else ""
         return f"no worker got on for {now - self._moved:.0f} s: {doing}{mute}"

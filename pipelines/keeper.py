@@ -1,6 +1,6 @@
 """A run's checkpoints as its loop sees them: begun, finished, and told of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
 
@@ -27,6 +27,7 @@ class Keeper:
         proof: Proof,
         start: Saved | None,
         init_from: Mapping[str, str] | None = None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         """Open what writes them; every rank calls this.
 
@@ -36,6 +37,7 @@ class Keeper:
             proof: What is written beside.
             start: The checkpoint this group starts from.
             init_from: `uri` and `sha256` of the weights the run began with, if it did.
+            moved: Called whenever writing one gets on.
         """
         run = job.recipe.run
         self._newest = start
@@ -53,7 +55,7 @@ class Keeper:
             ),
             state.device,
             may_write=proof.attempt.check,
-            timeout_s=max(run.hang_timeout_s, 600),
+            moved=moved,
         )
 
     @property

@@ -72,6 +72,7 @@ class PartWriter(StorageWriter):
         place: Place,
         starting: Callable[[], None],
         beside: Callable[[], None],
+        moved: Callable[[], None],
         finished: Callable[[dict[str, FileRecord], int], bytes],
     ) -> None:
         """Prepare to write.
@@ -80,12 +81,14 @@ class PartWriter(StorageWriter):
             place: Folder of the checkpoint; what was in it is deleted.
             starting: Called on rank 0 before anything is deleted or written.
             beside: Called on each rank before it writes its part.
+            moved: Called on each rank after each tensor of its part.
             finished: Called on rank 0 with all files and the world size, when all are written.
                 What it returns reaches every rank as the saved metadata's storage_data.
         """
         self.place = place
         self.starting = starting
         self.beside = beside
+        self.moved = moved
         self.finished = finished
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -142,6 +145,7 @@ class PartWriter(StorageWriter):
                 raw = _raw(tensor.detach().cpu().contiguous())
                 stream.write(raw)
                 digest.update(raw)
+                self.moved()
         record = FileRecord(len(header) + sum(c.nbytes for c in chunks), digest.hexdigest())
         return [
             WriteResult(item.index, chunk.nbytes, _Written(chunk, record))

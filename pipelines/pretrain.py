@@ -33,8 +33,8 @@ from pipelines.shards import Manifest, load_manifest
 from pipelines.sharing import Sharing
 from pipelines.skipped import Skipped
 from pipelines.source import join
-from pipelines.start import keep_start, located_start
-from pipelines.storage import Place, open_place
+from pipelines.start import clear, located_start, read_start
+from pipelines.storage import Place, open_place, open_reachable
 from pipelines.supervisor import Supervisor
 from pipelines.tracking import local_folder
 
@@ -101,12 +101,8 @@ def pretrain(
     home.check_reachable()
     saved = checkpoints.newest(home)
     check_resume(recipe, schedule, saved, resume=resume, allow_changes=allow_changes)
-    started = None
-    if saved is None:
-        started = keep_start(recipe, home)
-        (home / PASSED_FILE).delete()  # of an earlier try, that another learning rate may mend
+    start = read_start(recipe) if saved is None else None
     connect(recipe)
-    (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())  # of a run that fits here
     with (
         taken_over(home) as taken,  # before the ledger does: who trains and who logs are one
         Ledger.open(
@@ -114,6 +110,13 @@ def pretrain(
         ) as ledger,
     ):
         taken.begun = True  # what MLflow is told comes from here now
+        # From here on nobody else's group reads what is in the home.
+        (home / "recipe.yaml").write_bytes(to_yaml(recipe).encode())
+        if saved is None:
+            clear(home)
+            (home / PASSED_FILE).delete()  # of an earlier try, that another learning rate may mend
+        if start is not None:
+            start.keep(home)
         skipped = Skipped(
             home,
             schedule.manifest.rows,
@@ -133,8 +136,8 @@ def pretrain(
                 "tracking_run": ledger.run_id,
             }
         )
-        if started is not None:
-            heard.event({"kind": "started_from", "said": started})
+        if start is not None:
+            heard.event({"kind": "started_from", "said": start.said})
         if aside is not None and saved is not None:
             aside.offer(saved)  # an earlier driver may have ended before it was measured
         if saved is not None and saved.step >= schedule.steps:
@@ -207,9 +210,9 @@ def plan(recipe: Recipe) -> Schedule:
             "data.path is not set; name a prepared data set: `droppos prepare PICTURES DATA`, "
             "then `droppos pretrain --data.path DATA`"
         )
-    manifest = load_manifest(open_place(recipe.data.path))
+    manifest = load_manifest(open_reachable(recipe.data.path))
     if recipe.data.holdout is not None:  # missing now is better than missing later
-        _check_holdout(recipe, manifest, load_manifest(open_place(recipe.data.holdout)))
+        _check_holdout(recipe, manifest, load_manifest(open_reachable(recipe.data.holdout)))
     return Schedule(
         manifest=manifest,
         seed=recipe.run.seed,

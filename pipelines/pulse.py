@@ -36,6 +36,7 @@ class Pulse:
         self._first_of_node = ray.train.get_context().get_local_rank() == 0
         self._doing = "starting"
         self._step = 0
+        self._moves = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -58,6 +59,10 @@ class Pulse:
         """Note what this worker begins to do, at which step."""
         self._doing, self._step = doing, step
 
+    def moved(self) -> None:
+        """Note that something gets on that takes long and is no step; from any one thread."""
+        self._moves += 1
+
     def _run(self) -> None:
         # psutil counts a CPU's time from the last look of the same thread.
         machine = Machine() if self._first_of_node else None
@@ -65,7 +70,7 @@ class Pulse:
         told = None
         while not self._ended.wait(EVERY_S if told else 0):
             beats += 1
-            now = (self._doing, self._step)
+            now = (self._doing, self._step, self._moves)
             if now != told or beats % 20 == 0:
                 told = now
                 self._events.send(
@@ -76,6 +81,7 @@ class Pulse:
                         "pid": os.getpid(),
                         "doing": now[0],
                         "step": now[1],
+                        "moves": now[2],
                     }
                 )
             # The first time with the second beat: a share of a CPU's time needs some time to be of.

@@ -124,10 +124,14 @@ def read_whole(file: pa.NativeFile) -> bytes:
     return bytes(buffer)
 
 
-def write_whole(place: "Place", data: bytes | pa.Buffer) -> None:
+def write_whole(place: "Place", data: bytes | pa.Buffer, patience: float | None = None) -> None:
     """Write an object of up to 5 GB in one request, which S3 takes whole or not at all."""
     target = {"Bucket": place.bucket, "Key": place.key}
-    again(f"write {place}", lambda: _client().put_object(**target, Body=pa.BufferReader(data)))
+    again(
+        f"write {place}",
+        lambda: _client().put_object(**target, Body=pa.BufferReader(data)),
+        patience,
+    )
 
 
 def listing(place: "Place", recursive: bool) -> dict[str, int | None]:
@@ -242,14 +246,14 @@ class Upload:
                 raise
 
 
-def again(what: str, work: Callable[[], Result]) -> Result:
+def again(what: str, work: Callable[[], Result], patience: float | None = None) -> Result:
     """Ask boto3, patiently."""
 
     def attempt() -> Result:
         with boto_errors():
             return work()
 
-    return patiently(what, attempt)
+    return patiently(what, attempt, patience)
 
 
 def _client() -> Any:

@@ -25,6 +25,10 @@ FAILURES = 2
 """Checkpoints in a row that storage may not take before the run ends: training on would only
 make more to lose."""
 
+SLOWEST_S = 6 * 3600.0
+"""Seconds that ranks wait for each other's parts: who has died is known at once, who hangs by his
+pulse (:mod:`pipelines.group`), and storage may just be slow."""
+
 
 class Done(NamedTuple):
     """How the checkpoint that was under way ended."""
@@ -46,7 +50,8 @@ class Saver:
         device: torch.device,
         *,
         may_write: Callable[[], None],
-        timeout_s: float,
+        moved: Callable[[], None] = lambda: None,
+        timeout_s: float = SLOWEST_S,
     ) -> None:
         """Open a process group of its own, for the ranks to talk in the background.
 
@@ -55,11 +60,13 @@ class Saver:
             retention: Which older checkpoints stay.
             device: Where the state is.
             may_write: See :func:`stored_state.save`.
-            timeout_s: Seconds that ranks wait for each other.
+            moved: Likewise.
+            timeout_s: Seconds that ranks wait for each other's parts.
         """
         self._home = home
         self._retention = retention
         self._may_write = may_write
+        self._moved = moved
         self._group = host_group(timeout_s)
         self._stager = DefaultStager(
             StagingOptions(
@@ -115,6 +122,7 @@ class Saver:
                 self._retention,
                 may_write=self._may_write,
                 beside=beside,
+                moved=self._moved,
                 group=self._group,
             )
             return saved, perf_counter()

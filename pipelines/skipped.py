@@ -18,7 +18,9 @@ FILE = "skipped.jsonl"
 NAMED = 20
 """Pictures named in the log; a vanished shard has hundreds."""
 AGAIN_S = 30.0
-"""Seconds until storage that refused the list is tried again: each try may take minutes."""
+"""Seconds until storage that refused the list is tried again."""
+PATIENCE_S = 3.0
+"""Seconds of patience with storage while workers run: whoever waits passes notices on, too."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Skipped:
         if not self._unwritten or (monotonic() < self._not_before and not last):
             return False
         try:
-            self._file.write_bytes(self.text().encode())
+            self._file.write_bytes(self.text().encode(), None if last else PATIENCE_S)
             self._unwritten = False
         except DataError as error:
             _log.warning("the list of skipped pictures is not written now: %s", error)

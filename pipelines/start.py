@@ -12,6 +12,7 @@ has changed or gone::
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from safetensors.torch import load, save
@@ -36,18 +37,34 @@ def located_start(uri: str | None) -> str | None:
     return uri if uri is None or uri.startswith((TIMM_PREFIX, SCHEME)) else open_place(uri).uri
 
 
-def keep_start(recipe: Recipe, home: Place) -> str | None:
-    """Keep what the run starts from in its home; only for a run that has no checkpoint.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Weights that a run begins with."""
 
-    Returns:
-        What a person should know of it; None for a run that starts new.
+    said: str
+    """What a person should know of it."""
+    weights: bytes
+    record: bytes
+
+    def keep(self, home: Place) -> None:
+        """Write it to the home of the run, which has no checkpoint and is this driver's own."""
+        (home / WEIGHTS).write_bytes(self.weights)
+        (home / RECORD).write_bytes(self.record)
+
+
+def clear(home: Place) -> None:
+    """Delete what an earlier try left of its start."""
+    for name in (RECORD, WEIGHTS):
+        (home / name).delete()
+
+
+def read_start(recipe: Recipe) -> Start | None:
+    """Read what a run starts from; None for one that starts new. Nothing is written.
 
     Raises:
         DataError: If run.init_from is not there, or cannot be read.
         ConfigError: If it does not fit the recipe's model.
     """
-    for name in (RECORD, WEIGHTS):  # of an earlier try
-        (home / name).delete()
     uri = recipe.run.init_from
     if uri is None:
         return None
@@ -60,22 +77,33 @@ def keep_start(recipe: Recipe, home: Place) -> str | None:
     data = save(first.weights)
     digest = hashlib.sha256(data).hexdigest()
     record = {"uri": source.uri, "sha256": source.sha256 or digest, "weights": digest}
-    (home / WEIGHTS).write_bytes(data)
-    (home / RECORD).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
-    return f"starting from {source.uri}: {first.notice}"
+    return Start(
+        f"starting from {source.uri}: {first.notice}",
+        data,
+        json.dumps(record, indent=1).encode() + b"\n",
+    )
 
 
-def started_from(saved: Saved | None, home: Place) -> dict[str, str] | None:
+def started_from(saved: Saved | None, home: Place, init_from: str | None) -> dict[str, str] | None:
     """Tell what a run was started from: `uri` and `sha256`; None for one that started new.
 
     Args:
         saved: The checkpoint it goes on from, which tells it; if none, its home does.
         home: Folder of the run.
+        init_from: What the recipe says.
+
+    Raises:
+        TrainingError: If the home lacks what the recipe says: the run would start new.
     """
     if saved is not None:
         return saved.record.get("init_from")
-    if not (home / RECORD).exists():
+    if init_from is None:
         return None
+    if not (home / RECORD).exists():
+        raise TrainingError(
+            f"{home / RECORD} is gone, which the driver wrote when this run started from "
+            f"{init_from}; start the run again, which writes it anew"
+        )
     record = json.loads((home / RECORD).read_bytes())
     return {"uri": record["uri"], "sha256": record["sha256"]}
 

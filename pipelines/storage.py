@@ -186,12 +186,18 @@ class Place:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes((self / file.name).read_bytes())
 
-    def write_bytes(self, data: bytes | pa.Buffer) -> None:
-        """Write the whole object, or nothing: no reader ever sees half of it."""
+    def write_bytes(self, data: bytes | pa.Buffer, patience: float | None = None) -> None:
+        """Write the whole object, or nothing: no reader ever sees half of it.
+
+        Args:
+            data: All of it.
+            patience: Seconds for which each of two requests of an object store is tried;
+                `retries.PATIENCE` when not given.
+        """
         if self.is_s3:
-            self._try("write", lambda: _require_bucket(self))
+            self._try("write", lambda: _require_bucket(self), patience)
             with explained(self, "write"):
-                s3.write_whole(self, data)
+                s3.write_whole(self, data, patience)
         else:
             with self.open_output() as file:
                 file.write(data)
@@ -304,6 +310,17 @@ def explained(place: Place, verb: str) -> Iterator[None]:
         raise DataError(
             f"cannot {verb} {place}: the name {error.object!r} is not UTF-8; rename the file"
         ) from error
+
+
+def open_reachable(uri: str) -> Place:
+    """Open a place that a person has named, where a wrong address is told within seconds.
+
+    Raises:
+        DataError: As :func:`open_place` and :meth:`Place.check_reachable`.
+    """
+    place = open_place(uri)
+    place.check_reachable()
+    return place
 
 
 def will_pass(error: StorageError) -> bool:

@@ -4,11 +4,13 @@
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
+from time import monotonic, sleep
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from droppos.errors import DropposError, TrainingError
+from droppos.errors import DropposError, StorageError, TrainingError
 from pipelines import chain
 from pipelines.checkpoints import (
     COMPLETE,
     FOLDER,
     FORMAT,
+    INDEX,
     FileRecord,
     Retention,
     Saved,
@@ -30,8 +33,17 @@ from pipelines.checkpoints import (
     prune,
 )
 from pipelines.parts import PartReader, PartWriter
+from pipelines.retries import PATIENCE
 from pipelines.state_index import PartLoadPlanner, PartSavePlanner, put
-from pipelines.storage import Place
+from pipelines.storage import Place, will_pass
+
+APPEAR_S = 40.0
+"""Seconds until a file that another node has written to an NFS is seen; 30 by Linux' defaults."""
+COUNTS_S = 5.0
+"""Seconds that the file that makes a checkpoint count is tried before it is asked again whether it
+may."""
+
+_log = logging.getLogger(__name__)
 
 
 def save(
@@ -42,12 +54,14 @@ def save(
     retention: Retention,
     may_write: Callable[[], None] = lambda: None,
     beside: Callable[[], None] = lambda: None,
+    moved: Callable[[], None] = lambda: None,
     group: dist.ProcessGroup | None = None,
 ) -> Saved:
     """Write a checkpoint; every rank of a process group calls this, or one process.
 
     A checkpoint of the same step is replaced. Afterwards older ones are deleted as `retention`
-    has it, and what interrupted saves left.
+    has it, and what interrupted saves left. Of one that fails no part stays, which might fill the
+    disk that was too full for it.
 
     Args:
         home: Folder of the run.
@@ -58,9 +72,11 @@ def save(
             digests of recipe and manifest, seed, global batch, `metrics` of the held-out pictures,
             and `previous` (:mod:`pipelines.chain`).
         retention: Which older ones stay.
-        may_write: Called on rank 0 before the first file and before the last; what it raises is
-            raised on all ranks, and the checkpoint does not count.
+        may_write: Called on rank 0 before the first file, before each try to write the last, and
+            before anything is deleted; what it raises before the last is raised on all ranks, and
+            the checkpoint does not count.
         beside: Called on each rank when it is about to write its part, likewise.
+        moved: Called on each rank after each tensor.
         group: The ranks; those of the default group when not given.
 
     Raises:
@@ -70,11 +86,9 @@ def save(
     place = home / FOLDER / f"step-{step:08d}"
 
     def finished(files: dict[str, FileRecord], world_size: int) -> bytes:
-        there = {entry.name: entry.size for entry in place.files()}
-        lost = [name for name, file in files.items() if there.get(name) != file.bytes]
-        if lost:
+        if (lost := _await_files(place, files)) is not None:
             raise TrainingError(
-                f"{place} lacks {lost[0]}, which another worker has just written; is run.storage "
+                f"{place} lacks {lost}, which another worker has just written; is run.storage "
                 "a folder that all nodes share? Take one, or s3://"
             )
         record = {
@@ -90,20 +104,65 @@ def save(
         }
         text = json.dumps(record, indent=1).encode() + b"\n"
         chain.keep(home, chain.Link.of(text))
-        may_write()
-        (place / COMPLETE).write_bytes(text)
+        _complete(place, text, may_write)
         return text
 
-    with _one_error(f"checkpoint {place} cannot be written"):
-        metadata = state_dict_saver.save(
-            state,
-            storage_writer=PartWriter(place, may_write, beside, finished),
-            planner=PartSavePlanner(),
-            process_group=group,
-        )
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        prune(home, retention)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    try:
+        with _one_error(f"checkpoint {place} cannot be written"):
+            metadata = state_dict_saver.save(
+                state,
+                storage_writer=PartWriter(place, may_write, beside, moved, finished),
+                planner=PartSavePlanner(),
+                process_group=group,
+            )
+    except StorageError:
+        if first:
+            _if_allowed(may_write, lambda: _discard(place))
+        raise
+    if first:
+        _if_allowed(may_write, lambda: prune(home, retention))
     return parse(place, metadata.storage_data)
+
+
+def _await_files(place: Place, files: Mapping[str, FileRecord]) -> str | None:
+    """Wait until all files are seen; name one that is not. A node may list an NFS from memory."""
+    until = monotonic() + APPEAR_S
+    while True:
+        there = {entry.name: entry.size for entry in place.files()}
+        lost = [name for name, file in files.items() if there.get(name) != file.bytes]
+        if not lost or monotonic() > until:
+            return lost[0] if lost else None
+        sleep(1)
+
+
+def _complete(place: Place, text: bytes, may_write: Callable[[], None]) -> None:
+    """Let a checkpoint count, if it may at that moment: a request must not wait out a takeover."""
+    until = monotonic() + PATIENCE
+    while True:
+        may_write()
+        try:
+            return (place / COMPLETE).write_bytes(text, COUNTS_S)
+        except StorageError as error:
+            if not will_pass(error) or monotonic() > until:
+                raise
+
+
+def _if_allowed(may_write: Callable[[], None], work: Callable[[], None]) -> None:
+    """Delete something, unless another group writes here now: its parts do not count yet either."""
+    try:
+        may_write()
+        work()
+    except DropposError as error:
+        _log.warning("what is of no use any more stays: %s", error)
+
+
+def _discard(place: Place) -> None:
+    """Delete what of a checkpoint takes room; its folder stays, for it was cut short, not lost."""
+    (place / COMPLETE).delete()
+    for entry in place.files():
+        if entry.name != INDEX:
+            (place / entry.name).delete()
 
 
 def newest_for_all(home: Place, device: torch.device) -> Saved | None:

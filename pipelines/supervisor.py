@@ -137,6 +137,7 @@ class Supervisor:
         self._driver = driver
         self._origin = origin()  # the workers' own command says nothing
         self._saves = 0
+        self._groups = 0
         self._room_wanted = RoomWanted(recipe, self._on_gpu)
         self._noticed: set[str] = set()
         self._stopped = False
@@ -162,7 +163,9 @@ class Supervisor:
                 size = self._await_room(abort)
                 if size is None:
                     return
-                group = Group(self._recipe.run.hang_timeout_s)
+                self._groups += 1
+                self._events.group = self._groups
+                group = Group(self._recipe.run.hang_timeout_s, number=self._groups)
                 self._room_wanted.besides(running=size)
                 error = self._run_group(size, group, abort)
                 if isinstance(error, DamagedError):
@@ -234,9 +237,15 @@ class Supervisor:
         return self._most[0]
 
     def _leave(self) -> None:
-        """Leave the cluster, and with it end the workers."""
+        """Leave the cluster, and with it end the workers.
+
+        A trial is an actor of Tune's, which could not even tell its result without Ray; its
+        workers end with it.
+        """
         self._room_wanted.close()
-        ray.shutdown()
+        in_trial = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+        if not in_trial:
+            ray.shutdown()
 
     def _await_newest_step(self, abort: threading.Event) -> int:
         """Find where the next group begins, however long storage is away, up to an hour.
@@ -295,12 +304,14 @@ class Supervisor:
             return None if stopped else self._recipe.run.workers
         told = False
         while not (self._stopped or self._asked_to_stop()):
-            room = Room.look().workers(self._recipe, self._on_gpu)
+            room = 0
+            if (found := self._look_around()) is not None:
+                room = found.workers(self._recipe, self._on_gpu)
             if self._room_for is not None:
                 room = min(room, self._room_for)
             if (size := best_size(self._recipe, room)) is not None:
                 return size
-            if not told:
+            if not told and found is not None:
                 self._say("waiting", workers=min(self._recipe.sizes), fit=room)
                 told = True
             if abort.is_set():
@@ -348,7 +359,8 @@ class Supervisor:
         error = running.exception()
         if error is None:
             return None
-        if not isinstance(error, TrainingFailedError):
+        # Of Ray, or of storage: what ends Train's own actor, that of no worker, is a failure, too.
+        if not isinstance(error, TrainingFailedError | RayError | OSError):
             raise error
         return TrainingError(f"{killed}; they were killed") if killed else cause_of(error)
 
@@ -392,10 +404,7 @@ class Supervisor:
 
     def _look(self, size: int, group: Group) -> None:
         """Look at the cluster's nodes, and tell the workers what follows from it."""
-        try:
-            room = Room.look()
-        except RayError as error:
-            logger.warning("the cluster's nodes cannot be listed now: %s", error)
+        if (room := self._look_around()) is None:
             return
         advice = advise(
             self._recipe,
@@ -406,6 +415,13 @@ class Supervisor:
             most=self._room_for,
         )
         self._tell_workers(advice)
+
+    def _look_around(self) -> Room | None:
+        try:
+            return Room.look()
+        except RayError as error:
+            logger.warning("the cluster's nodes cannot be listed now: %s", error)
+            return None
 
     def _tell_workers(self, advice: Advice) -> None:
         """Pass advice on; a person's wish to stop stands above it."""
@@ -456,8 +472,8 @@ class Supervisor:
             )
 
 
-def cause_of(error: TrainingFailedError) -> DropposError:
-    """Find our own error in what the workers raised; the others only saw a peer go."""
+def cause_of(error: BaseException) -> DropposError:
+    """Find our own error in what ended a group; of several workers the others saw a peer go."""
     failures = list(getattr(error, "worker_failures", {}).values())
     failures.append(getattr(error, "controller_failure", error))
     for failure in failures:

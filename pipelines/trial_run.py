@@ -38,7 +38,7 @@ POINTER = "checkpoint.json"
 """What Tune keeps of a checkpoint: where ours is."""
 
 ADOPTED = "adopted"
-"""Names the checkpoint of another trial that this one went on from last."""
+"""Names the checkpoint of another trial that this one went on from last, and its own values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,8 @@ class TrialRun(tune.Trainable):
     def setup(self, config: dict[str, Any], common: Common | None = None) -> None:
         """Prepare; the run begins with the first `step`, for Tune may still give a checkpoint."""
         assert common is not None
-        trial = trial_recipe(common.recipe, common.schedule, config["number"], config["point"])
+        self._point = config["point"]
+        trial = trial_recipe(common.recipe, common.schedule, config["number"], self._point)
         # Named by its first values, though they may have changed since.
         self._recipe = replace(trial, run=replace(trial.run, name=config["name"]))
         self._common = common
@@ -206,12 +207,14 @@ class TrialRun(tune.Trainable):
         known = home / ADOPTED
         if uri is None or uri.startswith(f"{home.uri}/"):
             return
-        if known.exists() and known.read_bytes() == uri.encode():
+        # With the values that it is told to go on with: the same weights may be taken twice.
+        adoption = json.dumps([uri, self._point], sort_keys=True).encode()
+        if known.exists() and known.read_bytes() == adoption:
             return  # and went on from there, before its process died
         claim_for_driver(home)  # what an older process of this trial still saves counts no more
         checkpoints.adopt(home, checkpoints.at(uri))
         begin_anew(home)  # its steps from here on are not those of the weights it had
-        known.write_bytes(uri.encode())
+        known.write_bytes(adoption)
 
     def cleanup(self) -> None:
         """Have the run save a last checkpoint, and end."""

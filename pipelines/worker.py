@@ -64,14 +64,14 @@ def _train(job: Job, pulse: Pulse) -> None:
     attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
     saved = stored_state.newest_for_all(job.home, state.device)
     pace = Pace(recipe.optim.global_batch, step_flops(recipe.model, recipe.method), peak_of(state))
-    init_from = started_from(saved, job.home)
+    init_from = started_from(saved, job.home, recipe.run.init_from)
     if saved is None and init_from is not None:
         load_start(state, job.home)
     restore(state, saved)
     passed = PassedOver.read(job.home, schedule)
     proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
     ear = Ear(job.events, recipe.run.hang_timeout_s)
-    keeper = Keeper(job, state, proof, saved, init_from)
+    keeper = Keeper(job, state, proof, saved, init_from, pulse.moved)
     job.events.send(started(state.step, state.device))
 
     stream = steps_from(state.step, recipe, schedule)

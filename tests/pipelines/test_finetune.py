@@ -32,9 +32,9 @@ from pipelines.cost import HOURS
 from pipelines.events import Events
 from pipelines.export import export_checkpoint
 from pipelines.extraction import decode, pieces_of
-from pipelines.finetune import Finetuned, _facts, finetune, lie_by_class
+from pipelines.finetune import Finetuned, _check_resume, _facts, finetune, lie_by_class
 from pipelines.finetune_run import FinetuneRun
-from pipelines.finetune_worker import Tuning, _save, labelled, mean_loss
+from pipelines.finetune_worker import Tuning, _finish, _open_saver, _save, labelled, mean_loss
 from pipelines.holdout import choose
 from pipelines.job import Job
 from pipelines.order import Schedule
@@ -257,9 +257,22 @@ def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_pat
     )
     attempt = claim_for_group(home, job.driver, cpu)
     claim_for_driver(home)
+    saver = _open_saver(job, state, attempt, lambda: None)
+    _save(tuning, job, state, saver)
     with pytest.raises(SupersededError, match="was taken over by process"):
-        _save(tuning, job, state, attempt)
+        _finish(job, saver)
+    saver.close()
     assert checkpoints.newest(home) is None
+
+
+def test_one_whose_checkpoints_are_gone_does_not_begin_again(tmp_path: Path) -> None:
+    whole = Recipe(run=FinetuneRun(storage=str(tmp_path)).run)
+    home = open_place(whole.home)
+    for step in (1, 2):
+        stored_state.save(home, step, {"w": torch.ones(3)}, {}, checkpoints.Retention(9))
+    (home / checkpoints.FOLDER).delete()
+    with pytest.raises(ConfigError, match=r"had a checkpoint at step 2.*choose another --name"):
+        _check_resume(whole, None, {}, resume=True)
 
 
 def test_a_checkpoint_of_a_fine_tuning_says_why_it_is_no_backbone(tmp_path: Path) -> None:

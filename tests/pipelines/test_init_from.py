@@ -27,7 +27,7 @@ from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
 from pipelines.pretrain import located, pretrain
 from pipelines.recipe import Data, MeasureProtocol, Recipe, Run, Tracking
-from pipelines.start import RECORD, WEIGHTS, keep_start, load_start, started_from
+from pipelines.start import RECORD, WEIGHTS, clear, load_start, read_start, started_from
 from pipelines.storage import Place, open_place
 from pipelines.worker import create_state
 from tests.droppos.test_foreign import official, saved
@@ -66,12 +66,21 @@ def same_encoder(backbone: Trained, source: Trained) -> bool:
     return all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+def keep_start(recipe: Recipe, home: Place) -> str | None:
+    """Do as a driver does that has taken the run over."""
+    start = read_start(recipe)
+    clear(home)
+    if start is None:
+        return None
+    start.keep(home)
+    return start.said
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Place:
     return open_place(str(tmp_path / "home"))
 
 
-@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated:FutureWarning")
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_every_strategy_starts_with_the_very_weights(
     tmp_path: Path, home: Place, one_rank: None, strategy: Any
@@ -108,13 +117,13 @@ def test_the_run_remembers_by_hash_what_it_started_from(tmp_path: Path, home: Pl
     uri, _ = exported(tmp_path)
     keep_start(recipe_of(uri), home)
     digest = hashlib.sha256((Path(uri) / "model.safetensors").read_bytes()).hexdigest()
-    told = started_from(None, home)
+    told = started_from(None, home, uri)
     assert told == {"uri": uri, "sha256": digest}
     kept = stored_state.save(
         home, 3, {"w": torch.ones(1)}, facts(recipe_of(uri), DATA, told), checkpoints.Retention(1)
     )
     (home / RECORD).delete()  # a run that goes on needs neither it nor the original
-    assert started_from(kept, home) == told
+    assert started_from(kept, home, uri) == told
     assert kept.record["recipe"]["run"]["init_from"] == uri
 
 
@@ -123,7 +132,15 @@ def test_a_run_without_starts_new_whatever_an_earlier_try_left(tmp_path: Path, h
     keep_start(recipe_of(uri), home)
     assert keep_start(recipe_of(None), home) is None
     assert home.children() == []
-    assert started_from(None, home) is None
+    assert started_from(None, home, None) is None
+
+
+def test_a_run_whose_start_is_gone_does_not_start_new(tmp_path: Path, home: Place) -> None:
+    uri, _ = exported(tmp_path)
+    keep_start(recipe_of(uri), home)
+    clear(home)
+    with pytest.raises(TrainingError, match=r"start\.json is gone"):
+        started_from(None, home, uri)
 
 
 def test_kept_weights_that_were_changed_are_refused(tmp_path: Path, home: Place) -> None:
@@ -270,7 +287,7 @@ def test_a_run_starts_from_a_backbone_and_its_checkpoint_names_it(
     assert outcome.finished and outcome.checkpoint is not None
     assert said == [
         f"starting from {file}: the encoder is taken whole; new: dropped_token, "
-        "position_decoder; its learnt positions stay fixed"
+        "position_decoder; its positions are not computed ones; they stay fixed"
     ]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert outcome.checkpoint.record["init_from"] == {"uri": str(file), "sha256": digest}

@@ -29,7 +29,7 @@ from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.register import Registered
 from pipelines.registry import EXPORT, check_alias, check_name, fetch, parse
 from pipelines.shards import Manifest, Shard
-from pipelines.start import keep_start
+from pipelines.start import read_start
 from pipelines.storage import open_place
 from pipelines.tracking import for_files
 
@@ -145,9 +145,8 @@ def test_a_run_may_start_from_a_registered_model(world: World, here: Path) -> No
     uri = "models:/droppos@candidate"
     recipe = located(replace(world.recipe, run=replace(world.recipe.run, init_from=uri)))
     assert recipe.run.init_from == uri  # no folder of this machine
-    home = open_place(str(here / "run"))
-    notice = keep_start(recipe, home)
-    assert notice is not None and notice.startswith(f"starting from {uri}")
+    start = read_start(recipe)
+    assert start is not None and start.said.startswith(f"starting from {uri}")
 
 
 def test_a_registered_model_is_exported_again(world: World, here: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from droppos.errors import DataError, StorageError, TrainingError
 from pipelines import checkpoints, stored_state
+from pipelines.attempt import SupersededError
 from pipelines.checkpoints import Retention
 from pipelines.parts import DamagedError
 from pipelines.saver import Saver
@@ -107,6 +108,66 @@ def test_what_does_not_pass_ends_the_run_at_once(saver: Saver, error: Exception)
 
 def test_without_a_checkpoint_under_way_there_is_nothing_to_wait_for(saver: Saver) -> None:
     assert saver.finish() is None and not saver.ended
+
+
+def test_of_a_checkpoint_that_storage_does_not_take_no_part_fills_the_disk(
+    saver: Saver, home: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver.begin(1, {"w": torch.ones(3)}, {})
+    saver.finish()
+
+    def full(place: Place, text: bytes, may_write: object) -> None:
+        assert "part-00000.safetensors" in place.children()
+        raise StorageError("no space left on device")
+
+    monkeypatch.setattr(stored_state, "_complete", full)
+    saver.begin(2, {"w": torch.ones(3)}, {})
+    saver.finish()
+    assert (home / "checkpoints/step-00000002").children() == ["index.json"]
+    assert checkpoints.newest(home) is not None and checkpoints.lost(home) is None
+
+
+def test_whether_it_may_count_is_asked_before_each_try(
+    home: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage may be away from this node while another group takes the run over."""
+    asked: list[bool] = []
+    write = Place.write_bytes
+
+    def away(place: Place, data: bytes, patience: float | None = None) -> None:
+        if place.name == checkpoints.COMPLETE and len(asked) < 4:
+            raise StorageError("away") from OSError("AWS Error NETWORK_CONNECTION")
+        write(place, data)
+
+    monkeypatch.setattr(Place, "write_bytes", away)
+    arguments = home, 1, {"w": torch.ones(3)}, {}, Retention(2)
+    saved = stored_state.save(*arguments, may_write=lambda: asked.append(True))
+    assert saved == checkpoints.newest(home) and len(asked) == 5  # and before pruning
+
+    def taken_over() -> None:
+        if len(asked) == 2:
+            raise SupersededError("taken over")
+        asked.append(True)
+
+    asked.clear()
+    with pytest.raises(SupersededError):
+        stored_state.save(home, 2, *arguments[2:], may_write=taken_over)
+    assert (found := checkpoints.newest(home)) is not None and found.step == 1
+
+
+def test_who_was_superseded_deletes_nothing(home: Place) -> None:
+    """What does not count may be the checkpoint that the newer group is writing."""
+    theirs = home / "checkpoints/step-00000003/part-00000.safetensors"
+    theirs.write_bytes(b"half of it")
+    asked: list[bool] = []
+
+    def taken_over() -> None:
+        asked.append(True)
+        if len(asked) == 3:
+            raise SupersededError("taken over")
+
+    saved = stored_state.save(home, 2, {"w": torch.ones(3)}, {}, Retention(1), taken_over)
+    assert saved.step == 2 and theirs.exists()
 
 
 STEPS = (10, 20, 30, 40, 50)

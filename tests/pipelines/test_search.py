@@ -183,6 +183,23 @@ def test_a_trial_of_a_population_goes_on_from_the_checkpoint_of_another(tiny: Re
         assert trial._adopted == goes_on
 
 
+def test_the_same_weights_are_taken_again_with_other_values(
+    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not twice with the same: then its process died after it had gone on from there."""
+    taken: list[str] = []
+    monkeypatch.setattr(checkpoints, "at", lambda uri: uri)
+    monkeypatch.setattr(checkpoints, "adopt", lambda home, saved: taken.append(saved))
+    tiny = changed(tiny, "search", scheduler="pbt")
+    common = Common(tiny, plan(tiny), "knn", "parent", None, None)
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"uri": "s3://bucket/other/step-9"}))
+    for sigma in (1.0, 1.0, 2.0):
+        trial = TrialRun.__new__(TrialRun)
+        trial.setup({"number": 0, "point": {"method.sigma": sigma}, "name": "it"}, common)
+        trial.load_checkpoint(str(tmp_path))
+    assert len(taken) == 2
+
+
 def test_the_best_recipe_is_a_run_beside_the_search(tiny: Recipe) -> None:
     point = points_of(tiny)[0]
     best = best_recipe(tiny, plan(tiny), Record(0, "any", point))
@@ -391,7 +408,8 @@ def test_one_of_a_population_goes_on_from_the_other_and_ctrl_c_saves_both(
     for each in homes:
         if (each / "adopted").exists():
             (other,) = set(homes) - {each}
-            start = (each / "adopted").read_bytes().decode()
+            start, values = json.loads((each / "adopted").read_bytes())
+            assert values.keys() == {"optim.lr_per_256"}
             assert start.startswith(f"{other}/checkpoints/step-")
     client = MlflowClient(tracking_uri(tiny))
     for record in TrialTable(home):

@@ -74,7 +74,7 @@ def test_storage_that_refuses_is_tried_again_later_and_at_the_end(
     """Once, five times a second, each time for as long as retries last."""
     now, tries = 100.0, 0
 
-    def refuse(place: Place, data: bytes) -> None:
+    def refuse(place: Place, data: bytes, patience: float | None) -> None:
         nonlocal tries
         tries += 1
         raise StorageError("away")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 from ray.train import TrainingFailedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
@@ -38,17 +39,19 @@ def group(hang_timeout_s: float = 600) -> tuple[Group, Clock]:
 
 
 def started(rank: int) -> dict[str, Any]:
-    return {"kind": "started", "rank": rank, "node": f"node {rank}", "pid": 10 + rank}
+    return {"kind": "started", "group": 0, "rank": rank, "node": f"node {rank}", "pid": 10 + rank}
 
 
-def beat(rank: int, doing: str, step: int) -> dict[str, Any]:
+def beat(rank: int, doing: str, step: int, moves: int = 0) -> dict[str, Any]:
     return {
         "kind": "beat",
+        "group": 0,
         "rank": rank,
         "node": f"node {rank}",
         "pid": 10 + rank,
         "doing": doing,
         "step": step,
+        "moves": moves,
     }
 
 
@@ -61,6 +64,31 @@ def test_a_group_knows_where_its_workers_are() -> None:
     assert ours.started
     assert ours.processes == {0: ("node 0", 10), 1: ("node 1", 11)}
     assert ours.nodes == {"node 0", "node 1"}
+
+
+def test_one_of_an_earlier_group_is_not_heard() -> None:
+    """A machine that was cut off wakes, and its worker beats on: in the next group it is nobody."""
+    ours = Group(600, Clock(), number=2)
+    events = [beat(0, "training", 7), started(0)]
+    for event in events:
+        ours.event(event | {"group": 1})
+    assert not ours.processes and not ours.started
+    for event in events:
+        ours.event(event | {"group": 2})
+    assert ours.processes and ours.started
+
+
+def test_a_trial_does_not_leave_the_cluster_under_its_own_feet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module.RoomWanted, "close", lambda self: None)
+    monkeypatch.setattr(module.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.ray, "shutdown", lambda: pytest.fail("left"))
+    inside = SimpleNamespace(get_actor_id=lambda: "an actor of Tune's")
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: inside)
+    supervisor = object.__new__(Supervisor)
+    supervisor._room_wanted = module.RoomWanted(Recipe(), gpu=False)
+    supervisor._leave()
 
 
 def test_whoever_leaves_first_takes_back_what_was_asked_of_the_autoscaler(
@@ -97,6 +125,17 @@ def test_when_all_stand_still_who_does_what_and_who_is_mute_is_told() -> None:
         "no worker got on for 600 s: worker 0 training at step 7, worker 1 saving at step 7; "
         "nothing was heard of worker 1 (hang_timeout_s 600)"
     )
+
+
+def test_a_checkpoint_that_is_slow_to_write_is_not_taken_to_hang() -> None:
+    ours, clock = group(600)
+    ours.event(started(0))
+    for tensors in range(20):
+        ours.event(beat(0, "saving", 8, tensors))
+        clock.now += 500
+        assert not ours.hangs
+    clock.now += 101
+    assert "worker 0 saving at step 8" in ours.hangs
 
 
 def test_workers_that_have_not_begun_are_not_taken_to_hang() -> None:
@@ -189,8 +228,8 @@ class Groups:
             self.sizes.append(size)
             step, error, begun = left.pop(0)
             if begun:
-                group.event(started(0) | {"kind": "beat", "doing": "training", "step": step})
-                group.event(started(0))
+                for event in (beat(0, "training", step), started(0)):
+                    group.event(event | {"group": group.number})
             return error
 
         monkeypatch.setattr(supervisor, "_run_group", run)
@@ -304,6 +343,23 @@ def test_a_run_whose_checkpoints_all_stop_counting_does_not_begin_again(
 
 
 @pytest.mark.slow
+def test_what_ends_rays_own_actor_is_a_failure_as_any_other(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that hiccups while Train's controller starts, or the memory monitor: once it ended
+    the run with Ray's traceback, whatever run.max_failures said."""
+
+    class Trainer:
+        def fit(self) -> None:
+            raise ActorDiedError
+
+    monkeypatch.setattr(supervisor, "_trainer", lambda recipe: Trainer())
+    supervisor._heard.drain = lambda *given: None  # pyright: ignore[reportAttributeAccessIssue]
+    error = supervisor._run_group(1, group()[0], threading.Event())
+    assert isinstance(error, TrainingError) and "the workers failed" in str(error)
+
+
+@pytest.mark.slow
 def test_rays_own_watcher_does_not_end_a_group_that_works_on(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +395,7 @@ def test_a_run_that_was_taken_back_too_often_ends_and_says_where_the_pictures_ar
 ) -> None:
     monkeypatch.setattr("pipelines.supervisor.pass_over", lambda *given: PassedOver(rewinds=3))
     bad = group()[0]
-    bad.event({"kind": "gave_up", "error": "the gradient was NaN", "bad_steps": [7]})
+    bad.event({"kind": "gave_up", "group": 0, "error": "the gradient was NaN", "bad_steps": [7]})
     with pytest.raises(TrainingError, match=r"NaN; .*2 times \(run.max_rewinds\).*passed_over"):
         supervisor._take_back(bad)
     monkeypatch.setattr("pipelines.supervisor.pass_over", lambda *given: PassedOver(rewinds=2))
