@@ -20,7 +20,7 @@ from droppos.trained import Trained
 from pipelines import checkpoints, stored_state
 from pipelines.recipe_file import from_dict
 from pipelines.registry import SCHEME, fetch
-from pipelines.storage import Place, open_place
+from pipelines.storage import Place, open_reachable
 
 TIMM_PREFIX = "timm:"
 """What stands before the name of a model that timm downloads."""
@@ -59,7 +59,7 @@ def open_backbone(
     if uri.startswith(SCHEME):
         with TemporaryDirectory() as folder:
             return _load(fetch(uri, Path(folder)), uri)
-    place = open_place(uri)
+    place = open_reachable(uri)
     if place.name.endswith(SUFFIXES):
         return _foreign(place, place, heads)
     found = place.children()

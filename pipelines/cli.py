@@ -8,11 +8,13 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import version
 
 import tyro
 from rich.markup import escape
 
-from droppos.errors import DropposError
+from droppos.errors import ConfigError, DropposError
 from pipelines import recipe_file
 from pipelines.commands import backbones, clusters, data, proofs, records, training
 from pipelines.commands.speech import console
@@ -52,7 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run a sub-command; an error meant for a person is printed without a traceback."""
     quiet()
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        print(f"droppos {version('droppos')}")
+        return
     try:
+        _refuse_unknown(argv[:1])
         flags = with_recipe(argv)
         with _recipe_named(argv if flags != argv else []):
             if flags and flags[0] in COMMANDS:  # alone, or a typo is looked up in all of them
@@ -63,9 +69,29 @@ def main(argv: list[str] | None = None) -> None:
     except DropposError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(1)
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        if error.filename is None:
+            raise
+        said = f"{error.filename} cannot be used: {error.strerror}; name another place"
+        console.print(f"[bold red]error:[/] {escape(said)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read the output has had enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)
+
+
+def _refuse_unknown(command: list[str]) -> None:
+    """Suggest the command that was meant.
+
+    Raises:
+        ConfigError: If there is one that is nearly called so.
+    """
+    for name in command:
+        if name not in COMMANDS and (near := get_close_matches(name, COMMANDS, 1)):
+            raise ConfigError(f"there is no command {name}; did you mean {near[0]}?")
 
 
 @contextmanager

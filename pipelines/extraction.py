@@ -45,7 +45,7 @@ from pipelines.machines import read_cluster
 from pipelines.resources import Demand
 from pipelines.shards import Manifest, Picture, load_manifest
 from pipelines.spread import Spread
-from pipelines.storage import Place, open_place
+from pipelines.storage import Place, open_place, open_reachable
 
 PIECE = 512
 """Pictures of a piece, at least; it ends with a row group. 77 MB of pixels at 224 x 224."""
@@ -97,7 +97,7 @@ def extract(
         DataError: If there are no pictures, or one that was good when prepared is no longer.
         TrainingError: If workers are lost again and again.
     """
-    place = open_place(uri)
+    place = open_reachable(uri)
     manifest = load_manifest(place)
     pieces = pieces_of(choose(manifest, limit))
     if not pieces:

@@ -6,6 +6,7 @@ the same answer as one on the command line, with the right name suggested.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ def read(name: str) -> dict[str, Any]:
     if not path.is_file() and name in shipped():
         path = Path(str(SHIPPED / f"{name}.yaml"))
     if not path.is_file():
+        near = get_close_matches(name, shipped(), 1, 0.5)
         raise ConfigError(
-            f"there is no recipe {name}; give a YAML file, or one that is shipped: "
-            + ", ".join(shipped())
+            f"there is no recipe {name}; "
+            + (f"did you mean {near[0]}? " if near else "")
+            + f"Give a YAML file, or one that is shipped: {', '.join(shipped())}"
         )
     try:
         content = yaml.load(path.read_text(), _Once)

@@ -64,7 +64,7 @@ def existing(uri: str | None) -> "tuple[str, MlflowClient]":
     if file := missing_database(where):
         raise DataError(
             f"there are no registered models: {file} does not exist; name the server or database "
-            "with --uri, or MLFLOW_TRACKING_URI"
+            "by MLFLOW_TRACKING_URI"
         )
     return where, client_of(where)
 

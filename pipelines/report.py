@@ -38,6 +38,9 @@ Row = tuple[str, str | Path]
 EPOCHS = 40
 """Epochs of an audit that are all shown; of more, those that are not exact."""
 
+MANY = 500_000
+"""Pictures from which on more than one GPU is worth their while."""
+
 
 def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
     """Tell what became of a source."""
@@ -46,7 +49,8 @@ def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
     print_table(console, "Data set", prepare_rows(report))
     if report.set_aside:
         console.print(f"each file set aside is named in {escape(dest)}/set_aside.jsonl")
-    _next(console, f"droppos plan vit_base_imagenet --data.path {shlex.quote(dest)}")
+    recipe = "vit_base_imagenet" if report.pictures >= MANY else "vit_small_one_gpu"
+    _next(console, f"droppos plan {recipe} --data.path {shlex.quote(dest)}")
 
 
 def prepare_rows(report: PrepareReport) -> list[Row]:

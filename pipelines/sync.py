@@ -19,7 +19,7 @@ from pipelines.journal import About, Ended, Journal, Row, Stored, files_beside, 
 from pipelines.ledger import pointer
 from pipelines.outbox import Outbox, send_file, told
 from pipelines.secrets import MARK, redact
-from pipelines.storage import Place, open_place
+from pipelines.storage import Place, open_reachable
 from pipelines.tracking import client_of, missing_database, reachable
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def sync(where: str, patience_s: float = PATIENCE_S) -> list[Synced]:
             another.
         DataError: If there is no such folder.
     """
-    place = open_place(where)
+    place = open_reachable(where)
     if known := pointer(place):
         return [_sync_home(place, known, patience_s)]
     folder = Path(place.path)

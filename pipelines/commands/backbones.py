@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -26,7 +26,7 @@ from pipelines.spread import Spread
 
 def export(
     checkpoint: ExportedName,
-    out: tyro.conf.Positional[str],
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")],
     format: FormatName = "timm",
     image_size: tuple[int, int] | None = None,
     heads: Heads = Heads(),  # noqa: B008 - frozen
@@ -53,7 +53,7 @@ def export(
 
 def evaluate(
     backbone: BackboneName,
-    data: tyro.conf.Positional[str],
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
     train: str | None = None,
     pictures: int | None = None,
     blocks: int = 1,
@@ -104,7 +104,7 @@ def evaluate(
 
 def finetune(
     backbone: BackboneName,
-    data: tyro.conf.Positional[str],
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
     holdout: str,
     resume: bool = False,
     recipe: FinetuneFlags = Finetune(),  # noqa: B008 - frozen
@@ -148,8 +148,8 @@ def finetune(
 
 def look(
     backbone: BackboneName,
-    data: tyro.conf.Positional[str],
-    out: tyro.conf.Positional[Path],
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
     track: bool = False,
     measure: MeasureFlags = MeasureProtocol(pictures=256),  # noqa: B008 - frozen
     heads: Heads = Heads(),  # noqa: B008 - frozen
@@ -179,8 +179,8 @@ def look(
 
 
 def register(
-    backbone: tyro.conf.Positional[str],
-    name: tyro.conf.Positional[str],
+    backbone: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BACKBONE")],
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
     alias: str | None = None,
     checkpoint: str | None = None,
     uri: str | None = None,

@@ -3,6 +3,7 @@
 import sys
 from json import dumps
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -83,7 +84,10 @@ def launch(
         sys.exit(flow.launch(asked, backend, made, speaking, start=Path.cwd(), detach=detach))
 
 
-def attach(name: tyro.conf.Positional[str], on: OnFlags = On()) -> None:  # noqa: B008 - frozen
+def attach(
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
+    on: OnFlags = On(),  # noqa: B008 - frozen
+) -> None:
     """Follow a launch's job again, and end the machines when it has ended.
 
     Args:
@@ -97,7 +101,7 @@ def attach(name: tyro.conf.Positional[str], on: OnFlags = On()) -> None:  # noqa
 
 
 def stop(
-    name: tyro.conf.Positional[str],
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
     yes: bool = False,
     on: OnFlags = On(),  # noqa: B008 - frozen
 ) -> None:
@@ -115,7 +119,7 @@ def stop(
 
 
 def down(
-    name: tyro.conf.Positional[str],
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")],
     yes: bool = False,
     on: OnFlags = On(),  # noqa: B008 - frozen
 ) -> None:
@@ -132,7 +136,9 @@ def down(
         sys.exit(flow.down(*places.found(name, on), terminal.terminal(console, yes=yes)))
 
 
-def watch_spot(head: tyro.conf.Positional[str]) -> None:
+def watch_spot(
+    head: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADDRESS")],
+) -> None:
     """Watch this EC2 machine for the notice that it is taken back, and drain its Ray node then.
 
     cluster.yaml starts it on each machine that may be. It ends once the notice has been passed on.

@@ -3,6 +3,7 @@
 import sys
 from math import inf
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -10,8 +11,8 @@ from pipelines.commands.speech import busy, console
 
 
 def prepare(
-    source: tyro.conf.Positional[str],
-    dest: tyro.conf.Positional[str],
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")],
     shard_mb: float = 64,
     group_rows: int = 100,
     short_side: int | None = None,
@@ -51,7 +52,7 @@ def prepare(
 
 
 def doctor(
-    data: tyro.conf.Positional[str],
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
     gpus: int | None = None,
     gpu_images_per_s: float = 1500,
     decode_cpus: int | None = None,
@@ -87,7 +88,7 @@ def doctor(
     show_doctor(console, report)
 
 
-def audit(run: tyro.conf.Positional[str]) -> None:
+def audit(run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]) -> None:
     """Compare what a run trained on, picture by picture, with its schedule.
 
     Args:

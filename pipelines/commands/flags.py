@@ -29,8 +29,12 @@ _BACKBONE = (
     "Folder of an export to timm, of a checkpoint, or of a run (its newest); models:/NAME@ALIAS; "
     "a file of weights of the DropPos reference, MAE or timm; or timm:NAME, which timm downloads"
 )
-BackboneName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=f"{_BACKBONE}.")]
+BackboneName = Annotated[
+    tyro.conf.Positional[str], tyro.conf.arg(metavar="BACKBONE", help=f"{_BACKBONE}.")
+]
 ExportedName = Annotated[
     tyro.conf.Positional[str],
-    tyro.conf.arg(help=f"{_BACKBONE}. Of a run of droppos finetune: its classifier."),
+    tyro.conf.arg(
+        metavar="BACKBONE", help=f"{_BACKBONE}. Of a run of droppos finetune: its classifier."
+    ),
 ]

@@ -14,7 +14,7 @@ from pipelines.tracking import Where
 
 
 def runs(
-    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    names: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN...]")] = (),
     where: WhereFlags = Where(),  # noqa: B008 - frozen
     most: int = 20,
 ) -> None:
@@ -39,7 +39,9 @@ def runs(
             runs_report.show_comparison(console, registry.compare(names))
 
 
-def sync(where: tyro.conf.Positional[str] = STORAGE) -> None:
+def sync(
+    where: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[FOLDER]")] = STORAGE,
+) -> None:
     """Send to MLflow what killed processes, or an outage, left behind.
 
     Args:
@@ -56,7 +58,7 @@ def sync(where: tyro.conf.Positional[str] = STORAGE) -> None:
 
 
 def report(
-    run: tyro.conf.Positional[str],
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")],
     out: Path | None = None,
     where: WhereFlags = Where(),  # noqa: B008 - frozen
 ) -> None:

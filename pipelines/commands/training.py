@@ -3,6 +3,7 @@
 import os
 import sys
 from dataclasses import replace
+from typing import Annotated
 
 import tyro
 
@@ -45,7 +46,7 @@ def pretrain(
 
 
 def resume(
-    run: tyro.conf.Positional[str],
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")],
     allow_changes: bool = False,
     where: WhereFlags = Where(),  # noqa: B008 - frozen
 ) -> None:

@@ -134,7 +134,7 @@ def check_data(recipe: Recipe, *, remote: bool = True) -> str:
         Note: If storage does not let this machine look; it may let the cluster's.
     """
     from pipelines.shards import load_manifest
-    from pipelines.storage import open_place
+    from pipelines.storage import open_reachable
 
     said = []
     for place in filter(None, (recipe.data.path, recipe.data.holdout)):
@@ -142,7 +142,7 @@ def check_data(recipe: Recipe, *, remote: bool = True) -> str:
             said.append(f"{place}: the cluster's own, not looked at")
             continue
         try:
-            said.append(f"{place}: {load_manifest(open_place(place)).rows:,} pictures")
+            said.append(f"{place}: {load_manifest(open_reachable(place)).rows:,} pictures")
         except StorageError as error:
             raise Note(str(error), "not to be looked at from here; the cluster may") from error
     return "; ".join(said) or "its own photographs"
@@ -156,12 +156,12 @@ def check_run(asked: Request, *, remote: bool = True) -> str:
         Note: If storage does not let this machine look.
     """
     from pipelines.checkpoints import COMPLETE
-    from pipelines.storage import open_place
+    from pipelines.storage import open_reachable
 
     home = asked.recipe.home
     if asked.job != "pretrain" or asked.resume or (remote and not home.startswith("s3://")):
         return home
-    kept = open_place(home) / "checkpoints"
+    kept = open_reachable(home) / "checkpoints"
     try:
         names = kept.children() if kept.exists() else []
         whole = [name for name in names if (kept / name / COMPLETE).exists()]

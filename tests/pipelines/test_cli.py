@@ -225,3 +225,36 @@ def test_what_opens_a_file_of_weights_can_be_told_its_heads(
 ) -> None:
     code, text = said(capsys, command, "--help")
     assert code == 0 and "--heads.encoder" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["pretrian"], "no command pretrian; did you mean pretrain?"),
+        (["pretrain", "vit_base"], "no recipe vit_base; did you mean vit_base_imagenet?"),
+    ],
+)
+def test_the_name_that_was_meant_is_suggested(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    code, text = said(capsys, *argv)
+    assert code == 1 and words in text
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("droppos ")
+
+
+def test_an_output_that_cannot_be_written_is_one_line(
+    capsys: pytest.CaptureFixture[str], data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    code, text = said(capsys, "prepare", data, str(tmp_path / "file/out"))
+    assert code == 1 and str(tmp_path / "file") in text and "Traceback" not in text
+
+
+def test_whoever_reads_the_output_may_leave() -> None:
+    command = f"{sys.executable} -m pipelines.cli plan --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage") and not done.stderr
