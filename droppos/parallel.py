@@ -81,19 +81,19 @@ def build(
         for block in blocks:
             block.compile(dynamic=False)
     if compute.strategy == "ddp":
-        return DistributedDataParallel(whole, **_BUFFERS_STAY)
+        return _replicated(whole)
     if compute.strategy == "fsdp2":
         _shard(whole, blocks, compute, device)
     return whole
 
 
-# A decoder's fixed positions, equal on all ranks; torch 2.15 has renamed what leaves them alone.
-_SYNCED = "forward_sync_buffers"
-_BUFFERS_STAY: dict[str, Any] = {
-    _SYNCED
-    if _SYNCED in signature(DistributedDataParallel).parameters
-    else "broadcast_buffers": False
-}
+def _replicated(model: DropPos) -> DistributedDataParallel:
+    """Have every rank hold all; buffers, a decoder's fixed positions, need no broadcast."""
+    name = "forward_sync_buffers"
+    if name not in signature(DistributedDataParallel).parameters:  # before torch 2.15
+        name = "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, **options)
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -67,9 +67,10 @@ def stop_on_signal(
         logger.warning("%s: %s", signal.Signals(number).name, words)
         stop()
 
-    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    heard = [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
-    before = {number: signal.signal(number, on_signal) for number in heard}
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {
+        number: signal.signal(number, on_signal) for number in STOP_SIGNALS if number not in nohup
+    }
     try:
         yield
     finally:

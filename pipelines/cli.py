@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"droppos {version('droppos')}")
         return
     try:
-        _refuse_unknown(argv[:1])
+        if argv:
+            _refuse_unknown(argv[0])
         flags = with_recipe(argv)
         with _recipe_named(argv if flags != argv else []):
             if flags and flags[0] in COMMANDS:  # alone, or a typo is looked up in all of them
@@ -83,15 +84,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _refuse_unknown(command: list[str]) -> None:
+def _refuse_unknown(command: str) -> None:
     """Suggest the command that was meant.
 
     Raises:
         ConfigError: If there is one that is nearly called so.
     """
-    for name in command:
-        if name not in COMMANDS and (near := get_close_matches(name, COMMANDS, 1)):
-            raise ConfigError(f"there is no command {name}; did you mean {near[0]}?")
+    if command not in COMMANDS and (near := get_close_matches(command, COMMANDS, 1)):
+        raise ConfigError(f"there is no command {command}; did you mean {near[0]}?")
 
 
 @contextmanager

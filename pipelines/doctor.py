@@ -24,7 +24,7 @@ from pipelines.memory import AHEAD, Footprint
 from pipelines.readings import Cropping, Reading, Readings, Site
 from pipelines.recipe import Data
 from pipelines.shards import Manifest, load_manifest
-from pipelines.storage import Place, open_place
+from pipelines.storage import Place, open_reachable
 from pipelines.stream_gauge import BATCH, Fit, cpu_seconds, stream_for
 from pipelines.windows import CropOptions
 
@@ -89,8 +89,7 @@ def doctor(
         DataError: If the data set or its storage can't be read.
         ConfigError: If the cluster can't be reached, or has fewer CPUs than asked for.
     """
-    place = open_place(data)
-    place.check_reachable()
+    place = open_reachable(data)
     manifest = load_manifest(place)
     if not manifest.rows:
         raise DataError(f"{place} has no pictures; prepare it again from a source that has some")

@@ -40,7 +40,7 @@ from pipelines.recipe import Recipe, Tracking
 from pipelines.recipe_file import plain
 from pipelines.shards import Manifest, load_manifest, read_row_group
 from pipelines.skipped import Skipped
-from pipelines.storage import Place, open_place
+from pipelines.storage import Place, open_place, open_reachable
 from pipelines.supervisor import Supervisor, Work
 from pipelines.windows import read_window
 from pipelines.words import counted
@@ -131,8 +131,7 @@ def finetune(
     schedule = plan(whole)
     labels, classes = _labels(whole, schedule.manifest)
     facts = _facts(trained, recipe, whole, schedule)
-    home = open_place(whole.home)
-    home.check_reachable()
+    home = open_reachable(whole.home)
     saved = checkpoints.newest(home)
     _check_resume(whole, saved, facts, resume)
     connect(whole)

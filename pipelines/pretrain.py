@@ -97,8 +97,7 @@ def pretrain(
     """
     recipe = located(recipe)
     schedule = plan(recipe)
-    home = open_place(recipe.home)
-    home.check_reachable()
+    home = open_reachable(recipe.home)
     saved = checkpoints.newest(home)
     check_resume(recipe, schedule, saved, resume=resume, allow_changes=allow_changes)
     start = read_start(recipe) if saved is None else None

@@ -32,7 +32,7 @@ from pipelines.secrets import redact
 from pipelines.shards import load_manifest
 from pipelines.sharing import Shared
 from pipelines.space import corners, grid_points, read_space
-from pipelines.storage import open_place
+from pipelines.storage import open_place, open_reachable
 from pipelines.tracking import local_folder, tracking_uri
 from pipelines.trials import FILE as TABLE_FILE
 from pipelines.trials import Record, TrialTable, objective_of, require_comparable, trial_recipe
@@ -122,8 +122,7 @@ def ready(recipe: Recipe, *, resume: bool) -> tuple[Schedule, Objective, dict[st
     check(recipe, schedule, objective)
     assert recipe.data.holdout is not None
     holdout = load_manifest(open_place(recipe.data.holdout)).digest
-    home = open_place(recipe.home)
-    home.check_reachable()
+    home = open_reachable(recipe.home)
     fixed = (*FIXED, "measure", "search.space", "search.algorithm")
     ours: dict[str, Any] = {
         name: value

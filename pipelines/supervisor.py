@@ -137,7 +137,6 @@ class Supervisor:
         self._driver = driver
         self._origin = origin()  # the workers' own command says nothing
         self._saves = 0
-        self._groups = 0
         self._room_wanted = RoomWanted(recipe, self._on_gpu)
         self._noticed: set[str] = set()
         self._stopped = False
@@ -163,9 +162,8 @@ class Supervisor:
                 size = self._await_room(abort)
                 if size is None:
                     return
-                self._groups += 1
-                self._events.group = self._groups
-                group = Group(self._recipe.run.hang_timeout_s, number=self._groups)
+                self._events.group += 1
+                group = Group(self._recipe.run.hang_timeout_s, number=self._events.group)
                 self._room_wanted.besides(running=size)
                 error = self._run_group(size, group, abort)
                 if isinstance(error, DamagedError):

@@ -8,7 +8,7 @@ from pipelines.order import window_rows
 from pipelines.plan.question import Question
 from pipelines.recipe import Recipe
 from pipelines.shards import GROUP_ROWS, Manifest, load_manifest
-from pipelines.storage import open_place
+from pipelines.storage import open_reachable
 
 DECODE_S, DECODE_S_PER_KB = 1.22e-3, 13.3e-6
 """CPU seconds of all processes for a picture, and for each kB of it: measured, docs/stream.md (our
@@ -111,8 +111,7 @@ def _pictures(recipe: Recipe, question: Question) -> tuple[int, float, float, st
 
 
 def _manifest(path: str) -> Manifest:
-    place = open_place(path)
-    place.check_reachable()
+    place = open_reachable(path)
     manifest = load_manifest(place)
     if not manifest.rows:
         raise DataError(f"{place} has no pictures; prepare it again from a source that has some")

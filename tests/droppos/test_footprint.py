@@ -26,8 +26,6 @@ from droppos.step import MicroBatch, TrainState, train_step
 from tests.droppos.live_bytes import LiveBytes, kept_for_backward
 from tests.droppos.tiny import TINY
 
-pytestmark = pytest.mark.filterwarnings("ignore:`broadcast_buffers`:FutureWarning")
-
 DEEP = replace(TINY, depth=4, width=96, decoder_width=48)
 WIDE = Model(
     size="tiny", image_size=(64, 64), width=192, depth=4, heads=3, decoder_width=64, decoder_heads=4
