@@ -14,6 +14,9 @@ The job can be killed at any moment and run again. What it leaves at DEST, in th
 
 A shard depends only on where it starts, so an interrupted job ends with the same bytes as one
 that was not.
+
+With a held-out data set, a part of the pictures goes there and nowhere else: by a hash of their
+names, so that a picture stays on its side whatever else the source holds (pipelines/sides.py).
 """
 
 import json
@@ -25,8 +28,8 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile, zip_longest
 from typing import NamedTuple
 
 from droppos.bounded import Bound, TooLongError, bounded_copy
@@ -44,7 +47,8 @@ from pipelines.shards import (
     load_manifest,
     shard_from_json,
 )
-from pipelines.sources import Item, Source, open_source
+from pipelines.sides import HOLDOUT_SHARE, HoldoutBy, Side, sides
+from pipelines.sources import Item, Source, Wanted, open_source
 from pipelines.storage import Place, open_place
 
 log = logging.getLogger(__name__)
@@ -87,6 +91,8 @@ class PrepareReport:
     """Whether the data set was there before."""
     bounded: Bounded | None = None
     """How many pictures are smaller copies, and what that saved; none without a bound."""
+    holdout: "PrepareReport | None" = None
+    """What became of those that were put aside; none if none were asked to be."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,11 @@ class _Asked:
     quality: int | None = None
     mixed: bool = False
     """Whether pictures lie mixed; an older droppos packed all in the order of their names."""
+    only: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    side: str | None = None
+    """Which of the pictures, in words, where some are held out; all of them without."""
 
     @property
     def bound(self) -> Bound | None:
@@ -131,7 +142,7 @@ class _Pending:
 
 @dataclass(frozen=True)
 class _Record:
-    """A finished shard, and where the next one starts."""
+    """A finished shard, and where the next one starts: the number of an item."""
 
     shard: Shard
     next: int
@@ -148,6 +159,10 @@ def prepare(
     short_side: int | None = None,
     quality: int | None = None,
     workers: int | None = None,
+    wanted: Wanted = Wanted(),  # noqa: B008 (frozen)
+    holdout: str | None = None,
+    holdout_share: float = HOLDOUT_SHARE,
+    holdout_by: HoldoutBy = "picture",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:
     """Pack the pictures at ``source`` into a data set at ``dest``.
@@ -156,7 +171,7 @@ def prepare(
     it ended, it finds nothing to do.
 
     Args:
-        source: Folder, .tar, .tar.gz, .zip or parquet, as path or URI.
+        source: Folder, .tar, .tar.gz, .zip or parquet, or a folder of those, as path or URI.
         dest: Folder of the data set, as path or URI.
         shard_bytes: Encoded bytes after which a shard is full.
         group_rows: Pictures of a row group.
@@ -165,10 +180,14 @@ def prepare(
         quality: JPEG quality of the copies this makes.
         workers: Threads that read and decode; by default one a core, and four a core when the
             source is on S3, where most wait.
-        on_progress: Called with (done, total) after each picture.
+        wanted: What of the source is read.
+        holdout: Folder of another data set, of pictures that are put aside; none are without.
+        holdout_share: About how many of them, in (0, 1).
+        holdout_by: What is put aside together: nothing (`picture`), or what is in one folder.
+        on_progress: Called with (done, total) after each picture, for each data set.
 
     Raises:
-        ConfigError: If a setting is out of range, or ``dest`` is inside of ``source``.
+        ConfigError: If a setting is out of range, or one place is inside of another.
         DataError: If there is nothing to pack, a place can't be reached, or ``dest`` already
             holds another data set.
     """
@@ -179,10 +198,15 @@ def prepare(
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be positive, got {workers}; leave it out for the default")
     bound = Bound.asked(short_side, quality)
-    place, target = open_place(source), open_place(dest)
-    _refuse_inside(place, target)
-    target.check_reachable()
-    with open_source(place) as opened:
+    place, dests = open_place(source), [open_place(dest)]
+    divided = sides(holdout_share, holdout_by) if holdout is not None else []
+    if holdout is not None:
+        dests.append(open_place(holdout))
+        _refuse_nested(*dests)
+    for target in dests:
+        _refuse_inside(place, target)
+        target.check_reachable()
+    with open_source(place, wanted) as opened:
         asked = _Asked(
             opened.uri,
             opened.fingerprint,
@@ -191,21 +215,30 @@ def prepare(
             short_side=bound and bound.short_side,
             quality=bound and bound.quality,
             mixed=opened.mixed,
+            **asdict(wanted),
         )
-        finished = (target / MANIFEST).exists()
-        _begin(target, asked, finished)
-        if not finished:
-            records = _records(target)
-            threads = workers or (os.cpu_count() or 1) * (4 if place.is_s3 else 1)
-            _pack(opened, target, asked, records, threads, on_progress)
-    manifest = load_manifest(target)
+        threads = workers or (os.cpu_count() or 1) * (4 if place.is_s3 else 1)
+        reports: list[PrepareReport] = []
+        for target, side in reversed([*zip_longest(dests, divided)]):
+            part = asked if side is None else replace(asked, side=str(side))
+            finished = (target / MANIFEST).exists()
+            _begin(target, part, finished)
+            if not finished:
+                _pack(opened, side, target, part, _records(target), threads, on_progress)
+            reports.append(_report(target, time.monotonic() - started, finished))
+    whole = reports.pop()
+    return replace(whole, holdout=reports.pop() if reports else None)
+
+
+def _report(dest: Place, seconds: float, finished: bool) -> PrepareReport:
+    manifest = load_manifest(dest)
     return PrepareReport(
         pictures=manifest.rows,
         shards=len(manifest.shards),
         bytes=manifest.size,
-        set_aside=dict(Counter(entry.kind for entry in read_set_aside(target))),
+        set_aside=dict(Counter(entry.kind for entry in read_set_aside(dest))),
         classes=manifest.classes,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         nothing_to_do=finished,
         bounded=manifest.bounded,
     )
@@ -222,6 +255,15 @@ def _refuse_inside(source: Place, dest: Place) -> None:
         raise ConfigError(
             f"destination {dest} is inside of source {source}, so shards would be taken for "
             "pictures; give a destination elsewhere"
+        )
+
+
+def _refuse_nested(dest: Place, holdout: Place) -> None:
+    one, other = f"{dest.uri}/", f"{holdout.uri}/"
+    if one.startswith(other) or other.startswith(one):
+        raise ConfigError(
+            f"--holdout {holdout} and destination {dest} lie in one another, so one would hold the "
+            "other's pictures; give two folders side by side"
         )
 
 
@@ -262,6 +304,9 @@ def _difference(name: str, before: object, now: object) -> str:
         return "names or sizes of the source's files have changed since"
     if name == "mixed":
         return "an older droppos began it, in the order of names, so it cannot be gone on with"
+    if name == "side":
+        before, now = (value or "all pictures" for value in (before, now))
+        return f"it is of {before}, now {now} is asked"
     before, now = ("none" if value is None else value for value in (before, now))
     return f"its {name} is {before}, now {now} is asked"
 
@@ -287,13 +332,14 @@ def _records(dest: Place) -> list[_Record]:
 
 def _pack(
     source: Source,
+    side: Side | None,
     dest: Place,
     asked: _Asked,
     records: list[_Record],
     threads: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Write the shards that are missing, and then the manifest."""
+    """Write the shards that are missing, of all or one side's pictures, and then the manifest."""
     writer = ShardWriter(
         dest,
         first=len(records),
@@ -304,8 +350,11 @@ def _pack(
     if records:
         log.info("going on after %d finished shards, at picture %d", len(records), position)
     bound, pending = asked.bound, _Pending()
-    for result in _checked(source.items_from(position), bound, threads):
-        position += 1
+    items = source.items_from(position)
+    if side is not None:
+        items = (item for item in items if side.takes(item.key))
+    for item, result in _checked(items, bound, threads):
+        position = item.place + 1
         if isinstance(result, SetAside):
             pending.set_aside.append(result)
         else:
@@ -320,9 +369,10 @@ def _pack(
         records.append(_finish(writer, dest, position, pending))
         pending = _Pending()
     every = [entry for record in records for entry in record.set_aside] + pending.set_aside
-    every += [SetAside(key, *reason) for key, reason in source.refused.items()]
+    if side is None or not side.held_out:  # no pictures, so on no side
+        every += [SetAside(key, *reason) for key, reason in source.refused.items()]
     if not records:
-        raise DataError(_nothing_left(source, every))
+        raise DataError(_nothing_left(source, side, every))
     every.sort()
     lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in every]
     (dest / SET_ASIDE).write_bytes("".join(lines).encode())
@@ -346,22 +396,27 @@ def _finish(writer: ShardWriter, dest: Place, position: int, pending: _Pending) 
 
 def _checked(
     items: Iterator[Item], bound: Bound | None, threads: int
-) -> Iterator[_Checked | SetAside]:
+) -> Iterator[tuple[Item, _Checked | SetAside]]:
     """Read and decode items on several threads, and give them back in order.
 
     Threads are enough: Pillow lets go of Python's lock while it decodes, resizes and writes.
     """
-    waiting: deque[Future[_Checked | SetAside]] = deque()
+    waiting: deque[tuple[Item, Future[_Checked | SetAside]]] = deque()
+
+    def first() -> tuple[Item, _Checked | SetAside]:
+        item, future = waiting.popleft()
+        return item, future.result()
+
     with ThreadPoolExecutor(threads) as pool:
         try:
             for item in items:
-                waiting.append(pool.submit(_check, item, bound))
+                waiting.append((item, pool.submit(_check, item, bound)))
                 if len(waiting) > 4 * threads:  # else the whole source would be in memory
-                    yield waiting.popleft().result()
+                    yield first()
             while waiting:
-                yield waiting.popleft().result()
+                yield first()
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
 
@@ -384,7 +439,12 @@ def _check(item: Item, bound: Bound | None) -> _Checked | SetAside:
     return _Checked(picture, len(data) if copy.is_smaller else None)
 
 
-def _nothing_left(source: Source, aside: list[SetAside]) -> str:
+def _nothing_left(source: Source, side: Side | None, aside: list[SetAside]) -> str:
+    if side is not None and not aside:
+        return (
+            f"of the {source.total:,} pictures of source {source.uri} there is none for {side}; "
+            "give another --holdout-share, or --holdout-by picture"
+        )
     first = "; ".join(f"{entry.key}: {entry.reason}" for entry in aside[:3])
     return (
         f"source {source.uri} has no picture that can be decoded: all {len(aside)} files were set "

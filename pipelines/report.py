@@ -42,15 +42,25 @@ MANY = 500_000
 """Pictures from which on more than one GPU is worth their while."""
 
 
-def show_prepare(console: Console, report: PrepareReport, dest: str) -> None:
+def show_prepare(
+    console: Console, report: PrepareReport, dest: str, holdout: str | None = None
+) -> None:
     """Tell what became of a source."""
+    _show_data_set(console, "Data set", report, dest)
+    recipe = "vit_base_imagenet" if report.pictures >= MANY else "vit_small_one_gpu"
+    command = f"droppos plan {recipe} --data.path {shlex.quote(dest)}"
+    if report.holdout is not None and holdout is not None:
+        _show_data_set(console, "Held out", report.holdout, holdout)
+        command += f" --data.holdout {shlex.quote(holdout)}"
+    _next(console, command)
+
+
+def _show_data_set(console: Console, title: str, report: PrepareReport, dest: str) -> None:
     if report.nothing_to_do:
         console.print(f"{escape(dest)} is complete already: nothing to do", highlight=False)
-    print_table(console, "Data set", prepare_rows(report))
+    print_table(console, title, prepare_rows(report))
     if report.set_aside:
         console.print(f"each file set aside is named in {escape(dest)}/set_aside.jsonl")
-    recipe = "vit_base_imagenet" if report.pictures >= MANY else "vit_small_one_gpu"
-    _next(console, f"droppos plan {recipe} --data.path {shlex.quote(dest)}")
 
 
 def prepare_rows(report: PrepareReport) -> list[Row]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from pipelines.commands.speech import busy, console
+from pipelines.sides import HOLDOUT_SHARE, HoldoutBy
 
 
 def prepare(
@@ -17,12 +18,18 @@ def prepare(
     group_rows: int = 100,
     short_side: int | None = None,
     quality: int | None = None,
+    holdout: str | None = None,
+    holdout_share: float | None = None,
+    holdout_by: HoldoutBy = "picture",
+    only: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> None:
     """Pack pictures into shards that stream from object storage.
 
     Args:
-        source: Folder of pictures (class sub-folders are labels), a tar, a zip or a parquet
-            with an image column; path or s3:// URI.
+        source: Folder of pictures (class sub-folders are labels), a tar, a zip, a parquet, or a
+            folder of those; path or s3:// URI.
         dest: Folder of the prepared data set; path or s3:// URI.
         shard_mb: Encoded megabytes of a shard.
         group_rows: Pictures that are read at once.
@@ -30,14 +37,30 @@ def prepare(
             (320 suits crops of 224): quicker to read and decode. All are kept as they are
             without it.
         quality: JPEG quality of those, 1 to 100; 90 when not given.
+        holdout: Folder of another data set, for pictures that are put aside, never to be trained
+            on; path or s3:// URI. None are without it.
+        holdout_share: About how many are, of all; 0.05 when not given. A hash of their names says
+            which.
+        holdout_by: Put aside single pictures, or all or nothing of each folder: what was filmed
+            in one go, say, or comes from one patient.
+        only: Take only files whose path below SOURCE is like this pattern, such as 'train/*'; a *
+            stands for anything, slashes too.
+        image_column: Column of a parquet that holds encoded pictures; found when not given.
+        label_column: Column of a parquet that holds labels; found when not given.
     """
     from droppos.errors import ConfigError
     from pipelines.prepare import prepare as job
     from pipelines.report import show_prepare
     from pipelines.screen import progress
+    from pipelines.sources import Wanted
 
     if not 0 < shard_mb < inf:
         raise ConfigError(f"--shard-mb must be positive, got {shard_mb:g}; 64 suits object stores")
+    if holdout is None and (holdout_share is not None or holdout_by != "picture"):
+        raise ConfigError(
+            "--holdout-share and --holdout-by say what is put aside, and nothing says where: give "
+            "--holdout a folder, too"
+        )
     with progress(console, "packing") as on_progress:
         report = job(
             source,
@@ -46,9 +69,13 @@ def prepare(
             group_rows=group_rows,
             short_side=short_side,
             quality=quality,
+            wanted=Wanted(only, image_column, label_column),
+            holdout=holdout,
+            holdout_share=HOLDOUT_SHARE if holdout_share is None else holdout_share,
+            holdout_by=holdout_by,
             on_progress=on_progress,
         )
-    show_prepare(console, report, dest)
+    show_prepare(console, report, dest, holdout)
 
 
 def doctor(

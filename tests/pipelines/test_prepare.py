@@ -281,8 +281,12 @@ def test_a_prepared_data_set_can_be_prepared_again(prepared: Path, tmp_path: Pat
 
 
 def test_parquet_of_something_else_is_refused(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"img": [b"1"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet has no column 'image', its columns are img"):
+    pq.write_table(pa.table({"img": [b"1"], "depth": [b"1"], "id": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(
+        DataError,
+        match=r"a\.parquet has no column 'image', its columns are img, depth, id; name the one "
+        r"that holds encoded pictures with --image-column, of img, depth say",
+    ):
         _prepare(tmp_path / "a.parquet", tmp_path / "out")
     pq.write_table(pa.table({"image": ["1"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match="column 'image' is string; expected encoded pictures"):

@@ -1,0 +1,120 @@
+"""Labels of a folder or an archive: from the names of sub-folders, or WebDataset's `.cls` files.
+
+Sub-folders are classes where every picture is in one and there are at least two. A folder that all
+pictures are in, however deep, tells nothing, and what is below it is looked at. Folders called
+`train` and `val` are no classes, but parts that somebody has kept apart: packed together by
+mistake, a run would train on what it is to be measured by, so that has to be asked for.
+"""
+
+import logging
+from collections.abc import Callable, Container, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from droppos.errors import DataError
+from pipelines.sources.item import listed
+
+CLASS_FILE = ".cls"
+"""WebDataset's: the number of the class, as text, beside the picture of the same name."""
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+"""Names, in lower case, of what data sets are divided into."""
+READERS = 16
+"""Files of labels that are asked for at once."""
+
+log = logging.getLogger(__name__)
+
+
+class Labels:
+    """Which label each picture has; none of them, when nothing tells."""
+
+    classes: tuple[str, ...] | None = None
+    """Name of each label; none without labels."""
+
+    def of(self, name: str) -> int | None:
+        """Tell the label of a picture by its path relative to the source."""
+        return None
+
+
+class _Folders(Labels):
+    def __init__(self, names: list[str], level: int) -> None:
+        self.classes = tuple(names)
+        self._numbers = {name: number for number, name in enumerate(names)}
+        self._level = level
+
+    def of(self, name: str) -> int | None:
+        return self._numbers[name.split("/")[self._level]]
+
+
+class _Files(Labels):
+    def __init__(self, numbers: dict[str, int]) -> None:
+        self.classes = tuple(str(number) for number in range(max(numbers.values()) + 1))
+        self._numbers = numbers
+
+    def of(self, name: str) -> int | None:
+        return self._numbers.get(stem(name))
+
+
+def of_folders(uri: str, names: Sequence[str], numbered: Container[str], as_one: bool) -> Labels:
+    """Take sub-folders for classes.
+
+    Args:
+        uri: The source, as a person named it.
+        names: Of its pictures, relative to it.
+        numbered: Folders, relative to it, whose names are only numbers of parts.
+        as_one: Whether parts such as train and val were asked for as one data set.
+
+    Raises:
+        DataError: If there are such parts, and they were not.
+    """
+    for level in range(max((name.count("/") for name in names), default=0)):
+        folders = sorted({"/".join(name.split("/", level + 1)[: level + 1]) for name in names
+                          if name.count("/") > level})  # fmt: skip
+        own = sorted({folder.rpartition("/")[2] for folder in folders})
+        if (stray := next((name for name in names if name.count("/") <= level), None)) is not None:
+            if len(own) > 1:
+                log.warning(
+                    "%s has %d sub-folders, but pictures beside them, such as %s: no picture gets "
+                    "a label; if each sub-folder is a class, move those away, and prepare again",
+                    *(uri, len(own), stray),
+                )
+            return Labels()
+        parts = len(own) > 1 and {name.lower() for name in own} <= PARTS
+        if parts and not as_one:
+            raise DataError(
+                f"source {uri} holds {listed(folders)}, which are no classes, but parts of a data "
+                f"set that are kept apart; prepare each by itself, with --only '{folders[0]}/*' "
+                "say, or all of them as one with --only '*'"
+            )
+        if len(own) > 1 and not parts and not all(folder in numbered for folder in folders):
+            return _Folders(own, level)
+    return Labels()
+
+
+def of_files(uri: str, names: Sequence[str], read: Callable[[str], bytes]) -> Labels:
+    """Read the labels that lie beside the pictures; one without such a file has none.
+
+    Args:
+        uri: The source, as a person named it.
+        names: Of the files of labels.
+        read: Fetch one.
+
+    Raises:
+        DataError: If one holds anything but a number.
+    """
+
+    def number(name: str) -> int:
+        text = read(name)
+        if not (text.strip().isdigit() and int(text) < 1 << 20):
+            raise DataError(
+                f"source {uri}: {name} holds {text[:40]!r}; expected the number of a class, from "
+                "0 on, as text: mend it, or take it away"
+            )
+        return int(text)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return _Files(dict(zip(map(stem, names), pool.map(number, names), strict=True)))
+
+
+def stem(name: str) -> str:
+    """Tell what a picture and the files that belong to it have in common, as in WebDataset."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.split(".", 1)[0]
