@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help install demo demo-search evidence test test-long test-cluster fast bench-ingest bench-bounded bench-step bench-guide bench-sharing bench-ledger bench-plan format lint types check clean
+.PHONY: help install demo demo-search evidence test test-long test-cluster fast bench-ingest bench-bounded bench-executor bench-step bench-guide bench-sharing bench-ledger bench-plan format lint types check clean
 
 help:
 	@echo "make install         only the environment, in .venv (everything below makes it, too)"
@@ -16,6 +16,7 @@ help:
 	@echo "make fast    run the tests that take seconds"
 	@echo "make bench-ingest    pictures per core-second beside the usual ways (PICTURES=photographs)"
 	@echo "make bench-bounded   what prepare --short-side costs and saves (PICTURES=folder of yours)"
+	@echo "make bench-executor  what Ray Data's executor takes of the CPU, with and without rests"
 	@echo "make bench-step      time of a training step beside a plain one, in a few minutes"
 	@echo "make bench-guide     what cheaper attentive guides cost, and how alike their weights are"
 	@echo "make bench-sharing   what trials of a search read when they share one stream"
@@ -53,6 +54,9 @@ bench-ingest: $(READY)
 
 bench-bounded: $(READY)
 	@$(BIN)/python -m tests.benchmarks.bounded_copies $(PICTURES)
+
+bench-executor: $(READY)
+	@$(BIN)/python -m tests.benchmarks.executor
 
 bench-step: $(READY)
 	@$(BIN)/python -m tests.benchmarks.step

@@ -18,6 +18,7 @@ from pipelines.order import Schedule
 from pipelines.recipe import Recipe
 from pipelines.sharing import ReadWindow, Sharing, Stream
 from pipelines.storage import Place, open_place
+from pipelines.unhurried import rest_between_rounds
 from pipelines.windows import CropOptions, Windows, read_window, window_tasks
 
 LARGEST_BLOCK = 256
@@ -101,6 +102,7 @@ def make_dataset(
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     dataset.context.execution_options = _execution_options()
+    rest_between_rounds(dataset.context)
     return dataset
 
 
