@@ -218,11 +218,14 @@ def prepare(
             **asdict(wanted),
         )
         threads = workers or (os.cpu_count() or 1) * (4 if place.is_s3 else 1)
-        reports: list[PrepareReport] = []
-        for target, side in reversed([*zip_longest(dests, divided)]):
+        goals: list[tuple[Place, Side | None, _Asked, bool]] = []
+        for target, side in zip_longest(dests, divided):
             part = asked if side is None else replace(asked, side=str(side))
             finished = (target / MANIFEST).exists()
-            _begin(target, part, finished)
+            _begin(target, part, finished)  # of both, before pictures of one are put anywhere
+            goals.append((target, side, part, finished))
+        reports: list[PrepareReport] = []
+        for target, side, part, finished in reversed(goals):
             if not finished:
                 _pack(opened, side, target, part, _records(target), threads, on_progress)
             reports.append(_report(target, time.monotonic() - started, finished))
@@ -369,10 +372,11 @@ def _pack(
         records.append(_finish(writer, dest, position, pending))
         pending = _Pending()
     every = [entry for record in records for entry in record.set_aside] + pending.set_aside
+    tried = bool(records or every)
     if side is None or not side.held_out:  # no pictures, so on no side
         every += [SetAside(key, *reason) for key, reason in source.refused.items()]
     if not records:
-        raise DataError(_nothing_left(source, side, every))
+        raise DataError(_nothing_left(source, None if tried else side, every))
     every.sort()
     lines = [json.dumps(entry._asdict(), ensure_ascii=False) + "\n" for entry in every]
     (dest / SET_ASIDE).write_bytes("".join(lines).encode())
@@ -440,7 +444,7 @@ def _check(item: Item, bound: Bound | None) -> _Checked | SetAside:
 
 
 def _nothing_left(source: Source, side: Side | None, aside: list[SetAside]) -> str:
-    if side is not None and not aside:
+    if side is not None:
         return (
             f"of the {source.total:,} pictures of source {source.uri} there is none for {side}; "
             "give another --holdout-share, or --holdout-by picture"

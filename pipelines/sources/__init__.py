@@ -7,6 +7,7 @@ groups: packed as they lie, a batch would be of a few classes. Parquet is taken 
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,11 +20,13 @@ from PIL import Image
 from droppos.errors import ConfigError, DataError
 from pipelines.shards import MANIFEST, Manifest, load_manifest
 from pipelines.sources import archives, labels, parquet
-from pipelines.sources.archives import Members, is_archive, is_hidden
+from pipelines.sources.archives import Members, is_archive, is_hidden, without_common_folder
 from pipelines.sources.item import Item, Refusal, Source, Wanted, listed
 from pipelines.storage import Entry, Place
 
 __all__ = ["Item", "Source", "Wanted", "open_source"]
+
+_log = logging.getLogger(__name__)
 
 Thing = TypeVar("Thing")
 
@@ -67,7 +70,8 @@ def open_source(place: Place, wanted: Wanted) -> Iterator[Source]:
         yield _tables(place, tables, wanted, load_manifest(place) if prepared else None)
     elif alone:
         with archives.open_archive(place) as members:
-            yield _packed(place, _fingerprint([Entry(place.name, place.size())]), members, wanted)
+            fingerprint = _fingerprint([Entry(place.name, place.size())])
+            yield _packed(place, fingerprint, without_common_folder(members), wanted)
     elif packed := _all_that_count(place, files, is_archive):
         with archives.open_archives(place, [file.name for file in packed]) as members:
             yield _packed(place, _fingerprint(packed), members, wanted)
@@ -79,7 +83,7 @@ def open_source(place: Place, wanted: Wanted) -> Iterator[Source]:
         names = [file.name for file in files if not (again and _is_below(file.name, again))]
         del files  # of millions, each thing that is kept is gigabytes
         read = lambda name: (place / name).read_bytes()  # noqa: E731
-        yield _folder(place.uri, fingerprint, names, read, again, (), wanted)
+        yield _folder(place.uri, fingerprint, names, read, again, (), (), wanted)
 
 
 def _is_parquet(name: str) -> bool:
@@ -89,10 +93,22 @@ def _is_parquet(name: str) -> bool:
 def _all_that_count(
     place: Place, files: Sequence[Entry], kind: Callable[[str], bool]
 ) -> list[Entry]:
-    """List the files of a kind, where nothing else could be a picture."""
-    found = [file for file in files if kind(file.name or place.name)]
-    others = (file for file in files if not kind(file.name or place.name))
-    return found if found and all(_refusal(file.name) for file in others) else []
+    """List the files of a kind, where nothing else is a picture by its name."""
+
+    def is_one(name: str) -> bool:
+        return kind(name or place.name) and not is_hidden(name)
+
+    found = [file for file in files if is_one(file.name)]
+    others = (file.name for file in files if not is_one(file.name))
+    pictures = (name for name in others if Path(name).suffix and not _refusal(name))
+    stray = next(pictures, None) if found else None
+    if stray is not None:
+        _log.warning(
+            "%s holds pictures, such as %s, and beside them %d that are packed, such as %s: those "
+            "are set aside; give each kind a folder of its own",
+            *(place, stray, len(found), found[0].name),
+        )
+    return found if stray is None else []
 
 
 def _only(
@@ -103,7 +119,11 @@ def _only(
     Raises:
         DataError: If none is.
     """
-    kept = [thing for thing, name in zip(things, names, strict=True) if wanted.takes(name)]
+    kept = [
+        thing
+        for thing, name in zip(things, names, strict=True)
+        if wanted.takes(name) or (name.endswith(labels.CLASS_FILE) and not is_hidden(name))
+    ]
     if not kept:
         raise DataError(
             f"--only {wanted.only!r} is like none of the {len(names):,} files of source {place} "
@@ -125,7 +145,8 @@ def _packed(place: Place, fingerprint: str, members: Members, wanted: Wanted) ->
     names = _only(place, names, names, wanted)
     left_out = {name: why for name, why in members.left_out.items() if wanted.takes(name)}
     read = lambda name: members.fetch[name]()  # noqa: E731
-    return _folder(place.uri, fingerprint, names, read, left_out, members.numbered, wanted)
+    numbered, inner = members.numbered, set(members.inner)
+    return _folder(place.uri, fingerprint, names, read, left_out, inner, numbered, wanted)
 
 
 def _links_back(place: Place, files: list[Entry]) -> dict[str, Refusal]:
@@ -154,17 +175,20 @@ def _folder(
     files: Sequence[str],
     read: Callable[[str], bytes],
     left_out: Mapping[str, Refusal],
+    archived: Container[str],
     numbered: Container[str],
     wanted: Wanted,
 ) -> Source:
     refused = {name: reason for name in sorted(files) if (reason := _refusal(name))}
     names = sorted((name for name in files if name not in refused), key=_mixed)
+    if wanted.only is None:
+        labels.refuse_parts(uri, names, archived)
     if class_files := _class_files(names, refused):
         found = labels.of_files(uri, class_files, read)
         for name in class_files:
             del refused[name]
     else:
-        found = labels.of_folders(uri, names, numbered, as_one=wanted.only is not None)
+        found = labels.of_folders(uri, names, numbered)
     refused = {_shown(name): reason for name, reason in {**refused, **left_out}.items()}
 
     def items_from(first: int) -> Iterator[Item]:
@@ -177,8 +201,8 @@ def _folder(
 def _class_files(names: Sequence[str], refused: Iterable[str]) -> list[str]:
     """List the files that tell the label of a picture beside them."""
     found = [name for name in refused if name.endswith(labels.CLASS_FILE) and not is_hidden(name)]
-    pictures = {labels.stem(name) for name in names} if found else set()
-    return [name for name in found if labels.stem(name) in pictures]
+    pictures = {stem for name in names for stem in labels.stems(name)} if found else set()
+    return [name for name in found if name.removesuffix(labels.CLASS_FILE) in pictures]
 
 
 def _mixed(name: str) -> bytes:

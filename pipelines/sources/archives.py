@@ -39,12 +39,15 @@ class Members:
 
     @property
     def numbered(self) -> set[str]:
-        """Those archives, if they only have numbers, as parts of one thing have; else none."""
+        """Those archives, if they only have numbers, as parts of one thing have; else none.
+
+        Some may be missing: of ImageNet's classes, which are numbers too, a thousandth is there.
+        """
         found = [re.fullmatch(r"(.*?)(\d+)", name) for name in self.inner]
-        numbers = sorted(int(match[2]) for match in found if match)
-        of_one = len({match and match[1] for match in found}) == 1
-        in_a_row = numbers in ([*range(first, first + len(found))] for first in (0, 1))
-        return set(self.inner) if of_one and in_a_row else set()
+        numbers = [int(match[2]) for match in found if match]
+        of_one = len({match and match[1] for match in found}) == 1 and bool(numbers)
+        dense = of_one and max(numbers) - min(numbers) < 2 * len(numbers)
+        return set(self.inner) if dense else set()
 
 
 def is_archive(name: str) -> bool:
@@ -68,9 +71,10 @@ def open_archive(place: Place) -> Iterator[Members]:
         with ExitStack() as stack:
             path = Path(place.path)
             if place.is_s3 or gzipped:
-                copy = stack.enter_context(tempfile.NamedTemporaryFile(prefix="droppos-"))
-                _copy(place, copy, gzipped)
-                path = Path(copy.name)
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="droppos-"))
+                path = Path(folder) / "copy"
+                with path.open("wb") as copy:  # closed: there may be a thousand
+                    _copy(place, copy, gzipped)
             found = Members()
             if name.endswith(".zip"):
                 _add_zip(stack.enter_context(zipfile.ZipFile(path)), place, found)
@@ -79,7 +83,7 @@ def open_archive(place: Place) -> Iterator[Members]:
                     _add_tar(file, path, "", 0, path.stat().st_size, found)
             if not found.fetch:
                 raise DataError(f"source {place} holds no files; give one with pictures in it")
-            yield _without_common_folder(found)
+            yield found
     except _DAMAGED as error:
         raise DataError(
             f"source {place} is no archive, or a damaged one ({error}); fetch or make it again"
@@ -94,7 +98,12 @@ def open_archives(place: Place, names: Sequence[str]) -> Iterator[Members]:
         for name in names:
             one = stack.enter_context(open_archive(place / name))
             stem = _stem(name)
-            every.inner.append(stem)
+            if stem in every.inner:
+                raise DataError(
+                    f"source {place} holds two archives called {stem}, such as {name}, and their "
+                    "pictures would be called alike; rename one, or take it away"
+                )
+            every.inner += [stem, *(f"{stem}/{inner}" for inner in one.inner)]
             every.fetch |= {f"{stem}/{member}": read for member, read in one.fetch.items()}
             every.left_out |= {f"{stem}/{member}": why for member, why in one.left_out.items()}
         yield every
@@ -128,11 +137,13 @@ def _add_tar(file: BinaryIO, path: Path, folder: str, start: int, size: int, to:
             elif not member.isdir():
                 to.left_out[name] = "no file", "a link that is not followed, or a device"
         _require_end(archive, piece)
+    taken = {name.rpartition("/")[0] for name in to.fetch} if inner else set()
     for member in inner:
         name = folder + _clean(member.name)
+        own = name if _stem(name) in taken else _stem(name)
         try:
-            to.inner.append(_stem(name))
-            _add_tar(file, path, f"{_stem(name)}/", start + member.offset_data, member.size, to)
+            to.inner.append(own)
+            _add_tar(file, path, f"{own}/", start + member.offset_data, member.size, to)
         except tarfile.TarError as error:
             to.left_out[name] = "undecodable", f"no tar, or a damaged one: {error}"
 
@@ -185,7 +196,7 @@ def _clean(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in {"", "."})
 
 
-def _without_common_folder(members: Members) -> Members:
+def without_common_folder(members: Members) -> Members:
     """Take away the one folder that an archive of a folder usually starts with."""
     common = _common_folder(members.fetch)
     return Members(

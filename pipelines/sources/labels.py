@@ -7,7 +7,8 @@ mistake, a run would train on what it is to be measured by, so that has to be as
 """
 
 import logging
-from collections.abc import Callable, Container, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from droppos.errors import DataError
@@ -17,8 +18,12 @@ CLASS_FILE = ".cls"
 """WebDataset's: the number of the class, as text, beside the picture of the same name."""
 PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 """Names, in lower case, of what data sets are divided into."""
+MOST_CLASSES = 1 << 20
+"""More is a number of something else, and each class would get a name."""
 READERS = 16
 """Files of labels that are asked for at once."""
+AT_ONCE = 10_000
+"""Of those in a queue: of millions, it would be gigabytes."""
 
 log = logging.getLogger(__name__)
 
@@ -50,20 +55,49 @@ class _Files(Labels):
         self._numbers = numbers
 
     def of(self, name: str) -> int | None:
-        return self._numbers.get(stem(name))
+        return next((self._numbers[stem] for stem in stems(name) if stem in self._numbers), None)
 
 
-def of_folders(uri: str, names: Sequence[str], numbered: Container[str], as_one: bool) -> Labels:
-    """Take sub-folders for classes.
+def refuse_parts(uri: str, names: Iterable[str], archived: Container[str]) -> None:
+    """Refuse a source of which folders side by side are parts such as train and val.
+
+    Args:
+        uri: The source, as a person named it.
+        names: Of its pictures, relative to it.
+        archived: Folders that are archives, so that a part's name is a word of theirs.
+
+    Raises:
+        DataError: If there are such folders.
+    """
+    folders: set[str] = set()
+    for name in names:
+        folder = name.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    beside: dict[str, dict[str, str]] = {}
+    for folder in sorted(folders):
+        above, _, own = folder.rpartition("/")
+        words = re.findall("[a-z]+", own.lower()) if folder in archived else [own.lower()]
+        for part in PARTS.intersection(words):
+            beside.setdefault(above, {}).setdefault(part, folder)
+    for parts in beside.values():
+        if len(parts) > 1:
+            first = next(iter(parts.values()))
+            raise DataError(
+                f"source {uri} holds {listed(sorted(parts.values()))}, which are no classes, but "
+                "parts of a data set that are kept apart; prepare each by itself, with --only "
+                f"'{first}/*' say, or all of them as one with --only '*'"
+            )
+
+
+def of_folders(uri: str, names: Sequence[str], numbered: Container[str]) -> Labels:
+    """Take sub-folders for classes, but those that are parts of a data set.
 
     Args:
         uri: The source, as a person named it.
         names: Of its pictures, relative to it.
         numbered: Folders, relative to it, whose names are only numbers of parts.
-        as_one: Whether parts such as train and val were asked for as one data set.
-
-    Raises:
-        DataError: If there are such parts, and they were not.
     """
     for level in range(max((name.count("/") for name in names), default=0)):
         folders = sorted({"/".join(name.split("/", level + 1)[: level + 1]) for name in names
@@ -77,13 +111,7 @@ def of_folders(uri: str, names: Sequence[str], numbered: Container[str], as_one:
                     *(uri, len(own), stray),
                 )
             return Labels()
-        parts = len(own) > 1 and {name.lower() for name in own} <= PARTS
-        if parts and not as_one:
-            raise DataError(
-                f"source {uri} holds {listed(folders)}, which are no classes, but parts of a data "
-                f"set that are kept apart; prepare each by itself, with --only '{folders[0]}/*' "
-                "say, or all of them as one with --only '*'"
-            )
+        parts = len(PARTS.intersection(name.lower() for name in own)) > 1
         if len(own) > 1 and not parts and not all(folder in numbered for folder in folders):
             return _Folders(own, level)
     return Labels()
@@ -103,18 +131,26 @@ def of_files(uri: str, names: Sequence[str], read: Callable[[str], bytes]) -> La
 
     def number(name: str) -> int:
         text = read(name)
-        if not (text.strip().isdigit() and int(text) < 1 << 20):
+        if not (text.strip().isdigit() and int(text) < MOST_CLASSES):
             raise DataError(
                 f"source {uri}: {name} holds {text[:40]!r}; expected the number of a class, from "
                 "0 on, as text: mend it, or take it away"
             )
         return int(text)
 
+    numbers: dict[str, int] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        return _Files(dict(zip(map(stem, names), pool.map(number, names), strict=True)))
+        for first in range(0, len(names), AT_ONCE):
+            some = names[first : first + AT_ONCE]
+            stems = (name.removesuffix(CLASS_FILE) for name in some)
+            numbers.update(zip(stems, pool.map(number, some), strict=True))
+    return _Files(numbers)
 
 
-def stem(name: str) -> str:
-    """Tell what a picture and the files that belong to it have in common, as in WebDataset."""
+def stems(name: str) -> tuple[str, str]:
+    """Tell what a picture may have in common with its file of a label: all but its ending.
+
+    WebDataset cuts a name at its first dot; with others the ending is what follows the last one.
+    """
     folder, slash, file = name.rpartition("/")
-    return folder + slash + file.split(".", 1)[0]
+    return folder + slash + file.rpartition(".")[0], folder + slash + file.split(".", 1)[0]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from droppos.errors import DataError
 from pipelines.shards import Manifest
 from pipelines.sources.item import Item, Source, Wanted, listed
-from pipelines.sources.labels import PARTS
+from pipelines.sources.labels import MOST_CLASSES, PARTS
 from pipelines.storage import Place, explained
 
 SUFFIX = ".parquet"
@@ -74,13 +74,14 @@ def read_parquet(
 
 
 def _refuse_parts(place: Place, names: list[str]) -> None:
-    words = (re.findall("[a-z]+", name.lower()) for name in names)
-    found = {next((word for word in each if word in PARTS), None) for each in words}
-    if len(found) > 1 and None not in found:
-        parts = sorted(str(part) for part in found)
+    """Refuse files of more than one part, by the words in their paths that not all of them have."""
+    words = [{*re.findall("[A-Za-z]+", name)} for name in names]
+    parts = [{word for word in each if word.lower() in PARTS} for each in words]
+    found = sorted(set().union(*parts) - set.intersection(*parts))
+    if len(found) > 1:
         raise DataError(
-            f"source {place} holds files of {listed(parts)}, parts of a data set that are kept "
-            f"apart; prepare each by itself, with --only '*{parts[0]}*' say, or all of them as one "
+            f"source {place} holds files of {listed(found)}, parts of a data set that are kept "
+            f"apart; prepare each by itself, with --only '*{found[0]}*' say, or all of them as one "
             "with --only '*'"
         )
 
@@ -121,7 +122,13 @@ def _columns(file: Place, schema: pa.Schema, wanted: Wanted, before: _Columns | 
             f"{file}: column {image!r} is {kind}; expected encoded pictures, as binary or as "
             "struct<bytes: binary, path: string>"
         )
-    return _Columns(image, wanted.label_column or _label_column(file, schema))
+    label = wanted.label_column or _label_column(file, schema)
+    if label is not None and not _holds_labels(schema.field(label).type):
+        raise DataError(
+            f"{file}: column {label!r} is {schema.field(label).type}; expected labels, as whole "
+            "numbers or text: name another one with --label-column"
+        )
+    return _Columns(image, label)
 
 
 def _image_column(file: Place, schema: pa.Schema) -> str:
@@ -157,20 +164,42 @@ def _holds_pictures(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
+def _holds_labels(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    of_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return of_text or pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
 def _classes(files: list[Place], column: str | None) -> tuple[str, ...] | None:
     """Name the labels: as Hugging Face's metadata does, else by the values there are."""
     if column is None:
         return None
     values: set[Any] = set()
+    names = None
     for file in files:
         with opened(file) as parquet:
-            if names := _class_names(parquet.schema_arrow, column):
-                return names
+            own = _class_names(parquet.schema_arrow, column)
+            if names is not None and own != names:
+                raise DataError(
+                    f"{file} calls its classes otherwise than the files before it, so its labels "
+                    "would be wrong; prepare it by itself (--only), or mend its metadata"
+                )
+            if own is not None:
+                names = own
+                continue
             values.update(parquet.read(columns=[column]).column(column).unique().to_pylist())
+    if names is not None:
+        return names
     known = values - {None, -1}
     if not known:
         return None
     if all(isinstance(value, int) for value in known):
+        if max(known) >= MOST_CLASSES:
+            raise DataError(
+                f"column {column!r} holds {max(known)}, which is no number of a class: there may "
+                f"be {MOST_CLASSES:,}; name another one with --label-column"
+            )
         return tuple(str(i) for i in range(max(known) + 1))
     if all(isinstance(value, str) for value in known):
         return tuple(sorted(known))

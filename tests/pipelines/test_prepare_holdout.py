@@ -119,7 +119,7 @@ def test_another_division_is_another_data_set(photographs: Path, tmp_path: Path)
     _prepare(photographs, tmp_path)
     with pytest.raises(
         DataError,
-        match=r"it is of a share of 0\.3 held out by picture, now a share of 0\.2 held out by "
+        match=r"it is of the rest of a share of 0\.3 held out by picture, now the rest of a share of "
         "picture is asked",
     ):
         _prepare(photographs, tmp_path, share=0.2)
@@ -167,3 +167,10 @@ def test_the_command_line_puts_pictures_aside(
     asked = json.loads((tmp_path / "held-out/prepare.json").read_text())
     assert asked["side"] == "a share of 0.2 held out by picture"
     assert _keys(tmp_path / "train").isdisjoint(_keys(tmp_path / "held-out"))
+
+
+def test_a_refusal_leaves_no_held_out_pictures(photographs: Path, tmp_path: Path) -> None:
+    prepare(str(photographs), str(tmp_path / "train"), shard_bytes=100_000, group_rows=5)
+    with pytest.raises(DataError, match="it is of all pictures, now the rest of a share"):
+        _prepare(photographs, tmp_path)
+    assert not (tmp_path / "held-out").exists()

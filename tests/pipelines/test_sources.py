@@ -235,3 +235,81 @@ def test_tables_of_parts_are_not_packed_together_by_mistake(
         _prepare(tmp_path / "in", tmp_path / "out")
     assert _prepare(tmp_path / "in", tmp_path / "train", only="*train*").pictures == 1
     assert _prepare(tmp_path / "in", tmp_path / "all", only="*").pictures == 3
+
+
+def test_parts_are_told_wherever_they_are(cat: bytes, tmp_path: Path) -> None:
+    def tree(name: str, files: list[str]) -> Path:
+        for file in files:
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_tar({"1.jpg": cat}) if file.endswith(".tar") else cat)
+        return tmp_path / name
+
+    (tree("cls", ["train/0.jpg", "val/0.jpg"]) / "train/0.cls").write_text("1")
+    tree("extra", ["train/a/0.jpg", "val/a/0.jpg", "extra/a/0.jpg"])
+    tree("below", ["a/train/0.jpg", "a/val/0.jpg", "b/train/0.jpg"])
+    tree("archives", ["in1k-train-0000.tar", "in1k-validation-00.tar"])
+    for name in ("cls", "extra", "below", "archives"):
+        with pytest.raises(DataError, match="parts of a data set that are kept apart"):
+            _prepare(tmp_path / name, tmp_path / "out")
+        assert _prepare(tmp_path / name, tmp_path / f"{name}-all", only="*").pictures >= 2
+
+
+def test_archives_that_are_called_alike_lose_no_picture(
+    cat: bytes, rocket: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/a.tar").write_bytes(_tar({"1.jpg": cat}))
+    with tarfile.open(tmp_path / "tars/a.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "tars/a.tar", "1.jpg")
+    with pytest.raises(DataError, match=r"holds two archives called a, such as a\.tgz"):
+        _prepare(tmp_path / "tars", tmp_path / "out")
+    files = {"a/1.jpg": rocket, "a.tar": _tar({"1.jpg": cat})}
+    (tmp_path / "all.tar").write_bytes(_tar(files))
+    _prepare(tmp_path / "all.tar", tmp_path / "out")
+    rows = {row.key: row.image for row in read_rows(*_opened(tmp_path / "out"))}
+    assert rows == {"a/1.jpg": rocket, "a.tar/1.jpg": cat}
+
+
+def test_numbered_archives_of_which_some_are_missing_are_no_classes(
+    cat: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "web").mkdir()
+    for number in (5, 6, 8):
+        (tmp_path / f"web/x-{number:04d}.tar").write_bytes(_tar({"cat/1.jpg": cat}))
+    (tmp_path / "web/._x-0005.tar").write_bytes(b"what macOS leaves")
+    (tmp_path / "web/LICENSE").write_text("x")
+    report = _prepare(tmp_path / "web", tmp_path / "out")
+    assert report.pictures == 3 and report.classes is None
+    assert "x-0005/cat/1.jpg" in _labels(tmp_path / "out")
+
+
+def test_files_of_labels_belong_to_names_with_dots(
+    cat: bytes, rocket: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, label in (("im.001", "1"), ("im.002", "2")):
+        (tmp_path / f"in/{name}.jpg").write_bytes(cat)
+        (tmp_path / f"in/{name}.cls").write_text(label)
+    _prepare(tmp_path / "in", tmp_path / "out", only="*.jpg")
+    assert _labels(tmp_path / "out") == {"im.001.jpg": "1", "im.002.jpg": "2"}
+
+
+def test_labels_that_are_none_are_refused(cat: bytes, tmp_path: Path) -> None:
+    picture = pa.array([cat])
+    _parquet(tmp_path / "a.parquet", {"image": picture, "label": pa.array([[1, 2]])})
+    with pytest.raises(DataError, match=r"'label' is list<.*; expected labels, as whole numbers"):
+        _prepare(tmp_path / "a.parquet", tmp_path / "out")
+    _parquet(tmp_path / "b.parquet", {"image": picture, "user": pa.array([30_000_000])})
+    with pytest.raises(DataError, match="'user' holds 30000000, which is no number of a class"):
+        _prepare(tmp_path / "b.parquet", tmp_path / "out", label_column="user")
+
+
+def test_pictures_beside_archives_are_told(
+    cat: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/preview.jpg").write_bytes(cat)
+    (tmp_path / "in/a.tar").write_bytes(_tar({"1.jpg": cat}))
+    assert _prepare(tmp_path / "in", tmp_path / "out").set_aside == {"not a picture": 1}
+    assert "such as preview.jpg, and beside them 1 that are packed, such as a.tar" in caplog.text
