@@ -119,8 +119,8 @@ def test_another_division_is_another_data_set(photographs: Path, tmp_path: Path)
     _prepare(photographs, tmp_path)
     with pytest.raises(
         DataError,
-        match=r"it is of the rest of a share of 0\.3 held out by picture, now the rest of a share of "
-        "picture is asked",
+        match=r"it is of the rest of a share of 0\.3 held out by picture, now the rest of a share "
+        r"of 0\.2 held out by picture is asked",
     ):
         _prepare(photographs, tmp_path, share=0.2)
     with pytest.raises(DataError, match=r"it is of the rest of .* now all pictures is asked"):
