@@ -1,6 +1,7 @@
 """Launching on AWS, up to `ray up`: what is looked at, filled in, priced, and left."""
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -55,6 +56,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pipelines.launch.aws.LOOK_AGAIN_S", 0.1)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("rsync", "ssh"):  # looked for, and not run here: a bare machine has neither
+        (programs / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     key = tmp_path / ".ssh" / "droppos.pem"
     key.parent.mkdir()
     key.touch(mode=0o600)
