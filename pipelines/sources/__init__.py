@@ -145,7 +145,7 @@ def _packed(place: Place, fingerprint: str, members: Members, wanted: Wanted) ->
     names = _only(place, names, names, wanted)
     left_out = {name: why for name, why in members.left_out.items() if wanted.takes(name)}
     read = lambda name: members.fetch[name]()  # noqa: E731
-    numbered, inner = members.numbered, set(members.inner)
+    inner, numbered = members.inner, members.numbered
     return _folder(place.uri, fingerprint, names, read, left_out, inner, numbered, wanted)
 
 

@@ -34,7 +34,7 @@ class Members:
     """How each is read, by name."""
     left_out: dict[str, Refusal] = field(default_factory=dict)
     """Why others are not."""
-    inner: list[str] = field(default_factory=list)
+    inner: set[str] = field(default_factory=set)
     """Names of the archives that are folders in these names, without suffix."""
 
     @property
@@ -47,7 +47,7 @@ class Members:
         numbers = [int(match[2]) for match in found if match]
         of_one = len({match and match[1] for match in found}) == 1 and bool(numbers)
         dense = of_one and max(numbers) - min(numbers) < 2 * len(numbers)
-        return set(self.inner) if dense else set()
+        return self.inner if dense else set()
 
 
 def is_archive(name: str) -> bool:
@@ -103,7 +103,7 @@ def open_archives(place: Place, names: Sequence[str]) -> Iterator[Members]:
                     f"source {place} holds two archives called {stem}, such as {name}, and their "
                     "pictures would be called alike; rename one, or take it away"
                 )
-            every.inner += [stem, *(f"{stem}/{inner}" for inner in one.inner)]
+            every.inner |= {stem, *(f"{stem}/{inner}" for inner in one.inner)}
             every.fetch |= {f"{stem}/{member}": read for member, read in one.fetch.items()}
             every.left_out |= {f"{stem}/{member}": why for member, why in one.left_out.items()}
         yield every
@@ -117,7 +117,6 @@ def _copy(place: Place, copy: Any, gzipped: bool) -> None:
     with explained(place, "unpack"), place.open_input() as source:
         unpacked: Any = gzip.GzipFile(fileobj=source) if gzipped else source
         shutil.copyfileobj(unpacked, copy, 1 << 22)
-        copy.flush()
 
 
 def _add_tar(file: BinaryIO, path: Path, folder: str, start: int, size: int, to: Members) -> None:
@@ -142,7 +141,7 @@ def _add_tar(file: BinaryIO, path: Path, folder: str, start: int, size: int, to:
         name = folder + _clean(member.name)
         own = name if _stem(name) in taken else _stem(name)
         try:
-            to.inner.append(own)
+            to.inner.add(own)
             _add_tar(file, path, f"{own}/", start + member.offset_data, member.size, to)
         except tarfile.TarError as error:
             to.left_out[name] = "undecodable", f"no tar, or a damaged one: {error}"
@@ -202,7 +201,7 @@ def without_common_folder(members: Members) -> Members:
     return Members(
         {name.removeprefix(common): read for name, read in members.fetch.items()},
         {name.removeprefix(common): why for name, why in members.left_out.items()},
-        [name.removeprefix(common) for name in members.inner],
+        {name.removeprefix(common) for name in members.inner},
     )
 
 
