@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from pipelines.ledger import HOME, fields_of
 from pipelines.recipe import Recipe, Run, Tracking
 from pipelines.recipe_file import flatten, from_dict
 from pipelines.secrets import redact, redact_uris
-from pipelines.storage import open_place
+from pipelines.storage import Place, open_place
 from pipelines.tracking import Where, client_of, missing_database, reachable, tracking_uri
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class Registry:
         if file := missing_database(self.uri):
             raise DataError(
                 f"there are no runs: {file} does not exist; name the server or database with "
-                "--uri (or MLFLOW_TRACKING_URI), or the folder of runs with --storage"
+                "--uri (or MLFLOW_TRACKING_URI), or the folder of runs with --storage; if it is "
+                "lost, `droppos resume FOLDER` goes on with the run of a folder"
             )
         with reachable(self.uri):
             self._client: MlflowClient = client_of(self.uri)
@@ -201,6 +202,31 @@ def next_command(run: RunFacts, where: Where) -> str:
     return " ".join(["droppos resume", shlex.quote(run.name), *flags])
 
 
+def resumable(run: str, where: Where) -> Recipe:
+    """Find the recipe that goes on with a run.
+
+    Args:
+        run: The run's folder, which is all that is needed where MLflow's database is lost; or its
+            name, or its id.
+        where: Where runs are looked for by name.
+
+    Raises:
+        ConfigError: If the recipe is of another version of droppos, or MLflow cannot be reached.
+        DataError: If there is no such run, or it has no recipe.
+    """
+    home = open_place(run)
+    if "/" not in run and not (home / RECIPE).exists():
+        return recipe_of(Registry(where).run(run))
+    recipe = _recipe_in(home)
+    if recipe is None:
+        raise DataError(
+            f"{home} holds no {RECIPE}: name the folder of a pre-training, run.storage/run.name; "
+            "a search or a fine-tuning goes on by its own command and --resume"
+        )
+    storage = home.uri.removesuffix(f"/{home.name}")  # it may have moved since
+    return replace(recipe, run=replace(recipe.run, storage=storage, name=home.name))
+
+
 def recipe_of(run: RunFacts) -> Recipe:
     """Read the recipe of a run from its folder, to go on with it.
 
@@ -210,14 +236,21 @@ def recipe_of(run: RunFacts) -> Recipe:
     """
     if not run.home:
         raise DataError(f"run {run.name} ({run.run_id}) names no folder; droppos did not make it")
-    kept = open_place(run.home) / RECIPE
-    if not kept.exists():
+    recipe = _recipe_in(open_place(run.home))
+    if recipe is None:
         raise DataError(
-            f"run {run.name} has no {kept}: either its folder is not to be seen from this machine, "
-            "or it is a search or a fine-tuning, which goes on by its own command and --resume "
-            f"(`droppos runs {run.name}` names it)"
+            f"run {run.name} has no {run.home}/{RECIPE}: either its folder is not to be seen from "
+            "this machine, or it is a search or a fine-tuning, which goes on by its own command "
+            f"and --resume (`droppos runs {run.name}` names it)"
         )
+    return recipe
+
+
+def _recipe_in(home: Place) -> Recipe | None:
+    kept = home / RECIPE
+    if not kept.exists():
+        return None
     try:
         return from_dict(yaml.safe_load(kept.read_bytes()))
     except (yaml.YAMLError, AttributeError) as error:
-        raise ConfigError(f"{run.home}/{RECIPE} is no recipe: {error}") from error
+        raise ConfigError(f"{kept} is no recipe: {error}") from error

@@ -50,16 +50,16 @@ def resume(
     allow_changes: bool = False,
     where: WhereFlags = Where(),  # noqa: B008 - frozen
 ) -> None:
-    """Go on with a pre-training run, found by its name in MLflow, as its recipe says.
+    """Go on with a pre-training run, as its recipe says.
 
     Args:
-        run: Name of the run, or its id.
+        run: Folder of the run, or its name or id in MLflow.
         allow_changes: Go on even if the data differ from the checkpoint's.
         where: Where runs are looked for by name.
     """
-    from pipelines.runs import Registry, recipe_of
+    from pipelines.runs import resumable
 
-    recipe = recipe_of(Registry(where).run(run))
+    recipe = resumable(run, where)
     if where.uri:  # where the history is; a password stays out of the recipe, which is stored
         public = redact_uris(where.uri) == where.uri
         if not public:

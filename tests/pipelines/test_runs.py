@@ -1,5 +1,6 @@
 """Runs by name: listed, shown, compared, and gone on with."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from droppos.config import Method
-from droppos.errors import DataError
+from droppos.errors import ConfigError, DataError
 from pipelines.cli import main
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe, Run
 from pipelines.recipe_file import to_yaml
-from pipelines.runs import Registry, next_command, recipe_of
+from pipelines.runs import Registry, next_command, recipe_of, resumable
 from pipelines.storage import open_place
 from pipelines.tracking import Where
 
@@ -97,6 +98,33 @@ def test_a_run_is_gone_on_with_by_its_own_recipe(registry: Registry, storage: Pa
     assert recipe_of(registry.run("second")) == recipe(storage, "second", 0.0)
     with pytest.raises(DataError, match="trial"):
         recipe_of(registry.run("trial"))
+
+
+def test_a_run_is_gone_on_with_where_its_folder_lies(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No MLflow is asked: its database may be lost, and the folder elsewhere than it was."""
+    moved = tmp_path / "elsewhere" / "moved"
+    shutil.copytree(storage / "second", moved)
+    there = recipe(tmp_path / "elsewhere", "moved", 0.0)
+    nowhere = Where(storage=str(tmp_path / "none"))
+    assert resumable(f"{moved}/", nowhere) == there
+    assert resumable(f"file://{moved}", nowhere) == there
+    monkeypatch.chdir(moved.parent)
+    assert resumable("moved", nowhere) == resumable("./moved", nowhere) == there
+    (moved.parent / "first").mkdir()  # a folder of that name that is no run's
+    by_name = resumable("first", Where(storage=str(storage)))
+    assert by_name == recipe(storage, "first", 1.0)
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"recipe\.yaml.*folder of a pre-training"):
+        resumable(str(tmp_path), Where())
+    (tmp_path / "recipe.yaml").write_text("[]")
+    with pytest.raises(ConfigError, match="no recipe"):
+        resumable(str(tmp_path), Where())
+    with pytest.raises(DataError, match=r"droppos resume FOLDER"):
+        resumable("lost", Where(storage=str(tmp_path)))
 
 
 def test_what_goes_on_with_a_run_is_named(registry: Registry, storage: Path) -> None:
