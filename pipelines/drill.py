@@ -20,10 +20,11 @@ from pipelines.audit import schedule_of
 from pipelines.demo_pictures import write_demo_pictures
 from pipelines.drill_faults import Fault, faults_for
 from pipelines.drill_stage import Stage, Worker, stage_for
+from pipelines.groundwork import located
 from pipelines.heard import OnEvent
 from pipelines.ids import id_files, read_ids
 from pipelines.prepare import prepare
-from pipelines.pretrain import Outcome, located, pretrain
+from pipelines.pretrain import Outcome, pretrain
 from pipelines.recipe import Recipe
 from pipelines.retries import LONGEST_PAUSE
 from pipelines.storage import Place, open_place

@@ -24,24 +24,22 @@ from droppos.errors import ConfigError, DataError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
 from pipelines import checkpoints
-from pipelines.attempt import taken_over
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
-from pipelines.cluster import connect, with_device
+from pipelines.cluster import connect
+from pipelines.driver import driving
 from pipelines.extraction import heads_of
 from pipelines.facts import classes_apart, require_not_lost
 from pipelines.finetune_run import FinetuneRun
 from pipelines.finetune_worker import Tuning, finetune_worker
-from pipelines.heard import Heard, OnEvent
-from pipelines.ledger import Ledger
+from pipelines.groundwork import located, plan
+from pipelines.heard import OnEvent
 from pipelines.order import Schedule
-from pipelines.pretrain import located, plan
 from pipelines.recipe import Recipe, Tracking
 from pipelines.recipe_file import plain
 from pipelines.shards import Manifest, load_manifest, read_row_group
-from pipelines.skipped import Skipped
 from pipelines.storage import Place, open_place, open_reachable
-from pipelines.supervisor import Supervisor, Work
+from pipelines.supervisor import Work
 from pipelines.windows import read_window
 from pipelines.words import counted
 
@@ -135,24 +133,9 @@ def finetune(
     saved = checkpoints.newest(home)
     _check_resume(whole, saved, facts, resume)
     connect(whole)
-    with (
-        taken_over(home) as taken,
-        Ledger.open(whole, schedule.manifest.digest, resume=resume) as ledger,
-    ):
-        taken.begun = True
+    with driving(whole, schedule, saved, resume=resume, on_event=on_event) as driver:
         described = {f"finetune.{name}": str(value) for name, value in asdict(recipe).items()}
-        ledger.tag({**described, "finetune.backbone": trained.uri})
-        limit = whole.data.skip_limit
-        skipped = Skipped(home, schedule.manifest.rows, limit, resumed=saved is not None)
-        heard = Heard(ledger, skipped, tracking.price_per_worker_hour, on_event)
-        heard.event(
-            {
-                "kind": "plan",
-                "step": saved.step if saved else 0,
-                "steps": schedule.steps,
-                "tracking_run": ledger.run_id,
-            }
-        )
+        driver.ledger.tag({**described, "finetune.backbone": trained.uri})
         tuning = Tuning(
             finetune=recipe,
             classes=classes,
@@ -160,26 +143,17 @@ def finetune(
             held=[ray.put((trained.encoder.state_dict(), labels))],
         )
         read = partial(read_augmented, augment=recipe.augment) if recipe.augment else read_window
-        supervisor = Supervisor(
-            with_device(whole),
-            schedule,
-            heard,
-            driver=taken.driver,
-            work=Work(
-                partial(finetune_worker, tuning), read, done=lambda: heard.tested is not None
-            ),
+        heard = driver.heard
+        driver.train(
+            Work(partial(finetune_worker, tuning), read, done=lambda: heard.tested is not None)
         )
-        try:
-            supervisor.run()
-        finally:
-            heard.keep_skipped(last=True)
         newest = checkpoints.newest(home)
         done = Finetuned(
-            whole.home, newest.step if newest else 0, schedule.steps, ledger.run_id,
+            whole.home, newest.step if newest else 0, schedule.steps, driver.ledger.run_id,
             *_accuracies(heard.tested, len(classes)),
         )  # fmt: skip
-        ledger.log(schedule.steps, done.metrics())
-        ledger.finish("FINISHED" if done.finished else "KILLED")
+        driver.ledger.log(schedule.steps, done.metrics())
+        driver.ledger.finish("FINISHED" if done.finished else "KILLED")
     return done
 
 

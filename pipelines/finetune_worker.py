@@ -3,7 +3,7 @@
 Every rank runs this. As in pre-training, where it starts is decided by storage alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -28,20 +28,21 @@ from droppos.measure.finetune import (
 )
 from droppos.measure.finetune_recipe import Finetune
 from droppos.parallel import resolve_device
-from pipelines import checkpoints, stored_state
+from pipelines import stored_state
 from pipelines.asked import Ear
-from pipelines.attempt import Attempt, SupersededError, claim_for_group
+from pipelines.attempt import SupersededError, claim_for_group
+from pipelines.checkpoints import Retention, Saved
 from pipelines.extraction import decode, pieces_of
 from pipelines.holdout import choose
 from pipelines.job import Job
+from pipelines.keeper import Keeper
 from pipelines.pace import Pace
+from pipelines.proof import Proof
 from pipelines.pulse import Pulse
 from pipelines.recipe_file import plain
-from pipelines.saver import Saver
 from pipelines.shards import load_manifest
 from pipelines.storage import open_place
 from pipelines.stream import Batch
-from pipelines.tally import Tally
 from pipelines.worker import FLUSH_S, started, steps_from, tell_skipped
 
 TEST_BATCH = 64
@@ -80,10 +81,13 @@ def _finetune(tuning: Tuning, job: Job, pulse: Pulse) -> None:
     weights, labels = ray.get(tuning.held[0])
     state = _create(tuning, job, weights)
     attempt = claim_for_group(job.home, job.driver, state.device)  # nobody else adds one now
-    _restore(state, stored_state.newest_for_all(job.home, state.device))
+    saved = stored_state.newest_for_all(job.home, state.device)
+    _restore(state, saved)
     begun = schedule.position(state.step).batch * schedule.global_batch
-    tally = Tally(schedule, state.step, begun, state.device)
-    saver = _open_saver(job, state, attempt, pulse.moved)
+    proof = Proof.begin(attempt, schedule, state.step, begun, state.device)
+    keeper = Keeper(
+        job, state.device, proof, saved, Retention(recipe.run.keep_checkpoints), pulse.moved
+    )
     ear = Ear(job.events, recipe.run.hang_timeout_s)
     job.events.send(started(state.step, state.device))
     pace = Pace(recipe.optim.global_batch, 0, 1)
@@ -91,23 +95,20 @@ def _finetune(tuning: Tuning, job: Job, pulse: Pulse) -> None:
     pulse.now("waiting for pictures", state.step)
     for group in steps_from(state.step, recipe, schedule):
         pulse.now("training", state.step)
-        tally.count(group)  # before the step: what is not of the schedule is not trained on
+        proof.count(group)  # before the step: what is not of the schedule is not trained on
         loss = finetune_step(state, [labelled(batch, labels) for batch in group])
         pace.count(group)
         tell_skipped(job.events, group)
-        asked = ear.hear(saver.ended)
+        asked = ear.hear(keeper.ended)
         last = state.step == schedule.steps
         due = last or asked.leave or asked.save or state.step % recipe.run.checkpoint_every == 0
         due |= state.step % schedule.steps_per_epoch == 0
         if due or state.step % recipe.run.log_every == 0:
-            _log(job, state, loss, pace)
-        if asked.ended == saver.step:  # on all ranks
-            _finish(job, saver)
+            _log(job, proof, state, loss, pace)
+        keeper.finish_if(asked.ended)
         if due:
             pulse.now("saving", state.step)
-            tally.settle()
-            _finish(job, saver)
-            _save(tuning, job, state, saver)
+            _save(tuning, job, state, keeper)
             pace.pause()
         leave = not last and due and asked.leave_after_next
         if leave:
@@ -115,8 +116,8 @@ def _finetune(tuning: Tuning, job: Job, pulse: Pulse) -> None:
         pulse.now("waiting for pictures", state.step)
     pulse.now("saving", state.step)
     ear.close()
-    _finish(job, saver, last=True)
-    saver.close()
+    keeper.finish(last=True)
+    keeper.close()
     if not leave:
         _test(job, state, pulse)
 
@@ -162,7 +163,7 @@ def _create(tuning: Tuning, job: Job, weights: Mapping[str, Tensor]) -> Finetune
     )
 
 
-def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
+def _restore(state: FinetuneState, saved: Saved | None) -> None:
     if saved is None:
         return
     model, optimizer = get_state_dict(state.model, state.optimizer)
@@ -171,36 +172,14 @@ def _restore(state: FinetuneState, saved: checkpoints.Saved | None) -> None:
     state.step = saved.step
 
 
-def _open_saver(
-    job: Job, state: FinetuneState, attempt: Attempt, moved: Callable[[], None]
-) -> Saver:
-    retention = checkpoints.Retention(job.recipe.run.keep_checkpoints)
-    return Saver(job.home, retention, state.device, may_write=attempt.check, moved=moved)
-
-
-def _save(tuning: Tuning, job: Job, state: FinetuneState, saver: Saver) -> None:
+def _save(tuning: Tuning, job: Job, state: FinetuneState, keeper: Keeper) -> None:
     """Begin a checkpoint, all ranks together."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    saver.begin(
+    keeper.begin(
         state.step,
         {"model": model, "optimizer": optimizer},
         {"finetune": dict(tuning.facts), "classifier": _described(tuning, job)},
     )
-
-
-def _finish(job: Job, saver: Saver, *, last: bool = False) -> None:
-    """Wait for the checkpoint under way, if there is one, and tell the driver; all ranks together.
-
-    Raises:
-        DropposError: On all ranks, if it failed for good.
-    """
-    done = saver.finish(last)
-    if done is None or dist.get_rank() != 0:
-        return
-    if done.saved is None:
-        job.events.send({"kind": "not_saved", "error": done.error})
-    else:
-        job.events.send({"kind": "checkpoint", "step": done.saved.step, "saved": done.saved})
 
 
 def _described(tuning: Tuning, job: Job) -> dict[str, Any]:
@@ -208,7 +187,7 @@ def _described(tuning: Tuning, job: Job) -> dict[str, Any]:
     return {"model": plain(asdict(job.recipe.model)), "classes": list(tuning.classes)}
 
 
-def _log(job: Job, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
+def _log(job: Job, proof: Proof, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
     """Average over ranks and tell the driver: where a step waits for the device."""
     mean = mean_loss(loss, state.step)
     if dist.get_rank() == 0:
@@ -219,7 +198,7 @@ def _log(job: Job, state: FinetuneState, loss: Tensor, pace: Pace) -> None:
             "data/images_per_s": pace.images_per_s,
             "data/wait_fraction": pace.wait_fraction,
         }
-        job.events.send({"kind": "metrics", "step": state.step, "values": values})
+        proof.tell(job.events, state.step, values)
     pace.reset()
 
 

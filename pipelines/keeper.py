@@ -3,16 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from droppos.errors import DropposError
-from droppos.step import TrainState
 from pipelines import chain
 from pipelines.checkpoints import COMPLETE, Retention, Saved
-from pipelines.facts import facts
 from pipelines.job import Job
-from pipelines.kept_state import kept_state
 from pipelines.proof import Proof
 from pipelines.saver import Done, Saver
 
@@ -23,72 +22,59 @@ class Keeper:
     def __init__(
         self,
         job: Job,
-        state: TrainState,
+        device: torch.device,
         proof: Proof,
         start: Saved | None,
-        init_from: Mapping[str, str] | None = None,
+        retention: Retention,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         """Open what writes them; every rank calls this.
 
         Args:
             job: The run.
-            state: What is kept.
+            device: Where its state is.
             proof: What is written beside.
             start: The checkpoint this group starts from.
-            init_from: `uri` and `sha256` of the weights the run began with, if it did.
+            retention: Which older checkpoints stay.
             moved: Called whenever writing one gets on.
         """
-        run = job.recipe.run
         self._newest = start
         if start is not None and dist.get_rank() == 0:
             chain.keep_start(job.home, start.step, start.sha256, start.place / COMPLETE)
         self._job = job
-        self._state = state
         self._proof = proof
-        self._init_from = init_from
         self._blocked = 0.0
-        self._saver = Saver(
-            job.home,
-            Retention(
-                run.keep_checkpoints, run.keep_every, run.keep_best, run.keep_best_is == "smallest"
-            ),
-            state.device,
-            may_write=proof.attempt.check,
-            moved=moved,
-        )
+        self._saver = Saver(job.home, retention, device, may_write=proof.attempt.check, moved=moved)
 
     @property
     def ended(self) -> int:
         """See :attr:`Saver.ended`."""
         return self._saver.ended
 
-    def begin(self, metrics: dict[str, float]) -> None:
+    def begin(self, step: int, state: dict[str, Any], facts: Mapping[str, Any]) -> None:
         """Copy the state; every rank calls this. Waits for the checkpoint before it, if need be.
 
         Args:
-            metrics: Of the held-out pictures at this step, if they were measured.
+            step: Optimizer steps taken.
+            state: What is kept, as :func:`pipelines.stored_state.save` takes it.
+            facts: What the checkpoint tells besides where in the schedule, and of what run, it is.
         """
         started = perf_counter()
         self.finish()
-        job, state = self._job, self._state
-        cursor = {**asdict(job.schedule.position(state.step)), "step": state.step}
-        pictures, write_ids = self._proof.settle(state.step)
+        position = asdict(self._job.schedule.position(step))
+        pictures, write_beside = self._proof.settle(step)
         newest = self._newest
         previous = newest and {"step": newest.step, "sha256": newest.sha256}
         self._saver.begin(
-            state.step,
-            kept_state(state),
+            step,
+            state,
             {
-                "cursor": {**cursor, "pictures": pictures},
-                **facts(job.recipe, job.schedule.manifest, self._init_from),
-                "origin": dict(job.origin),
+                "cursor": {**position, "step": step, "pictures": pictures},
+                "origin": dict(self._job.origin),
                 "previous": previous,
-                "metrics": metrics,
-                "random_states": dist.get_world_size(),
-                "random_devices": sorted({"cpu", state.device.type}),
+                **facts,
             },
-            beside=write_ids,
+            beside=write_beside,
         )
         self._blocked = perf_counter() - started
 

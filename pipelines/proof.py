@@ -40,20 +40,22 @@ class Proof:
         cls,
         attempt: Attempt,
         schedule: Schedule,
-        saved: checkpoints.Saved | None,
-        record_ids: bool,
+        step: int,
+        begun: int,
         device: torch.device,
+        *,
+        record_ids: bool = False,
     ) -> "Proof":
         """Start to count where a checkpoint stands, and drop what lies beyond it; all ranks call.
 
         Args:
             attempt: This group, which has taken the run over.
             schedule: The order of the whole run.
-            saved: Where the group starts; None at the beginning.
-            record_ids: Keep which picture was trained on in which step.
+            step: Where the group starts.
+            begun: Pictures of the begun epoch that groups before it trained on.
             device: Where the process group adds up.
+            record_ids: Keep which picture was trained on in which step.
         """
-        step = saved.step if saved else 0
         rank = dist.get_rank()
         if rank == 0:
             # The others need not wait here: before anybody writes, all settle their counts.
@@ -61,7 +63,7 @@ class Proof:
                 forget_after(attempt.home / folder, step)
         return cls(
             attempt,
-            Tally(schedule, step, pictures_begun(saved, schedule), device),
+            Tally(schedule, step, begun, device),
             HistoryWriter(attempt.home, attempt.group, step) if rank == 0 else None,
             IdWriter(attempt, schedule, rank, step) if record_ids else None,
         )

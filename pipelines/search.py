@@ -17,10 +17,10 @@ from typing import Any
 
 from droppos.errors import ConfigError, DataError
 from pipelines.facts import FIXED, FREE
+from pipelines.groundwork import located, plan
 from pipelines.heard import OnEvent
 from pipelines.ledger import Ledger
 from pipelines.order import Schedule
-from pipelines.pretrain import located, plan
 from pipelines.proposals import scheduler_of, source_of
 from pipelines.ranking import Setting, settings_of
 from pipelines.recipe import Objective, Recipe

@@ -21,16 +21,18 @@ from pipelines import stored_state
 from pipelines.asked import Ear
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
+from pipelines.checkpoints import Retention
 from pipelines.events import Event, Events
+from pipelines.facts import facts
 from pipelines.holdout import Holdout
 from pipelines.job import Job
 from pipelines.keeper import Keeper
-from pipelines.kept_state import restore
+from pipelines.kept_state import kept_state, restore
 from pipelines.machine import device_name
 from pipelines.order import Schedule
 from pipelines.pace import Pace
 from pipelines.passed import PassedOver
-from pipelines.proof import Proof
+from pipelines.proof import Proof, pictures_begun
 from pipelines.pulse import Pulse
 from pipelines.recipe import Recipe
 from pipelines.start import load_start, started_from
@@ -69,9 +71,11 @@ def _train(job: Job, pulse: Pulse) -> None:
         load_start(state, job.home)
     restore(state, saved)
     passed = PassedOver.read(job.home, schedule)
-    proof = Proof.begin(attempt, schedule, saved, recipe.run.record_ids, state.device)
+    begun = pictures_begun(saved, schedule)
+    ids = recipe.run.record_ids
+    proof = Proof.begin(attempt, schedule, state.step, begun, state.device, record_ids=ids)
     ear = Ear(job.events, recipe.run.hang_timeout_s)
-    keeper = Keeper(job, state, proof, saved, init_from, pulse.moved)
+    keeper = Keeper(job, state.device, proof, saved, retention_of(recipe), pulse.moved)
     job.events.send(started(state.step, state.device))
 
     stream = steps_from(state.step, recipe, schedule)
@@ -115,7 +119,16 @@ def _train(job: Job, pulse: Pulse) -> None:
             pulse.now("saving", state.step)
             bad.forgive()
             leave |= asked.leave_after_next
-            keeper.begin(metrics)
+            keeper.begin(
+                state.step,
+                kept_state(state),
+                {
+                    **facts(recipe, schedule.manifest, init_from),
+                    "metrics": metrics,
+                    "random_states": dist.get_world_size(),
+                    "random_devices": sorted({"cpu", state.device.type}),
+                },
+            )
             pace.pause()
         if leave:
             break
@@ -125,6 +138,13 @@ def _train(job: Job, pulse: Pulse) -> None:
     keeper.finish(last=not bad.too_many)  # the newest good one is what a rewind goes back to
     keeper.close()
     bad.refuse()
+
+
+def retention_of(recipe: Recipe) -> Retention:
+    """Say which checkpoints stay."""
+    run = recipe.run
+    smallest = run.keep_best_is == "smallest"
+    return Retention(run.keep_checkpoints, run.keep_every, run.keep_best, smallest)
 
 
 def open_holdout(job: Job, state: TrainState) -> Holdout | None:

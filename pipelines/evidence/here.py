@@ -32,10 +32,10 @@ from pipelines import checkpoints, stored_state
 from pipelines.facts import check_resume, facts
 from pipelines.finetune import read_labels
 from pipelines.finetune_worker import labelled
+from pipelines.groundwork import located, plan
 from pipelines.kept_state import kept_state, restore
 from pipelines.order import Schedule
 from pipelines.parts import DamagedError
-from pipelines.pretrain import located, plan
 from pipelines.recipe import Data, Recipe, Run
 from pipelines.shards import load_manifest
 from pipelines.source import crop_options

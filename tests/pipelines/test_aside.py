@@ -12,11 +12,12 @@ from droppos.errors import ConfigError, StorageError
 from pipelines import aside as module
 from pipelines import checkpoints, history
 from pipelines.aside import Aside
+from pipelines.groundwork import plan
 from pipelines.holdout import measure_checkpoint
 from pipelines.machines import Cluster, Machine
 from pipelines.news import told
 from pipelines.prepare import prepare
-from pipelines.pretrain import plan, pretrain
+from pipelines.pretrain import pretrain
 from pipelines.recipe import Data, Measure, Recipe, Run, Search, Tracking
 from pipelines.resources import Demand, solve
 from pipelines.run_report import run_report

@@ -24,7 +24,7 @@ from droppos.measure.finetune import FinetuneState, build_classifier
 from droppos.measure.finetune_recipe import Finetune
 from droppos.model import DropPos, normalise
 from droppos.trained import Trained
-from pipelines import checkpoints, receipt, stored_state
+from pipelines import checkpoints, history, receipt, stored_state
 from pipelines.attempt import SupersededError, claim_for_driver, claim_for_group
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, from_checkpoint
@@ -34,12 +34,14 @@ from pipelines.export import export_checkpoint
 from pipelines.extraction import decode, pieces_of
 from pipelines.finetune import Finetuned, _check_resume, _facts, finetune, lie_by_class
 from pipelines.finetune_run import FinetuneRun
-from pipelines.finetune_worker import Tuning, _finish, _open_saver, _save, labelled, mean_loss
+from pipelines.finetune_worker import Tuning, _save, labelled, mean_loss
+from pipelines.groundwork import plan
 from pipelines.holdout import choose
 from pipelines.job import Job
+from pipelines.keeper import Keeper
 from pipelines.order import Schedule
 from pipelines.prepare import prepare
-from pipelines.pretrain import plan
+from pipelines.proof import Proof
 from pipelines.recipe import Recipe, Tracking
 from pipelines.run_report import run_report
 from pipelines.shards import load_manifest
@@ -257,11 +259,12 @@ def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_pat
     )
     attempt = claim_for_group(home, job.driver, cpu)
     claim_for_driver(home)
-    saver = _open_saver(job, state, attempt, lambda: None)
-    _save(tuning, job, state, saver)
+    proof = Proof.begin(attempt, job.schedule, 0, 0, cpu)
+    keeper = Keeper(job, cpu, proof, None, checkpoints.Retention(1))
+    _save(tuning, job, state, keeper)
     with pytest.raises(SupersededError, match="was taken over by process"):
-        _finish(job, saver)
-    saver.close()
+        keeper.finish()
+    keeper.close()
     assert checkpoints.newest(home) is None
 
 
@@ -314,6 +317,13 @@ def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
     assert run.data.metrics[HOURS] > 0 and run.data.tags["hardware.workers"]
     losses = client.get_metric_history(whole.tracking_run, "train/loss")
     assert [point.step for point in losses] == list(range(1, 19))
+    assert run.data.tags["hardware.nodes"] == "1"
+    # Storage knows it, too, and each checkpoint which one was before it.
+    kept = history.curves(open_place(whole.home), whole.steps)
+    assert kept["train/loss"] == [(point.step, point.value) for point in losses]
+    newest = checkpoints.newest(open_place(whole.home))
+    assert newest is not None and newest.cursor["step"] == 18
+    assert newest.record["previous"]["step"] == 12
 
     with pytest.raises(ConfigError, match="--resume"):
         tune(backbone, data, folder)

@@ -23,9 +23,10 @@ from pipelines.backbone import Backbone, from_checkpoint, open_backbone
 from pipelines.evaluate import evaluate
 from pipelines.export import export_checkpoint
 from pipelines.facts import facts
+from pipelines.groundwork import located
 from pipelines.local_s3 import S3Server
 from pipelines.prepare import prepare
-from pipelines.pretrain import located, pretrain
+from pipelines.pretrain import pretrain
 from pipelines.recipe import Data, MeasureProtocol, Recipe, Run, Tracking
 from pipelines.start import RECORD, WEIGHTS, clear, load_start, read_start, started_from
 from pipelines.storage import Place, open_place

@@ -17,11 +17,11 @@ from mlflow.tracking import MlflowClient
 
 from droppos.errors import ConfigError, DataError
 from pipelines import checkpoints, outbox, stored_state
+from pipelines.groundwork import located
 from pipelines.history import HistoryWriter
 from pipelines.journal import About, Artifact, Ended, Journal, Row, journals
 from pipelines.ledger import Ledger, begin_anew
 from pipelines.local_mlflow import LocalMlflow, free_port
-from pipelines.pretrain import located
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.secrets import redact
 from pipelines.storage import open_place

@@ -23,8 +23,8 @@ from pipelines.checkpoints import Saved
 from pipelines.cli import main
 from pipelines.export import export_checkpoint
 from pipelines.facts import facts
+from pipelines.groundwork import located
 from pipelines.ledger import Ledger
-from pipelines.pretrain import located
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.register import Registered
 from pipelines.registry import EXPORT, check_alias, check_name, fetch, parse

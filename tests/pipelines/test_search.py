@@ -23,8 +23,8 @@ from rich.console import Console
 from droppos.config import Compute, Method, Model, Optim
 from droppos.errors import ConfigError
 from pipelines import checkpoints, recipe_file
+from pipelines.groundwork import plan
 from pipelines.prepare import prepare
-from pipelines.pretrain import plan
 from pipelines.proposals import Proposals, scheduler_of, source_of
 from pipelines.recipe import Data, Measure, Recipe, Run, Search
 from pipelines.recipe_file import to_yaml
