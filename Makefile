@@ -36,9 +36,10 @@ demo-search: $(READY)
 evidence: $(READY)
 	@$(BIN)/droppos evidence
 
-# Clusters and training runs take all CPUs, one at a time; the many small tests share them.
-test: fast
-	$(BIN)/python -m pytest -m "slow and not long"
+# Clusters and training runs take all CPUs, one at a time; all other tests share them.
+test: $(READY)
+	$(BIN)/python -m pytest -m "not long and (shares or not slow)" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not long and not shares"
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long

@@ -25,9 +25,9 @@ settings.load_profile("droppos")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Take what is long for slow, too: `-m "not slow"` replaces the usual `-m "not long"`."""
+    """Take what is long, or shares, for slow too: `-m "not slow"` is all that takes seconds."""
     for item in items:
-        if item.get_closest_marker("long"):
+        if item.get_closest_marker("long") or item.get_closest_marker("shares"):
             item.add_marker("slow")
 
 

@@ -72,7 +72,7 @@ def test_the_way_of_a_picture_into_timm_is_told(tmp_path: Path) -> None:
     assert given[:, 0, 0].tolist() == pytest.approx([2.2489, 2.4286, 2.64], abs=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_onnx_gives_its_logits_and_its_classes(tmp_path: Path) -> None:
     trained = classifier()
     report = export(trained, tmp_path / "out", CLASSIFIERS["onnx"])

@@ -132,7 +132,7 @@ def test_a_step_keeps_and_holds_what_the_formula_says(compute: Compute) -> None:
     check(TINY, 16, compute)
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 @pytest.mark.parametrize("compute", [WAYS[0], WAYS[5]], ids=name)
 @pytest.mark.parametrize(("model", "images"), [(DEEP, 3), (WIDE, 8)])
 def test_a_larger_step_does_too(model: Model, images: int, compute: Compute) -> None:

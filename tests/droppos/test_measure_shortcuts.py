@@ -209,7 +209,7 @@ def test_what_cannot_be_looked_at_is_said() -> None:
         measure_shortcuts(predict, few, small, METHOD.counts(small))
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_a_model_trained_on_letterboxes_takes_them(photographs: NDArray[np.uint8]) -> None:
     train = plants.tiles(TRAIN, each=100, side=48)
     held = plants.tiles(HOLDOUT, each=40, side=48, seed=1)

@@ -140,7 +140,7 @@ def test_every_size_is_a_timm_model_of_the_same_shape(size: str) -> None:
     assert model.norm.eps == 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_a_vit_bs_first_loss_is_the_references() -> None:
     """About 6.04 and not ln 196: Xavier gives the head's logits a spread (DESIGN, section 2)."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from tests.droppos.ranks import (
     train,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.shares
 
 
 @pytest.fixture(scope="module")

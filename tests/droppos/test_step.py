@@ -182,7 +182,7 @@ assert all(abs(a - b) < 1e-5 for a, b in zip(*losses)), losses
 """
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 @pytest.mark.parametrize(("precision", "again"), [("float32", True), ("bf16", False)])
 def test_compiled_blocks_change_no_value(precision: str, again: bool) -> None:
     """In a process of its own: shapes are not checked there, which can't be traced."""

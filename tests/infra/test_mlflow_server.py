@@ -141,7 +141,7 @@ def server(postgres: str, s3_env: S3Server, tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_it_lets_in_who_it_knows_and_keeps_all_over_a_restart(
     server: Server, s3_env: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

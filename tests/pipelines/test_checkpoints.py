@@ -271,7 +271,7 @@ def test_what_cannot_be_kept_is_refused_by_name(home: Place) -> None:
     assert checkpoints.newest(home) is None
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_s3_keeps_loads_and_prunes_as_a_folder_does(s3_env: Any) -> None:
     home = open_place(f"{s3_env.bucket('checkpoints')}/run")
     for step in (1, 2, 3):
@@ -288,7 +288,7 @@ def test_s3_keeps_loads_and_prunes_as_a_folder_does(s3_env: Any) -> None:
     assert newest.step == 2
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_state_moves_between_one_and_two_ranks_to_the_last_bit(home: Place) -> None:
     save(home, 3)
     run_ranks("reshard", home, 2)  # from one to two, and two to two
@@ -302,7 +302,7 @@ def test_state_moves_between_one_and_two_ranks_to_the_last_bit(home: Place) -> N
     assert_equal(state, stored_state.load_full(checkpoints.at(f"{home}/checkpoints/step-00000003")))
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 @pytest.mark.parametrize("when", ["die-writing", "die-before-marker"])
 def test_a_process_killed_in_mid_save_leaves_the_older_one(
     home: Place, when: str, caplog: pytest.LogCaptureFixture

@@ -52,7 +52,7 @@ def test_no_two_pictures_are_equal(written: DemoPictures) -> None:
     assert len(set(contents)) == len(contents)
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_a_second_call_writes_the_same_bytes(written: DemoPictures, tmp_path: Path) -> None:
     again = write_demo_pictures(tmp_path)
     assert _contents(again.train) == _contents(written.train)

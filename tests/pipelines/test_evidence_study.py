@@ -35,7 +35,7 @@ def folder(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_a_study_ends_goes_on_and_knows_all(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
     study = Study(budget=1, seeds=1, curve=(), only=("paper/1/0", "supervised/1/0"))
@@ -70,7 +70,7 @@ def test_a_study_ends_goes_on_and_knows_all(folder: Path, tmp_path: Path) -> Non
     assert "2 of 2 cells are known" in said
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_a_cell_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
     nowhere = Cifar(*(str(tmp_path / "none") for _ in range(3)))
     study = Study(budget=1, seeds=1, curve=(), only=("random/0/0",))
@@ -78,7 +78,7 @@ def test_a_cell_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
         work(study, study.cells(), nowhere, tmp_path, tmp_path / "out", lambda text: None)
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_a_cell_of_another_recipe_is_told(folder: Path, tmp_path: Path) -> None:
     """Its process reads a file that was edited since the study began."""
     data = Cifar(*(str(folder / "cifar" / "data-2" / name) for name in ("train", "tenth", "test")))
@@ -130,16 +130,16 @@ def test_again_forgets_what_is_named_and_nothing_else(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "cells").iterdir()] == ["pixels-5-0"]
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_cells_end_with_their_study_and_go_on_with_the_next(folder: Path, tmp_path: Path) -> None:
     """A container that stops sends SIGTERM; whoever starts it again meets no second worker."""
     own = tmp_path / "evidence"
     shutil.copytree(folder / "cifar", own / "cifar")
     command = [
         sys.executable, "-m", "pipelines.cli", "evidence", "--folder", str(own), "--out",
-        str(tmp_path / "out"), "--only", "paper/2000/0", "--at-once", "1",
+        str(tmp_path / "out"), "--only", "pixels/2000/0", "--at-once", "1",
     ]  # fmt: skip
-    log = own / "cells" / "paper-2000-0" / "log"
+    log = own / "cells" / "pixels-2000-0" / "log"
 
     def started() -> subprocess.Popen[bytes]:
         log.unlink(missing_ok=True)

@@ -125,7 +125,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(Path(folder) / "found.pt", weights_only=True)
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_ranks_that_share_the_pictures_find_what_one_process_finds(
     case: Any, ranks: dict[str, Any]

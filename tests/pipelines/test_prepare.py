@@ -400,7 +400,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 @pytest.mark.parametrize("where", ["folder", "s3"])
 def test_killed_and_continued_it_ends_with_the_same_bytes(
     noise: Path, tmp_path: Path, where: str, request: pytest.FixtureRequest

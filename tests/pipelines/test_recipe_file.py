@@ -92,7 +92,7 @@ def test_a_recipe_of_another_version_is_refused() -> None:
         from_dict({"method": {"mask_ration": 0.5}})
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_an_unknown_field_in_a_file_suggests_the_right_flag(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("method:\n  mask_ration: 0.5\n")

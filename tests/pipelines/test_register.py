@@ -176,7 +176,7 @@ assert backbone.num_features == 32
 """
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_without_droppos_mlflow_loads_the_same(world: World, here: Path) -> None:
     np.save(here / "pictures.npy", PICTURES)
     done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 from tests.droppos.ranks import Case, alike, create, distance, everything, run_program, train
 from tests.pipelines.reshard import LEGS, STEPS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.shares
 
 
 @pytest.fixture(scope="module")

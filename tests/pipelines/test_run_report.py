@@ -169,7 +169,7 @@ def test_without_mlflow_and_with_data_gone_the_rest_is_told(
     assert "42.0%" in words
 
 
-@pytest.mark.slow
+@pytest.mark.shares
 def test_the_command_writes_it(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

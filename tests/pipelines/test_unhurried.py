@@ -48,7 +48,7 @@ def test_the_executor_rests_while_training_is_slower_than_reading(
         seen: list[int] = []
         looks.clear()
         stream = iter(dataset.iter_batches(batch_size=BATCH, prefetch_batches=1))
-        for _ in range(20):
+        for _ in range(12):
             seen += next(stream)["row"].tolist()
             time.sleep(4 * ROUND_S)
         pairs = list(zip(looks[::2], looks[1::2], strict=False))
