@@ -129,9 +129,10 @@ def schedule_of(saved: checkpoints.Saved) -> Schedule:
     """Lay out again the run that a checkpoint is from.
 
     Raises:
-        DataError: If its data set is gone, or another by now.
+        DataError: If its data set is gone, or another by now, or it is of no pre-training.
         ConfigError: If another version of droppos wrote its recipe.
     """
+    checkpoints.require_recipe(saved)
     recipe = from_dict(saved.record["recipe"])
     assert recipe.data.path is not None
     manifest = load_manifest(open_place(recipe.data.path))

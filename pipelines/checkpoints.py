@@ -129,8 +129,8 @@ def require_recipe(saved: Saved) -> None:
     if "finetune" in saved.record:
         raise DataError(
             f"checkpoint {saved.uri} is of a fine-tuned classifier, which `droppos export` writes "
-            "for others to load; evaluated and reported are pre-trained backbones: name the one it "
-            "began with, which MLflow has as the run's tag finetune.backbone"
+            "for others to load; evaluated, reported and audited are pre-trainings: name the one "
+            "it began with, which MLflow has as the run's tag finetune.backbone"
         )
     if "recipe" not in saved.record:
         raise DataError(

@@ -23,7 +23,7 @@ from droppos.config import Heads, Method
 from droppos.errors import ConfigError, DataError
 from droppos.measure.finetune_recipe import Finetune
 from droppos.measure.intervals import Proportion
-from pipelines import checkpoints
+from pipelines import checkpoints, history
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, open_backbone
 from pipelines.cluster import connect
@@ -153,6 +153,8 @@ def finetune(
             *_accuracies(heard.tested, len(classes)),
         )  # fmt: skip
         driver.ledger.log(schedule.steps, done.metrics())
+        if done.finished:
+            history.keep_late(home, schedule.steps, done.metrics())
         driver.ledger.finish("FINISHED" if done.finished else "KILLED")
     return done
 

@@ -174,10 +174,14 @@ def _restore(state: FinetuneState, saved: Saved | None) -> None:
 
 def _save(tuning: Tuning, job: Job, state: FinetuneState, keeper: Keeper) -> None:
     """Begin a checkpoint, all ranks together."""
-    model, optimizer = get_state_dict(state.model, state.optimizer)
+
+    def kept() -> dict[str, Any]:
+        model, optimizer = get_state_dict(state.model, state.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
     keeper.begin(
         state.step,
-        {"model": model, "optimizer": optimizer},
+        kept,
         {"finetune": dict(tuning.facts), "classifier": _described(tuning, job)},
     )
 

@@ -5,7 +5,7 @@
         4f0c2a9e before that checkpoint counts, and never deleted
 
     HOME/history/aside-00001000.jsonl
-        the same of a checkpoint that was measured while training went on
+        the same of a checkpoint that was measured while training went on, or after its end
 
 MLflow shows them; here is what it is made whole from when its server, or the driver with what it
 had not sent, was away. :mod:`pipelines.beside` has the way they are written.
@@ -14,6 +14,7 @@ Imports no torch.
 """
 
 import json
+import logging
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from pipelines.journal import now_ms
 from pipelines.storage import Place
 
 FOLDER = "history"
+
+_log = logging.getLogger(__name__)
 
 
 class Logged(NamedTuple):
@@ -56,14 +59,13 @@ class HistoryWriter(Beside[Logged]):
         return row
 
 
-def keep_aside(home: Place, step: int, values: Mapping[str, float]) -> None:
-    """Keep what a checkpoint came to that was measured after it was made.
-
-    Raises:
-        DataError: If storage refuses.
-    """
+def keep_late(home: Place, step: int, values: Mapping[str, float]) -> None:
+    """Keep what a checkpoint came to that was measured after it was made, if storage takes it."""
     rows = [Logged(step, now_ms(), values)]
-    (home / FOLDER / f"aside-{step:08d}.jsonl").write_bytes(_lines(rows))
+    try:
+        (home / FOLDER / f"aside-{step:08d}.jsonl").write_bytes(_lines(rows))
+    except DataError as error:
+        _log.warning("the figures of step %d are only in MLflow: %s", step, error)
 
 
 def _lines(rows: Sequence[Logged]) -> bytes:

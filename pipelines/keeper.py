@@ -51,12 +51,14 @@ class Keeper:
         """See :attr:`Saver.ended`."""
         return self._saver.ended
 
-    def begin(self, step: int, state: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    def begin(
+        self, step: int, state: Callable[[], dict[str, Any]], facts: Mapping[str, Any]
+    ) -> None:
         """Copy the state; every rank calls this. Waits for the checkpoint before it, if need be.
 
         Args:
             step: Optimizer steps taken.
-            state: What is kept, as :func:`pipelines.stored_state.save` takes it.
+            state: Gives what is kept, as :func:`pipelines.stored_state.save` takes it.
             facts: What the checkpoint tells besides where in the schedule, and of what run, it is.
         """
         started = perf_counter()
@@ -67,7 +69,7 @@ class Keeper:
         previous = newest and {"step": newest.step, "sha256": newest.sha256}
         self._saver.begin(
             step,
-            state,
+            state(),
             {
                 "cursor": {**position, "step": step, "pictures": pictures},
                 "origin": dict(self._job.origin),

@@ -172,7 +172,7 @@ class Ledger:
         Raises:
             ConfigError: If MLflow cannot be reached, within about 15 s.
         """
-        known = pointer(self._place) if self.resume else {}
+        known = self._known() if self.resume else {}
         client, run = self._reach(known)
         before = known.get("writer", "")
         if run is None:
@@ -201,7 +201,7 @@ class Ledger:
                     tags = self._own_tags
                     run = client.create_run(experiment, run_name=self.run_name, tags=tags)
                 else:
-                    client.update_run(run.info.run_id, status="RUNNING")
+                    self._go_on(client, run)
                 return client, run
         except ConfigError as error:
             if known.get("uri") != redact(self.uri):
@@ -209,9 +209,44 @@ class Ledger:
             _log.warning("%s. The run goes on, and what it logs waits in %s", error, self.spool)
             return client_of(self.uri), None
 
+    def _known(self) -> dict[str, str]:
+        """Read which MLflow run the folder names: its own, unless the folder is a copy.
+
+        Raises:
+            StorageError: If storage cannot be asked: another MLflow run would be begun.
+        """
+        known = pointer(self._place)
+        was = known.get("home", self.home)
+        if was == self.home or (not self._place.is_s3 and _same_folder(was, self.home)):
+            return known
+        try:
+            moved = pointer(open_place(was)).get("run_id") != known["run_id"]
+        except (ConfigError, StorageError):
+            moved = False  # two runs that both go on in one curve would spoil it
+        if moved:
+            return known
+        _log.warning(
+            "%s is a copy of %s, whose MLflow run is that one's: this one begins another",
+            *(self.home, was),
+        )
+        return {"uri": "", "run_id": "", "writer": known["writer"]}
+
+    def _go_on(self, client: "MlflowClient", run: "Run") -> None:
+        """Have MLflow say that a run goes on, and where, if its folder has moved."""
+        moved = run.data.tags.get(HOME, self.home) != self.home
+        name = self.run_name if moved else None
+        client.update_run(run.info.run_id, status="RUNNING", name=name)
+        if moved:
+            client.set_tag(run.info.run_id, HOME, self.home)
+
     def _point(self, about: About) -> None:
         """Have the run's folder name the MLflow run, for a start while the server is away."""
-        record = {"uri": about.uri, "run_id": about.run_id, "writer": about.writer}
+        record = {
+            "uri": about.uri,
+            "run_id": about.run_id,
+            "writer": about.writer,
+            "home": about.home,  # whoever finds this elsewhere knows that it was moved or copied
+        }
         try:
             (self._place / POINTER).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
         except DataError as error:
@@ -375,14 +410,16 @@ class Ledger:
 
 
 def pointer(home: Place) -> dict[str, str]:
-    """Read which MLflow run a run's folder names; nothing if it names none.
+    """Read which MLflow run a run's folder names, and where the folder was; nothing if none.
 
     Raises:
         StorageError: If storage cannot be asked: another MLflow run would be begun.
     """
     try:
         found = json.loads((home / POINTER).read_bytes())
-        return {name: found[name] for name in ("uri", "run_id", "writer")}
+        known = {name: found[name] for name in ("uri", "run_id", "writer")}
+        # An older droppos did not write it.
+        return known | {name: found[name] for name in ("home",) if name in found}
     except StorageError:
         raise
     except (DataError, ValueError, KeyError, TypeError):
@@ -397,6 +434,14 @@ def begin_anew(home: Place) -> None:
     """
     record = {"uri": "", "run_id": "", "writer": pointer(home).get("writer", "")}
     (home / POINTER).write_bytes(json.dumps(record, indent=1).encode() + b"\n")
+
+
+def _same_folder(one: str, other: str) -> bool:
+    """Tell whether two paths lead to one folder, by a link or another mount."""
+    try:
+        return Path(one).samefile(other)
+    except OSError:
+        return False
 
 
 def newest_run(client: "MlflowClient", experiment: str, home: str) -> "Run | None":

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import yaml
 
 from droppos.errors import ConfigError, DataError
+from pipelines.attempt import FILE as ATTEMPT
 from pipelines.ledger import HOME, fields_of
 from pipelines.recipe import Recipe, Run, Tracking
 from pipelines.recipe_file import flatten, from_dict
 from pipelines.secrets import redact, redact_uris
-from pipelines.storage import Place, open_place
+from pipelines.storage import Place, open_place, open_reachable
 from pipelines.tracking import Where, client_of, missing_database, reachable, tracking_uri
 
 if TYPE_CHECKING:
@@ -214,16 +215,18 @@ def resumable(run: str, where: Where) -> Recipe:
         ConfigError: If the recipe is of another version of droppos, or MLflow cannot be reached.
         DataError: If there is no such run, or it has no recipe.
     """
-    home = open_place(run)
-    if "/" not in run and not (home / RECIPE).exists():
+    home = open_reachable(run or ".")
+    began = bool(run) and (home / ATTEMPT).exists()
+    if "/" not in run and not began:
         return recipe_of(Registry(where).run(run))
-    recipe = _recipe_in(home)
+    recipe = _recipe_in(home) if began else None
     if recipe is None:
         raise DataError(
-            f"{home} holds no {RECIPE}: name the folder of a pre-training, run.storage/run.name; "
-            "a search or a fine-tuning goes on by its own command and --resume"
+            f"{home} is no run's folder: name that of a pre-training, run.storage/run.name, which "
+            f"holds {RECIPE} and {ATTEMPT}; a search or a fine-tuning goes on by its own command "
+            "and --resume"
         )
-    storage = home.uri.removesuffix(f"/{home.name}")  # it may have moved since
+    storage = home.uri.rpartition("/")[0] or "/"  # it may have moved since
     return replace(recipe, run=replace(recipe.run, storage=storage, name=home.name))
 
 
@@ -239,9 +242,10 @@ def recipe_of(run: RunFacts) -> Recipe:
     recipe = _recipe_in(open_place(run.home))
     if recipe is None:
         raise DataError(
-            f"run {run.name} has no {run.home}/{RECIPE}: either its folder is not to be seen from "
-            "this machine, or it is a search or a fine-tuning, which goes on by its own command "
-            f"and --resume (`droppos runs {run.name}` names it)"
+            f"run {run.name} has no {run.home}/{RECIPE}: its folder has moved (`droppos resume "
+            "FOLDER` goes on with it there) or is not to be seen from this machine, or it is a "
+            "search or a fine-tuning, which goes on by its own command and --resume "
+            f"(`droppos runs {run.name}` names it)"
         )
     return recipe
 

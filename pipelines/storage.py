@@ -274,7 +274,10 @@ def open_place(uri: str) -> Place:
     """
     scheme, separator, rest = uri.partition("://")
     if not separator and not re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", uri):
-        path = Path(uri).expanduser().absolute()
+        try:
+            path = Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100 - without `..`
+        except RuntimeError as error:
+            raise ConfigError(f"a place must be a path, got {uri!r}: {error}") from error
         local = pafs.LocalFileSystem()
         return Place(str(path), path.as_posix(), local, local)
     if scheme == "file" and rest.startswith("/"):

@@ -6,6 +6,7 @@ checkpoint, which the stream's factory (:class:`pipelines.source.Remaining`) rea
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from math import isfinite
 
 import ray
@@ -121,7 +122,7 @@ def _train(job: Job, pulse: Pulse) -> None:
             leave |= asked.leave_after_next
             keeper.begin(
                 state.step,
-                kept_state(state),
+                partial(kept_state, state),
                 {
                     **facts(recipe, schedule.manifest, init_from),
                     "metrics": metrics,

@@ -26,6 +26,7 @@ from droppos.model import DropPos, normalise
 from droppos.trained import Trained
 from pipelines import checkpoints, history, receipt, stored_state
 from pipelines.attempt import SupersededError, claim_for_driver, claim_for_group
+from pipelines.audit import schedule_of
 from pipelines.augmented import rand_augment, read_augmented
 from pipelines.backbone import Backbone, from_checkpoint
 from pipelines.cost import HOURS
@@ -282,7 +283,7 @@ def test_a_checkpoint_of_a_fine_tuning_says_why_it_is_no_backbone(tmp_path: Path
     home = open_place(str(tmp_path))
     facts, state = {"finetune": {}}, {"w": torch.ones(3)}
     saved = stored_state.save(home, 6, state, facts, checkpoints.Retention(1))
-    for refuse in (from_checkpoint, receipt.make, run_report):
+    for refuse in (from_checkpoint, receipt.make, run_report, schedule_of):
         with pytest.raises(DataError, match=r"a fine-tuned classifier, .*finetune\.backbone"):
             refuse(saved)
     with pytest.raises(DataError, match="does not name its classes: an older droppos made it"):
@@ -321,6 +322,7 @@ def test_a_backbone_learns_and_is_asked_and_mlflow_knows(
     # Storage knows it, too, and each checkpoint which one was before it.
     kept = history.curves(open_place(whole.home), whole.steps)
     assert kept["train/loss"] == [(point.step, point.value) for point in losses]
+    assert kept["finetune/accuracy"] == [(18, whole.top_1.value)]
     newest = checkpoints.newest(open_place(whole.home))
     assert newest is not None and newest.cursor["step"] == 18
     assert newest.record["previous"]["step"] == 12

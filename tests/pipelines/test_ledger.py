@@ -1,4 +1,5 @@
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pipelines import checkpoints, outbox, stored_state
 from pipelines.groundwork import located
 from pipelines.history import HistoryWriter
 from pipelines.journal import About, Artifact, Ended, Journal, Row, journals
-from pipelines.ledger import Ledger, begin_anew
+from pipelines.ledger import HOME, Ledger, begin_anew
 from pipelines.local_mlflow import LocalMlflow, free_port
 from pipelines.recipe import Data, Recipe, Run, Tracking
 from pipelines.secrets import redact
@@ -493,6 +494,42 @@ def test_a_run_that_goes_on_from_anothers_weights_is_another_run(uri: str, tmp_p
     assert second.run_id != first.run_id
     with ledger(uri, tmp_path, resume=True) as third:
         assert third.run_id == second.run_id
+
+
+def test_a_run_whose_folder_has_moved_goes_on_as_the_same(uri: str, tmp_path: Path) -> None:
+    with ledger(uri, tmp_path) as first:
+        first.log(0, {"loss": 0})
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    with ledger(uri, tmp_path, resume=True, home=moved) as second:
+        second.log(1, {"loss": 1})
+    assert second.run_id == first.run_id
+    assert history(uri, first.run_id, "loss") == [(0, 0), (1, 1)]
+    assert MlflowClient(uri).get_run(first.run_id).data.tags[HOME] == str(moved)
+
+
+def test_a_copy_leaves_the_originals_curve_alone(
+    uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ledger(uri, tmp_path) as first:
+        first.log(0, {"loss": 0})
+        copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+        with ledger(uri, tmp_path, resume=True, home=copy) as second:
+            second.log(1, {"loss": -1})
+        first.log(1, {"loss": 1})
+    assert f"{copy} is a copy of {tmp_path / 'run'}" in caplog.text
+    assert second.run_id != first.run_id and second.last_step("loss") == 1
+    assert history(uri, first.run_id, "loss") == [(0, 0), (1, 1)]
+    with ledger(uri, tmp_path, resume=True, home=copy) as third:
+        assert third.run_id == second.run_id
+
+
+def test_another_path_to_the_same_folder_is_no_copy(uri: str, tmp_path: Path) -> None:
+    with ledger(uri, tmp_path) as first:
+        pass
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with ledger(uri, tmp_path, resume=True, home=tmp_path / "link") as second:
+        pass
+    assert second.run_id == first.run_id
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 30) -> None:

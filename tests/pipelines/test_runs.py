@@ -6,16 +6,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 
 from droppos.config import Method
 from droppos.errors import ConfigError, DataError
+from pipelines.attempt import claim_for_driver
 from pipelines.cli import main
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe, Run
 from pipelines.recipe_file import to_yaml
 from pipelines.runs import Registry, next_command, recipe_of, resumable
-from pipelines.storage import open_place
+from pipelines.storage import Place, open_place
 from pipelines.tracking import Where
 
 # MLflow's own mapping of its tables uses what SQLAlchemy 2.1 deprecates.
@@ -43,6 +45,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with ledger(ours) as opened:
                 opened.log(7, {"holdout/position/skill": sigma / 10})
             (open_place(ours.home) / "recipe.yaml").write_bytes(to_yaml(ours).encode())
+            claim_for_driver(open_place(ours.home))
         with ledger(recipe(folder, "trial", 1.0), opened.run_id) as trial:
             trial.log(1, {"train/loss": 1})
     return folder
@@ -112,19 +115,33 @@ def test_a_run_is_gone_on_with_where_its_folder_lies(
     assert resumable(f"file://{moved}", nowhere) == there
     monkeypatch.chdir(moved.parent)
     assert resumable("moved", nowhere) == resumable("./moved", nowhere) == there
+    assert (
+        resumable("moved/history/..", nowhere) == resumable("../elsewhere/moved", nowhere) == there
+    )
     (moved.parent / "first").mkdir()  # a folder of that name that is no run's
+    shutil.copy(moved / "recipe.yaml", moved.parent / "first")
     by_name = resumable("first", Where(storage=str(storage)))
     assert by_name == recipe(storage, "first", 1.0)
 
 
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"recipe\.yaml.*folder of a pre-training"):
+    (tmp_path / "recipe.yaml").write_text("[]")  # anybody's
+    with pytest.raises(DataError, match=r"is no run's folder: name that of a pre-training"):
         resumable(str(tmp_path), Where())
-    (tmp_path / "recipe.yaml").write_text("[]")
+    claim_for_driver(open_place(str(tmp_path)))
     with pytest.raises(ConfigError, match="no recipe"):
         resumable(str(tmp_path), Where())
     with pytest.raises(DataError, match=r"droppos resume FOLDER"):
         resumable("lost", Where(storage=str(tmp_path)))
+    with pytest.raises(ConfigError, match="a place must be a path, got '~nobody-here'"):
+        resumable("~nobody-here", Where())
+
+
+def test_a_run_may_lie_at_the_root(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a container mounts its folder."""
+    root = Place("/second", str(storage / "second"), pafs.LocalFileSystem(), pafs.LocalFileSystem())
+    monkeypatch.setattr("pipelines.runs.open_reachable", lambda uri: root)
+    assert resumable("/second", Where()).home == "/second"
 
 
 def test_what_goes_on_with_a_run_is_named(registry: Registry, storage: Path) -> None:

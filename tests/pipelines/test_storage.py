@@ -90,6 +90,7 @@ def test_a_relative_path_means_the_folder_it_was_opened_in(
     monkeypatch.chdir("/")
     assert place.uri == str(tmp_path / "data")
     assert place == open_place(f"file://{tmp_path}/data") == open_place(f"{tmp_path}/data/")
+    assert place == open_place(f"{tmp_path}/other/../data")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ def test_the_executor_rests_while_training_is_slower_than_reading(
     looks: list[tuple[float, int]] = []
 
     class Look(ExecutionCallback):
-        """Notes when it is called, and the blocks in stock; before and after what is tested."""
+        """Notes when a round has ended, and the blocks that wait to be fetched."""
 
         def on_execution_step(self, executor: Any) -> None:
             looks.append((time.monotonic(), len(executor._output_node[1].output_queue)))
 
-    def rests_of(callbacks: list[type[ExecutionCallback]]) -> tuple[list[float], list[int]]:
-        """List the seconds between two looks where a round changed nothing, and the pictures."""
+    def idle_rounds(callbacks: list[type[ExecutionCallback]]) -> tuple[list[float], list[int]]:
+        """List the seconds of rounds that changed nothing, and the pictures."""
         dataset = make_dataset(schedule, data, CROP, worker_batch=BATCH, decode_tasks=1)
         dataset.context.custom_execution_callback_classes[:] = callbacks
         seen: list[int] = []
@@ -51,20 +50,18 @@ def test_the_executor_rests_while_training_is_slower_than_reading(
         for _ in range(12):
             seen += next(stream)["row"].tolist()
             time.sleep(4 * ROUND_S)
-        pairs = list(zip(looks[::2], looks[1::2], strict=False))
-        rests = [
+        threes = zip(looks, looks[1:], looks[2:], strict=False)
+        return [
             after - start
-            for ((_, earlier), _), ((start, before), (after, later)) in pairwise(pairs)
+            for (_, earlier), (start, before), (after, later) in threes
             if 0 < earlier == before == later
-        ]
-        return rests, seen
+        ], seen
 
     # No ratio of rounds: how many a spinning loop makes, the machine's other work decides.
-    resting, seen = rests_of([Look, Unhurried, Look])
-    spinning, also_seen = rests_of([Look, Look])
+    resting, seen = idle_rounds([Look, Unhurried])
+    spinning, also_seen = idle_rounds([Look])
     assert seen == also_seen
-    assert resting and spinning
-    assert min(resting) >= ROUND_S
+    assert statistics.median(resting) >= ROUND_S
     assert statistics.median(spinning) < ROUND_S
 
 
