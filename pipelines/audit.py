@@ -142,13 +142,7 @@ def schedule_of(saved: checkpoints.Saved) -> Schedule:
             f"the data set {recipe.data.path} was changed after the run: {'; '.join(changes)}; "
             "the audit needs the one it was trained on: put it back"
         )
-    return Schedule(
-        manifest=manifest,
-        seed=recipe.run.seed,
-        global_batch=recipe.optim.global_batch,
-        window=recipe.data.window,
-        epochs=recipe.optim.epochs,
-    )
+    return Schedule.of(recipe, manifest)
 
 
 def gaps(files: list[StepsFile], stop_step: int) -> list[tuple[int, int]]:

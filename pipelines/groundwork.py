@@ -59,13 +59,7 @@ def plan(recipe: Recipe) -> Schedule:
     manifest = load_manifest(open_reachable(recipe.data.path))
     if recipe.data.holdout is not None:  # missing now is better than missing later
         _check_holdout(recipe, manifest, load_manifest(open_reachable(recipe.data.holdout)))
-    return Schedule(
-        manifest=manifest,
-        seed=recipe.run.seed,
-        global_batch=recipe.optim.global_batch,
-        window=recipe.data.window,
-        epochs=recipe.optim.epochs,
-    )
+    return Schedule.of(recipe, manifest)
 
 
 def _check_holdout(recipe: Recipe, train: Manifest, holdout: Manifest) -> None:

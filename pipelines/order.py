@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log
+from typing import Self
 
 import numpy as np
 from jaxtyping import Int64
 
 from droppos.errors import ConfigError
+from pipelines.recipe import Recipe
 from pipelines.shards import Group, Manifest, Shard
 
 VERSION = 2
@@ -110,6 +112,21 @@ class Schedule:
                 f"{self.manifest.rows} pictures, so an epoch has no step; take at most "
                 f"{self.manifest.rows}, or prepare more pictures"
             )
+
+    @classmethod
+    def of(cls, recipe: Recipe, manifest: Manifest) -> Self:
+        """Lay out a recipe's run on a data set.
+
+        Raises:
+            ConfigError: If a batch is larger than the data set.
+        """
+        return cls(
+            manifest=manifest,
+            seed=recipe.run.seed,
+            global_batch=recipe.optim.global_batch,
+            window=recipe.data.window,
+            epochs=recipe.optim.epochs,
+        )
 
     @property
     def steps_per_epoch(self) -> int:

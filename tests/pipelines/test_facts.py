@@ -43,14 +43,7 @@ SCHEDULE = Schedule(manifest=DATA, seed=0, global_batch=1, window=1, epochs=1)
 def check(
     saved: Saved, recipe: Recipe = RECIPE, data: Manifest = DATA, allow: bool = False
 ) -> None:
-    schedule = Schedule(
-        manifest=data,
-        seed=recipe.run.seed,
-        global_batch=recipe.optim.global_batch,
-        window=recipe.data.window,
-        epochs=recipe.optim.epochs,
-    )
-    check_resume(recipe, schedule, saved, resume=True, allow_changes=allow)
+    check_resume(recipe, Schedule.of(recipe, data), saved, resume=True, allow_changes=allow)
 
 
 def test_the_same_run_goes_on_wherever_its_data_moved_to(tmp_path: Path) -> None:
