@@ -152,8 +152,8 @@ def finetune(
             whole.home, newest.step if newest else 0, schedule.steps, driver.ledger.run_id,
             *_accuracies(heard.tested, len(classes)),
         )  # fmt: skip
-        driver.ledger.log(schedule.steps, done.metrics())
         if done.finished:
+            driver.ledger.log(schedule.steps, done.metrics())
             history.keep_late(home, schedule.steps, done.metrics())
         driver.ledger.finish("FINISHED" if done.finished else "KILLED")
     return done

@@ -31,7 +31,7 @@ from droppos.parallel import resolve_device
 from pipelines import stored_state
 from pipelines.asked import Ear
 from pipelines.attempt import SupersededError, claim_for_group
-from pipelines.checkpoints import Retention, Saved
+from pipelines.checkpoints import Saved
 from pipelines.extraction import decode, pieces_of
 from pipelines.holdout import choose
 from pipelines.job import Job
@@ -85,9 +85,7 @@ def _finetune(tuning: Tuning, job: Job, pulse: Pulse) -> None:
     _restore(state, saved)
     begun = schedule.position(state.step).batch * schedule.global_batch
     proof = Proof.begin(attempt, schedule, state.step, begun, state.device)
-    keeper = Keeper(
-        job, state.device, proof, saved, Retention(recipe.run.keep_checkpoints), pulse.moved
-    )
+    keeper = Keeper(job, state.device, proof, saved, pulse.moved)
     ear = Ear(job.events, recipe.run.hang_timeout_s)
     job.events.send(started(state.step, state.device))
     pace = Pace(recipe.optim.global_batch, 0, 1)

@@ -25,7 +25,6 @@ class Keeper:
         device: torch.device,
         proof: Proof,
         start: Saved | None,
-        retention: Retention,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         """Open what writes them; every rank calls this.
@@ -35,7 +34,6 @@ class Keeper:
             device: Where its state is.
             proof: What is written beside.
             start: The checkpoint this group starts from.
-            retention: Which older checkpoints stay.
             moved: Called whenever writing one gets on.
         """
         self._newest = start
@@ -44,6 +42,9 @@ class Keeper:
         self._job = job
         self._proof = proof
         self._blocked = 0.0
+        run = job.recipe.run
+        smallest = run.keep_best_is == "smallest"
+        retention = Retention(run.keep_checkpoints, run.keep_every, run.keep_best, smallest)
         self._saver = Saver(job.home, retention, device, may_write=proof.attempt.check, moved=moved)
 
     @property

@@ -418,8 +418,9 @@ def pointer(home: Place) -> dict[str, str]:
     try:
         found = json.loads((home / POINTER).read_bytes())
         known = {name: found[name] for name in ("uri", "run_id", "writer")}
-        # An older droppos did not write it.
-        return known | {name: found[name] for name in ("home",) if name in found}
+        if "home" in found:  # an older droppos did not write it
+            known["home"] = found["home"]
+        return known
     except StorageError:
         raise
     except (DataError, ValueError, KeyError, TypeError):

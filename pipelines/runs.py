@@ -215,8 +215,8 @@ def resumable(run: str, where: Where) -> Recipe:
         ConfigError: If the recipe is of another version of droppos, or MLflow cannot be reached.
         DataError: If there is no such run, or it has no recipe.
     """
-    home = open_reachable(run or ".")
-    began = bool(run) and (home / ATTEMPT).exists()
+    home = open_reachable(run)
+    began = run != "" and (home / ATTEMPT).exists()
     if "/" not in run and not began:
         return recipe_of(Registry(where).run(run))
     recipe = _recipe_in(home) if began else None

@@ -22,7 +22,6 @@ from pipelines import stored_state
 from pipelines.asked import Ear
 from pipelines.attempt import SupersededError, claim_for_group
 from pipelines.bad_steps import BadSteps, TooManyBadSteps
-from pipelines.checkpoints import Retention
 from pipelines.events import Event, Events
 from pipelines.facts import facts
 from pipelines.holdout import Holdout
@@ -76,7 +75,8 @@ def _train(job: Job, pulse: Pulse) -> None:
     ids = recipe.run.record_ids
     proof = Proof.begin(attempt, schedule, state.step, begun, state.device, record_ids=ids)
     ear = Ear(job.events, recipe.run.hang_timeout_s)
-    keeper = Keeper(job, state.device, proof, saved, retention_of(recipe), pulse.moved)
+    keeper = Keeper(job, state.device, proof, saved, pulse.moved)
+    known = facts(recipe, schedule.manifest, init_from)
     job.events.send(started(state.step, state.device))
 
     stream = steps_from(state.step, recipe, schedule)
@@ -124,7 +124,7 @@ def _train(job: Job, pulse: Pulse) -> None:
                 state.step,
                 partial(kept_state, state),
                 {
-                    **facts(recipe, schedule.manifest, init_from),
+                    **known,
                     "metrics": metrics,
                     "random_states": dist.get_world_size(),
                     "random_devices": sorted({"cpu", state.device.type}),
@@ -139,13 +139,6 @@ def _train(job: Job, pulse: Pulse) -> None:
     keeper.finish(last=not bad.too_many)  # the newest good one is what a rewind goes back to
     keeper.close()
     bad.refuse()
-
-
-def retention_of(recipe: Recipe) -> Retention:
-    """Say which checkpoints stay."""
-    run = recipe.run
-    smallest = run.keep_best_is == "smallest"
-    return Retention(run.keep_checkpoints, run.keep_every, run.keep_best, smallest)
 
 
 def open_holdout(job: Job, state: TrainState) -> Holdout | None:

@@ -261,7 +261,7 @@ def test_one_that_another_driver_has_taken_over_saves_nothing(data: str, tmp_pat
     attempt = claim_for_group(home, job.driver, cpu)
     claim_for_driver(home)
     proof = Proof.begin(attempt, job.schedule, 0, 0, cpu)
-    keeper = Keeper(job, cpu, proof, None, checkpoints.Retention(1))
+    keeper = Keeper(job, cpu, proof, None)
     _save(tuning, job, state, keeper)
     with pytest.raises(SupersededError, match="was taken over by process"):
         keeper.finish()
